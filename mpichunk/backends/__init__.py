@@ -1,0 +1,60 @@
+"""What can run a network, one file per kind; `get_backend` finds one by its name in the config.
+
+Importing this package imports no framework: a backend does so when it probes or loads.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from mpichunk.backends.identity import IdentityBackend
+from mpichunk.backends.pytorch import PytorchBackend
+from mpichunk.binding import Probe
+from mpichunk.config import Model
+from mpichunk.engine import Engine, EngineRequest
+from mpichunk.errors import ModelError
+
+
+class Backend(Protocol):
+    """One way to run networks."""
+
+    @property
+    def name(self) -> str:
+        """Name in the config."""
+
+    @property
+    def cpu_only(self) -> bool:
+        """Whether accelerators are of no use to it."""
+
+    def model_files(self, model: Model) -> list[Path]:
+        """Return the files whose bytes are the network, without loading them.
+
+        Raises:
+            ModelError: a file is missing.
+        """
+
+    def probe(self, requested: str) -> Probe:
+        """Return the devices that this process could use; may import the framework.
+
+        `requested` is `compute.device`: for `cpu` no accelerator is touched.
+        """
+
+    def load(self, model: Model, request: EngineRequest) -> Engine:
+        """Load the network onto a device.
+
+        Raises:
+            ModelError: the files hold no network that can be used.
+        """
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of this name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    backends: tuple[Backend, ...] = (IdentityBackend(), PytorchBackend())
+    for backend in backends:
+        if backend.name == name:
+            return backend
+    known = ", ".join(backend.name for backend in backends)
+    raise ModelError(f"there is no backend {name!r}; choose one of: {known}", key="model.backend")

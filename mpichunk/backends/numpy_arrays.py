@@ -1,0 +1,152 @@
+"""The array operations of blending in numpy, on the host.
+
+Large results go into buffers that are kept, and scratch is one (y, x) plane, so that what is
+touched stays in the cache. Knows no geometry beyond the slices it is given.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.engine import Scaling, Vectors
+from mpichunk.geometry import Slices, Triple
+
+Array = npt.NDArray[np.float32]
+Window = tuple[Array, Array]
+"""(z,) weights, and the (y, x) plane of the product of the other two vectors."""
+
+
+class NumpyArrays:
+    """Arrays are numpy arrays."""
+
+    slab_nbytes = 1 << 20
+    """About one core's second-level cache."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+
+    def upload(self, host_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the array itself."""
+        return host_czyx
+
+    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> Array:
+        """Return zeros; see `Arrays.zeros`. Fresh pages cost more than clearing old ones."""
+        if not reuse:
+            return np.zeros(shape, dtype=np.float32)
+        total = self._buffer("total", shape)
+        total.fill(0)
+        return total
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Return an array, its values undefined."""
+        return np.empty(shape, dtype=dtype)
+
+    def gather(
+        self,
+        source_czyx: npt.NDArray[Any],
+        where: Sequence[Slices],
+        *,
+        patch_shape: Triple,
+        batch_size: int,
+        scaling: Scaling,
+    ) -> Array:
+        """Cut, scale and pad; see `Arrays.gather`."""
+        shape = batch_size, source_czyx.shape[0], *patch_shape
+        batch_nczyx = self._buffer("batch", shape)
+        # What float32 cannot hold becomes inf, which is found in the result.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for patch_czyx, slices in zip(batch_nczyx, where, strict=False):
+                np.copyto(patch_czyx, source_czyx[(slice(None), *slices)], casting="unsafe")
+                _scale(patch_czyx, scaling)
+        batch_nczyx[len(where) :] = 0
+        return batch_nczyx
+
+    def activate(self, batch_nczyx: Array, activation: str) -> Array:
+        """Return the batch through the activation; see `Arrays.activate`."""
+        if activation == "none":
+            return batch_nczyx
+        out = self._buffer("activated", batch_nczyx.shape)
+        # exp may overflow to inf, of which the reciprocal is the right 0.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if activation == "sigmoid":
+                np.negative(batch_nczyx, out=out)
+                np.exp(out, out=out)
+                np.add(out, 1, out=out)
+                np.reciprocal(out, out=out)
+            else:
+                np.subtract(batch_nczyx, batch_nczyx.max(axis=1, keepdims=True), out=out)
+                np.exp(out, out=out)
+                np.divide(out, out.sum(axis=1, keepdims=True), out=out)
+        return out
+
+    def window(self, vectors: Vectors) -> Window:
+        """Return (z,) and the (y, x) plane: a product per slice costs less than reading volumes."""
+        z, y, x = vectors
+        return z, np.multiply.outer(y, x)
+
+    def add_weighted(
+        self, total_czyx: Array, where: Slices, patch_czyx: Array, part: Slices, window: Window
+    ) -> None:
+        """Add one slice after the other; see `Arrays.add_weighted`."""
+        total = total_czyx[(slice(None), *where)]
+        patch = patch_czyx[(slice(None), *part)]
+        weight_z, weight_yx = window[0][part[0]], window[1][part[1:]]
+        weight = self._buffer("weight", weight_yx.shape)
+        product = self._buffer("product", weight_yx.shape)
+        for z, scale in enumerate(weight_z):
+            np.multiply(weight_yx, scale, out=weight)
+            for total_yx, patch_yx in zip(total[:, z], patch[:, z], strict=True):
+                np.multiply(patch_yx, weight, out=product)
+                np.add(total_yx, product, out=total_yx)
+
+    def divide(self, total_czyx: Array, sums: Vectors) -> None:
+        """Divide one slice after the other; see `Arrays.divide`."""
+        z, y, x = sums
+        plane = np.multiply.outer(y, x)
+        weight = self._buffer("weight", plane.shape)
+        for k, scale in enumerate(z):
+            np.multiply(plane, scale, out=weight)
+            slice_cyx = total_czyx[:, k]
+            np.divide(slice_cyx, weight, out=slice_cyx)
+
+    def apply_mask(self, total_czyx: Array, mask_zyx: npt.NDArray[np.bool_]) -> None:
+        """Overwrite, since zero times NaN would stay NaN."""
+        np.copyto(total_czyx, np.float32(0), where=~mask_zyx)
+
+    def is_finite(self, array: Array) -> bool:
+        """Return whether both extremes are finite: NaN wins a maximum, and no array is made."""
+        with np.errstate(invalid="ignore"):
+            return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
+
+    def quantise(self, total_czyx: Array, out_czyx: npt.NDArray[Any]) -> None:
+        """Convert to the dtype of `out_czyx`; see `Arrays.quantise`."""
+        if np.issubdtype(out_czyx.dtype, np.integer):
+            np.clip(total_czyx, 0, 1, out=total_czyx)
+            np.multiply(total_czyx, np.float32(np.iinfo(out_czyx.dtype).max), out=total_czyx)
+            np.rint(total_czyx, out=total_czyx)
+        with np.errstate(over="ignore"):
+            np.copyto(out_czyx, total_czyx, casting="unsafe")
+
+    def download(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the array itself, C contiguous."""
+        return np.ascontiguousarray(array)
+
+    def _buffer(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Return float32 memory that is kept for the next call of the same name."""
+        num_values = int(np.prod(shape))
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < num_values:
+            buffer = self._buffers[name] = np.empty(num_values, dtype=np.float32)
+        return buffer[:num_values].reshape(shape)
+
+
+def _scale(patch_czyx: Array, scaling: Scaling) -> None:
+    """Clip, subtract and divide in place."""
+    if scaling.clip is not None:
+        np.clip(patch_czyx, *scaling.clip, out=patch_czyx)
+    if scaling.subtract != 0:
+        np.subtract(patch_czyx, np.float32(scaling.subtract), out=patch_czyx)
+    if scaling.divide != 1:
+        np.divide(patch_czyx, np.float32(scaling.divide), out=patch_czyx)

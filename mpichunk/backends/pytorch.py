@@ -1,0 +1,36 @@
+"""The `pytorch` backend: TorchScript files, and Python classes with weights.
+
+Imports torch only when it probes or loads.
+"""
+
+from pathlib import Path
+
+from mpichunk.backends.devices import probe_devices
+from mpichunk.backends.model_source import find_source, weights_file
+from mpichunk.binding import Probe
+from mpichunk.config import Model
+from mpichunk.engine import Engine, EngineRequest
+
+
+class PytorchBackend:
+    """Runs networks by PyTorch, eagerly."""
+
+    name = "pytorch"
+    cpu_only = False
+
+    def model_files(self, model: Model) -> list[Path]:
+        """Return the network's file and its weights, without importing torch or the network."""
+        weights = weights_file(model)
+        return [find_source(model).path, *([weights] if weights else [])]
+
+    def probe(self, requested: str) -> Probe:
+        """Return the accelerators that torch sees, none if only the CPU is asked for."""
+        return probe_devices(requested)
+
+    def load(self, model: Model, request: EngineRequest) -> Engine:
+        """Load the network onto `request.device`."""
+        from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
+        from mpichunk.backends.torch_network import load_network
+
+        prepare_torch(request)
+        return TorchEngine(load_network(model, request.device), request)

@@ -1,0 +1,146 @@
+"""From a file of weights into a network: all of them and nothing else, or one message why not.
+
+Never unpickles code. Knows neither where the network comes from nor what it computes.
+"""
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpichunk.errors import ModelError
+
+State = Mapping[str, Any]
+"""Dotted name of a parameter or buffer to its tensor."""
+
+_STATE_KEYS = "state_dict", "model_state_dict", "model"
+_WRAPPER_PREFIXES = "module.", "_orig_mod."
+
+
+def load_weights(network: nn.Module, path: Path | None) -> None:
+    """Copy the weights of a file into a network.
+
+    Args:
+        network: any module.
+        path: safetensors file or checkpoint; None only for a network without parameters.
+
+    Raises:
+        ModelError: the file is damaged, holds code, or does not fit; key `model.weights`.
+    """
+    expected = network.state_dict()
+    if path is None:
+        if expected:
+            raise ModelError(
+                f"the network has {len(expected)} parameters and buffers, but model.weights is not "
+                "set: it would run with untrained values",
+                key="model.weights",
+            )
+        return
+    state = _strip_prefixes(_read_state(path), expected)
+    _refuse_mismatch(state, expected, path)
+    network.load_state_dict(state, strict=False)
+
+
+def _read_state(path: Path) -> State:
+    """Return the tensors of a safetensors file or a checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with warnings.catch_warnings():
+            # torch wonders about pickles that it did not write; what counts is whether it can.
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(_refused_pickle(path, str(error)), key="model.weights") from error
+    except Exception as error:
+        # torch, safetensors and zip have no common class for a file that is damaged.
+        script = " (TorchScript belongs in model.path)" if "TorchScript" in str(error) else ""
+        raise ModelError(
+            f"{path} holds no weights that can be read: {first_line(error)}{script}; expected a "
+            "safetensors file or a checkpoint of tensors",
+            key="model.weights",
+        ) from error
+    return _unwrap(checkpoint, path)
+
+
+def _refused_pickle(path: Path, reason: str) -> str:
+    """Return why a pickle was refused: it would run code, or is none."""
+    _, marker, rest = reason.partition("GLOBAL ")
+    if not marker:
+        return f"{path} is not a checkpoint; expected a safetensors file or a checkpoint of tensors"
+    return (
+        f"{path} holds more than tensors: loading it would run {rest.split()[0]}, and weights from "
+        "others must not run code; save it as torch.save(network.state_dict(), ...) or safetensors"
+    )
+
+
+def _unwrap(checkpoint: Any, path: Path) -> State:
+    """Return the state inside a checkpoint that may hold an optimizer and more."""
+    state = checkpoint
+    while isinstance(state, Mapping):
+        inner = next((key for key in _STATE_KEYS if isinstance(state.get(key), Mapping)), None)
+        if inner is None:
+            break
+        state = state[inner]
+    if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()):
+        return state
+    found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else (
+        f"a {type(state).__name__}"
+    )  # fmt: skip
+    raise ModelError(
+        f"{path} holds {found}; expected names with tensors, directly or below "
+        f"{', '.join(_STATE_KEYS)}",
+        key="model.weights",
+    )
+
+
+def _strip_prefixes(state: State, expected: State) -> dict[str, Any]:
+    """Return the state without what DataParallel and torch.compile put before its names."""
+    stripped = dict(state)
+    found = True
+    while found:
+        found = False
+        for prefix in _WRAPPER_PREFIXES:
+            everywhere = all(str(key).startswith(prefix) for key in stripped)
+            if everywhere and not all(key.startswith(prefix) for key in expected):
+                stripped = {key[len(prefix) :]: value for key, value in stripped.items()}
+                found = True
+    return stripped
+
+
+def _refuse_mismatch(state: State, expected: State, path: Path) -> None:
+    """Compare names and shapes; name the first that differs."""
+    # Batch norm's counter is not used in eval mode, and old checkpoints lack it.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    shapes = [
+        (key, tuple(value.shape), tuple(expected[key].shape))
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key in expected and value.shape != expected[key].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} names of the network are missing, first {missing[0]!r}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} are unknown to it, first {unexpected[0]!r}")
+    if shapes:
+        key, found, wanted = shapes[0]
+        problems.append(f"{len(shapes)} have another shape, first {key!r}: {found}, not {wanted}")
+    if problems:
+        raise ModelError(
+            f"{path} does not fit the network: {'; '.join(problems)}; check model.path and "
+            "model.arguments",
+            key="model.weights",
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, without its own full stop."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip().rstrip(".") if text else "no message"

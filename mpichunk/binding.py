@@ -1,0 +1,338 @@
+"""Decides which device and how many CPU threads each rank gets, from what all ranks reported.
+
+Pure: knows no torch, no MPI, no environment. Facts of all ranks come in, a table or a refusal goes
+out.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mpichunk.errors import DeviceError
+
+_KEY = "compute.device"
+_GPU_LISTS = "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"
+_GPU_COUNTS = (
+    "SLURM_GPUS",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_SOCKET",
+    "SLURM_GPUS_PER_TASK",
+)
+_HIDING = "", "-1", "NoDevFiles", "void", "none"
+_NUM_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """One device as one process sees it."""
+
+    kind: str
+    """The framework's word: `cuda`, `xpu`, `mps`."""
+
+    index: int
+    """Its number in this process."""
+
+    name: str
+    """Model."""
+
+    physical_id: str
+    """UUID or PCI address: the same in every process that sees the same device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one process could compute on."""
+
+    accelerators: tuple[Accelerator, ...] = ()
+    """Visible accelerators, in the framework's order."""
+
+    cpu_kind: str
+    """Instruction set of the CPU, e.g. "cpu AVX512"."""
+
+    note: str = ""
+    """What the framework said while it looked, for the user who expected a device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFacts:
+    """What one rank reports of itself; small and picklable."""
+
+    rank: int
+    """Rank in the job."""
+
+    host: str
+    """Name of its node."""
+
+    local_rank: int
+    """Rank among those of its node."""
+
+    cores: tuple[int, ...]
+    """Numbers of the CPU cores that this rank may run on."""
+
+    num_host_cores: int
+    """Cores of the node."""
+
+    probe: Probe
+    """Devices that it sees."""
+
+    gpu_hints: tuple[str, ...] = ()
+    """Signs that the job was given accelerators; see `gpu_hints`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """Where one rank computes."""
+
+    rank: int
+    """Rank in the job."""
+
+    host: str
+    """Name of its node."""
+
+    device: str
+    """The framework's name, e.g. `cuda:0` or `cpu`."""
+
+    device_kind: str
+    """Accelerator model or CPU instruction set: what the bytes depend on."""
+
+    threads: int
+    """CPU threads for the network; the same on every rank."""
+
+    num_cores: int
+    """Cores that this rank may run on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bindings:
+    """Where all ranks compute."""
+
+    ranks: tuple[Binding, ...]
+    """One per rank, in order."""
+
+    warnings: tuple[str, ...]
+    """What the user should know, one line each."""
+
+    @property
+    def device_kinds(self) -> tuple[str, ...]:
+        """The different device kinds, that of rank 0 first."""
+        return tuple(dict.fromkeys(binding.device_kind for binding in self.ranks))
+
+    @property
+    def table(self) -> str:
+        """Rank, host, device and threads of all ranks as text."""
+        rows = [("rank", "host", "device", "threads", "cores", "kind")]
+        rows += [
+            (str(b.rank), b.host, b.device, str(b.threads), str(b.num_cores), b.device_kind)
+            for b in self.ranks
+        ]
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]])
+            for row in rows
+        )
+
+
+def gpu_hints(environ: Mapping[str, str], device_files: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return signs that this process should see accelerators.
+
+    Args:
+        environ: the environment.
+        device_files: what matches /dev/nvidia[0-9]*; does not count when CUDA_VISIBLE_DEVICES
+            hides all devices, as Slurm does for jobs that asked for none.
+    """
+    hints = [f"{name}={environ[name]}" for name in _GPU_LISTS if environ.get(name)]
+    for name in _GPU_COUNTS:
+        # A count, or counts by model: "2", "a100:2", "a100:1,v100:1".
+        numbers = [part.rpartition(":")[2] for part in environ.get(name, "").split(",")]
+        if any(number.isdigit() and int(number) > 0 for number in numbers):
+            hints.append(f"{name}={environ[name]}")
+    if environ.get("CUDA_VISIBLE_DEVICES", "all") not in _HIDING:
+        hints += sorted(device_files)
+    return tuple(hints)
+
+
+def bind(
+    ranks: Sequence[RankFacts], *, device: str, threads: int | None, share_device: bool
+) -> Bindings:
+    """Decide for all ranks; every rank that calls this with the same facts decides the same.
+
+    Args:
+        ranks: facts of all ranks, in order.
+        device: `compute.device`; `cpu` for a backend that has no use for accelerators.
+        threads: `compute.threads`; None: the rank's share of its cores, the smallest of all ranks,
+            since their number enters the result.
+        share_device: allow several ranks on one accelerator.
+
+    Raises:
+        DeviceError: a rank finds no device of the kind asked for, the job was given accelerators
+            that the framework does not see, or two ranks would share one.
+    """
+    chosen = [_choose(facts, device) for facts in ranks]
+    if not share_device:
+        _refuse_sharing(ranks, chosen)
+    shares = _thread_shares(ranks)
+    num_threads = threads or min(shares)
+    bindings = tuple(
+        Binding(
+            rank=facts.rank,
+            host=facts.host,
+            device=f"{found.kind}:{found.index}" if found else "cpu",
+            device_kind=found.name if found else facts.probe.cpu_kind,
+            threads=num_threads,
+            num_cores=len(facts.cores),
+        )
+        for facts, found in zip(ranks, chosen, strict=True)
+    )
+    warnings = [
+        *_warn_of_cpu(ranks, chosen, device),
+        *_warn_of_kinds(bindings),
+        *_warn_of_threads(ranks, shares, num_threads, given=threads is not None),
+        *_warn_of_single_cores(ranks),
+    ]
+    return Bindings(ranks=bindings, warnings=tuple(warnings))
+
+
+def _choose(facts: RankFacts, device: str) -> Accelerator | None:
+    """Return the accelerator of one rank, or None for its CPU."""
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", device)
+    if match is None:
+        raise DeviceError(
+            f"{device!r} names no device; expected auto, cpu, cuda, cuda:1 or the like", key=_KEY
+        )
+    kind, index = match.groups()
+    if kind == "cpu":
+        return None
+    visible = [a for a in facts.probe.accelerators if kind in ("auto", a.kind)]
+    if index is not None:
+        visible = [a for a in visible if a.index == int(index)]
+    if visible:
+        # By node-local rank. Under --gpus-per-task each rank sees its own devices, counted from 0:
+        # with one each, that one.
+        return visible[0] if index else visible[facts.local_rank % len(visible)]
+    who, seen = f"rank {facts.rank} on {facts.host}", _what_is_seen(facts)
+    if kind != "auto":
+        raise DeviceError(
+            f"{who} has no device {device!r}: {seen}; take `auto` or `cpu`, ask the launcher for "
+            "accelerators, or install a torch that is built for them",
+            key=_KEY,
+        )
+    if facts.gpu_hints:
+        raise DeviceError(
+            f"{who} was given accelerators ({', '.join(facts.gpu_hints)}), but {seen}; install a "
+            "torch that is built for them and for the node's driver, or say `cpu` if that is meant",
+            key=_KEY,
+        )
+    return None
+
+
+def _what_is_seen(facts: RankFacts) -> str:
+    """Return in words which accelerators the framework sees."""
+    names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.probe.accelerators)
+    note = f" ({facts.probe.note})" if facts.probe.note else ""
+    return f"torch sees {names or 'no accelerator'}{note}"
+
+
+def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None]) -> None:
+    """Refuse two ranks on one physical device."""
+    taken: dict[tuple[str, str], int] = {}
+    for facts, found in zip(ranks, chosen, strict=True):
+        if found is None:
+            continue
+        other = taken.setdefault((facts.host, found.physical_id), facts.rank)
+        if other == facts.rank:
+            continue
+        num_local = sum(r.host == facts.host for r in ranks)
+        num_devices = len({a.physical_id for r in ranks if r.host == facts.host
+                           for a in r.probe.accelerators})  # fmt: skip
+        raise DeviceError(
+            f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
+            f"({found.physical_id}): {num_local} ranks and {num_devices} visible devices there; "
+            "start no more ranks per node than it has devices, or set compute.share_device: true",
+            key=_KEY,
+        )
+
+
+def _thread_shares(ranks: Sequence[RankFacts]) -> list[int]:
+    """Return each rank's cores divided by the ranks of its node that may run on any of them."""
+    by_host: dict[str, list[RankFacts]] = defaultdict(list)
+    for facts in ranks:
+        by_host[facts.host].append(facts)
+    masks = {host: [set(f.cores) for f in local] for host, local in by_host.items()}
+    return [
+        max(1, len(facts.cores) // sum(not mask.isdisjoint(facts.cores)
+                                       for mask in masks[facts.host]))
+        for facts in ranks
+    ]  # fmt: skip
+
+
+def _warn_of_cpu(
+    ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None], device: str
+) -> list[str]:
+    """Say loudly when `auto` found nothing better than CPUs."""
+    if device != "auto":
+        return []
+    on_cpu = [facts for facts, found in zip(ranks, chosen, strict=True) if found is None]
+    if not on_cpu:
+        return []
+    return [
+        f"NO ACCELERATOR on {_some(f.host for f in on_cpu)}: {len(on_cpu)} of {len(ranks)} ranks "
+        "compute on the CPU; set compute.device: cpu if that is meant"
+    ]
+
+
+def _warn_of_kinds(bindings: Sequence[Binding]) -> list[str]:
+    """Warn when the bytes depend on which rank computes a block."""
+    hosts: dict[str, list[str]] = defaultdict(list)
+    for binding in bindings:
+        hosts[binding.device_kind].append(binding.host)
+    if len(hosts) < 2:
+        return []
+    kinds = "; ".join(f"{kind} on {_some(names)}" for kind, names in hosts.items())
+    return [f"mixed device kinds: {kinds}. The bytes depend on which rank computes a block"]
+
+
+def _warn_of_threads(
+    ranks: Sequence[RankFacts], shares: Sequence[int], num_threads: int, *, given: bool
+) -> list[str]:
+    """Warn of cores that stay idle, and of threads that share cores."""
+    if given and num_threads > min(shares):
+        rank = ranks[shares.index(min(shares))]
+        return [
+            f"compute.threads: {num_threads}, but rank {rank.rank} on {rank.host} has only "
+            f"{min(shares)} cores to itself: threads will compete"
+        ]
+    if not given and max(shares) > num_threads:
+        few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]
+        return [
+            f"{num_threads} threads on every rank, since ranks on {_some(few)} have no more cores "
+            f"to themselves and the number enters the result; others have up to {max(shares)}"
+        ]
+    return []
+
+
+def _warn_of_single_cores(ranks: Sequence[RankFacts]) -> list[str]:
+    """Warn of ranks bound to one core while other cores of their node are left to nobody."""
+    used: dict[str, set[int]] = defaultdict(set)
+    for facts in ranks:
+        used[facts.host].update(facts.cores)
+    single = [
+        facts
+        for facts in ranks
+        if len(facts.cores) == 1 and len(used[facts.host]) < facts.num_host_cores
+    ]
+    if not single:
+        return []
+    return [
+        f"{len(single)} of {len(ranks)} ranks, on {_some(f.host for f in single)}, are bound to "
+        "one core each while cores of their node stay idle: start with `mpirun --bind-to none`, "
+        "or `srun --cpus-per-task=N`"
+    ]
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the different names, the first few of them."""
+    different = list(dict.fromkeys(names))
+    more = len(different) - _NUM_NAMED
+    return ", ".join(different[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")

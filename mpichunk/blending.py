@@ -1,0 +1,83 @@
+"""Blending windows and their sums: three vectors each, never a volume.
+
+A window is a product over the axes, so the sum of weights at a voxel is a product of three per-axis
+sums. numpy only; knows no networks and no volumes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float32]
+
+FLOOR = 1e-6
+"""Weights are never below this share of the maximum: the first voxel at a face has no other patch."""
+
+
+def window(name: str, length: int) -> Vector:
+    """Return the weights of one axis of an output patch, strictly positive, maximum 1.
+
+    Args:
+        name: `bump`, `gaussian`, `hann` or `uniform`.
+        length: Q, voxels of the output patch on this axis.
+
+    Returns:
+        (Q,) float32; formulas of the contract, section 2, floored at 1e-6 of the maximum.
+
+    Raises:
+        KeyError: the name is none of these.
+    """
+    k = np.arange(length, dtype=np.float64)
+    weights = _WINDOWS[name](k, length)
+    return np.maximum(weights / weights.max(), FLOOR).astype(np.float32)
+
+
+def sum_of_windows(
+    starts: Sequence[int], weights: Vector, start: int, stop: int
+) -> npt.NDArray[np.float32]:
+    """Return, for voxels start..stop of one axis, the sum of all windows that cover each.
+
+    Args:
+        starts: first voxel of each output patch on this axis.
+        weights: (Q,) window of one output patch.
+        start, stop: the interval wanted, half-open.
+
+    Returns:
+        (stop - start,) float32, summed in float64.
+    """
+    total = np.zeros(stop - start, dtype=np.float64)
+    for first in starts:
+        a, b = max(first, start), min(first + len(weights), stop)
+        if a < b:
+            total[a - start : b - start] += weights[a - first : b - first]
+    return total.astype(np.float32)
+
+
+def _bump(k: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """chunkflow's bump function (chunkflow/chunk/image/convnet/patch/patch_mask.py)."""
+    u = 2 * (k + 1) / (length + 1) - 1
+    return np.exp(-1 / (1 - u**2))
+
+
+def _gaussian(k: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """Gaussian with a standard deviation of Q/8, as nnU-Net's and MONAI's importance maps."""
+    return np.exp(-(((k - (length - 1) / 2) / (length / 8)) ** 2) / 2)
+
+
+def _hann(k: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """Hann window sampled at voxel centres, so that no weight is zero."""
+    return np.sin(np.pi * (k + 0.5) / length) ** 2
+
+
+def _uniform(k: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """Plain mean of the patches."""
+    return np.ones_like(k)
+
+
+_WINDOWS: dict[str, Callable[[npt.NDArray[np.float64], int], npt.NDArray[np.float64]]] = {
+    "bump": _bump,
+    "gaussian": _gaussian,
+    "hann": _hann,
+    "uniform": _uniform,
+}

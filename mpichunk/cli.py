@@ -1,0 +1,131 @@
+"""The command line: verbs, options, and how an error reaches the user.
+
+Knows what can be asked, not how it is done: each verb is one function elsewhere, imported when asked
+for, so that `plan`, `status` and `--help` start neither MPI nor torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpichunk import __version__
+from mpichunk.errors import ExitCode, UserError
+
+EPILOG = """\
+exit codes: 0 every block done; 2 a mistake that you can mend; 3 blocks failed; 75 stopped before the
+end, run again to go on; 1 anything else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(_VERBS[options.verb](options))
+    except UserError as error:
+        print(f"mpichunk: {error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left; nobody is there to be told.
+        sys.stderr.close()
+        return ExitCode.UNEXPECTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="mpichunk",
+        description="Run a 3D convolutional network over a volume of any size, on MPI ranks.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"mpichunk {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    run = _add_verb(verbs, "run", "run it; resumes by itself what an earlier run left")
+    run.add_argument(
+        "--fresh",
+        action="store_true",
+        help="set the journal aside and compute every block again, overwriting in place",
+    )
+
+    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--schema", action=_PrintSchema, nargs=0, help="print the JSON schema of configs, for editors"
+    )
+    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
+
+    status = _add_verb(verbs, "status", "say how far a run is, also while it runs")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--watch", action="store_true", help="repeat until the run ends")
+    status.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 0, 3 or 75 by what the journal proves: all done, blocks failed, not finished",
+    )
+
+    return parser
+
+
+def _add_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, help_text: str
+) -> argparse.ArgumentParser:
+    """Add a verb that takes a config and overrides."""
+    verb = verbs.add_parser(name, help=help_text, description=help_text, epilog=EPILOG)
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="config file, YAML")
+    verb.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the config, YAML syntax; may be repeated",
+    )
+    return verb
+
+
+def _positive(text: str) -> int:
+    """Return a whole number above zero."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above zero")
+    return int(text)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mpichunk.run import run
+
+    return run(options.config, options.overrides, fresh=options.fresh)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from mpichunk.preview import preview
+
+    return preview(
+        options.config, options.overrides, num_ranks=options.ranks, as_json=options.json
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from mpichunk.status import status
+
+    return status(
+        options.config,
+        options.overrides,
+        as_json=options.json,
+        watch=options.watch,
+        check=options.check,
+    )
+
+
+class _PrintSchema(argparse.Action):
+    """Like `--help`: needs no config, prints and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from mpichunk.configfile import json_schema
+
+        print(json_schema())
+        parser.exit()
+
+
+_VERBS = {"run": _run, "plan": _plan, "status": _status}

@@ -1,0 +1,360 @@
+"""The config as frozen, checked values: what the user may write, and what it means.
+
+Checks everything that needs no volume and no network. Knows no files and no YAML (that is
+`configfile`).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mpichunk.configrule import (
+    default_chunk_shape,
+    find_problems,
+    find_warnings,
+    output_patch_shape,
+)
+from mpichunk.geometry import Triple, triple
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Marks a type with the words that complete "... must be"."""
+
+    words: str
+    """For the user, e.g. "a whole number, at least 1"."""
+
+
+_Whole = Annotated[int, Field(strict=True)]
+_Natural = Annotated[int, Field(strict=True, ge=0)]
+_Positive = Annotated[int, Field(strict=True, ge=1)]
+_Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+_Text = Annotated[str, Field(min_length=1)]
+_Spec = Annotated[dict[str, Any], Field(min_length=1)]
+
+Flag = Annotated[bool, Field(strict=True), Expected("true or false")]
+Text = Annotated[_Text, Expected("text")]
+Count = Annotated[_Positive, Expected("a whole number, at least 1")]
+Level = Annotated[_Natural, Expected("a whole number, at least 0")]
+Number = Annotated[_Real, Expected("a number")]
+PositiveNumber = Annotated[_AboveZero, Expected("a number above 0")]
+Interval = Annotated[tuple[_Real, _Real], Expected("two numbers, the lower first, e.g. [0, 255]")]
+Position = Annotated[
+    tuple[_Whole, _Whole, _Whole], Expected("three whole numbers zyx, e.g. [0, 0, 0]")
+]
+Width = Annotated[
+    tuple[_Natural, _Natural, _Natural],
+    Expected("three whole numbers zyx, none below 0, e.g. [4, 64, 64]"),
+]
+Extent = Annotated[
+    tuple[_Positive, _Positive, _Positive],
+    Expected("three whole numbers zyx, each at least 1, e.g. [20, 256, 256]"),
+]
+Size = Annotated[
+    tuple[_AboveZero, _AboveZero, _AboveZero],
+    Expected("three numbers zyx in nm, each above 0, e.g. [40, 4, 4]"),
+]
+Volume = Annotated[_Text | _Spec, Expected("a URL, a path, or a TensorStore spec (a mapping)")]
+Arguments = Annotated[
+    dict[str, Any], Expected("a mapping of keyword arguments, e.g. {channels: 16}")
+]
+Device = Annotated[
+    str,
+    Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
+    Expected("`auto`, `cpu`, `cuda` or another device of torch, e.g. `cuda:0`"),
+]
+
+Pad = Literal["reflect", "edge", "zero"]
+Window = Literal["bump", "gaussian", "hann", "uniform"]
+Stitch = Literal["crop", "seamless"]
+OutputType = Literal["uint8", "int8", "uint16", "int16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """Shared by all sections: frozen, unknown keys refused, keys documented by docstrings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_all_defaults(cls, data: Any) -> Any:
+        """Take a header with nothing below it, as is left when every key is commented out."""
+        return {} if data is None else data
+
+
+class Normalize(Section):
+    """How raw values become the network's input, instead of dividing integers by their maximum."""
+
+    subtract: Number = 0.0
+    """Taken off each raw value."""
+
+    divide: PositiveNumber = 1.0
+    """What the rest is divided by."""
+
+    clip: Interval | None = None
+    """Raw values are clipped to this range first."""
+
+
+class Input(Section):
+    """The image volume that is read."""
+
+    volume: Volume = Field(examples=["precomputed://file://data/em"])
+    """cloud-volume URL, TensorStore URL, path, `synthetic://` URL, or TensorStore spec."""
+
+    mip: Level = 0
+    """Scale level, 0 = finest."""
+
+    dataset: Text | None = None
+    """Name of the dataset inside an HDF5 file."""
+
+    pad: Pad = "reflect"
+    """What lies outside the volume."""
+
+    voxel_size: Size | None = None
+    """Voxel size zyx in nm; overrides or supplies metadata."""
+
+    voxel_offset: Position | None = None
+    """Coordinates zyx of the first voxel; overrides or supplies metadata."""
+
+    normalize: Normalize | None = None
+    """Replaces the division of integer input by the maximum of its type."""
+
+
+class Roi(Section):
+    """The output box asked for, half-open, zyx in voxels."""
+
+    start: Position = Field(examples=[[0, 0, 0]])
+    """First voxel."""
+
+    stop: Position = Field(examples=[[128, 2048, 2048]])
+    """One past the last voxel."""
+
+
+class Mask(Section):
+    """Where output is wanted: non-zero voxels of a (usually coarser) volume."""
+
+    volume: Volume = Field(examples=["data/mask.zarr"])
+    """As `input.volume`."""
+
+    mip: Level = 0
+    """Scale level, 0 = finest."""
+
+    dataset: Text | None = None
+    """Name of the dataset inside an HDF5 file."""
+
+    invert: Flag = False
+    """Take the zero voxels instead."""
+
+    voxel_size: Size | None = None
+    """As `input.voxel_size`."""
+
+    voxel_offset: Position | None = None
+    """As `input.voxel_offset`."""
+
+
+class Model(Section):
+    """The network."""
+
+    backend: Literal["identity", "pytorch"] = Field(examples=["pytorch"])
+    """What runs it."""
+
+    path: Text | None = None
+    """TorchScript file, or a class or function: `file.py:Name` or `package.module:Name`."""
+
+    weights: Text | None = None
+    """safetensors file or checkpoint that belongs to a network given as code."""
+
+    arguments: Arguments = Field(default_factory=dict)
+    """Keyword arguments for that class or function."""
+
+    out_channels: Count = 1
+    """Channels that the network returns."""
+
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+    """Applied to each patch before it is weighted."""
+
+    skip_blank: Flag = True
+    """Do not run patches whose input is all zero."""
+
+
+class Patch(Section):
+    """What the network sees, and how neighbouring predictions are blended."""
+
+    shape: Extent = Field(examples=[[20, 256, 256]])
+    """Spatial shape of the network's input."""
+
+    overlap: Width | None = None
+    """Overlap of neighbouring output patches; default: a quarter of the output patch."""
+
+    crop: Width = (0, 0, 0)
+    """Border that is cut off each side of the network's output."""
+
+    batch_size: Count = 1
+    """Patches per forward pass."""
+
+    window: Window = "bump"
+    """Blending weights of one output patch."""
+
+
+class Block(Section):
+    """The unit of scheduling and of writing."""
+
+    shape: Extent = Field(examples=[[128, 1152, 1152]])
+    """Voxels that one block writes; a multiple of the output's write unit."""
+
+    stitch: Stitch = "crop"
+    """How blocks are joined."""
+
+    margin: Width | None = None
+    """What is computed around a core and cropped away; default: half the overlap."""
+
+
+class Output(Section):
+    """The volume that is written."""
+
+    volume: Volume = Field(examples=["out/prediction.zarr"])
+    """cloud-volume URL, TensorStore URL, path, or TensorStore spec."""
+
+    dtype: OutputType = "float32"
+    """Type of the stored values."""
+
+    chunk_shape: Extent | None = None
+    """Storage chunk; default: the largest divisor of `block.shape` not above 64 per axis."""
+
+    shard_shape: Extent | None = None
+    """Shard that holds several chunks (zarr3 only)."""
+
+    domain: Literal["input", "roi"] = "input"
+    """What a new output covers."""
+
+
+class Compute(Section):
+    """Where and how the network runs."""
+
+    device: Device = "auto"
+    """`auto`, `cpu`, `cuda`, or another accelerator that torch knows."""
+
+    precision: Literal["float32"] = "float32"
+    """Precision of the network."""
+
+    threads: Count | None = None
+    """CPU threads per rank; default: the rank's share of its cores."""
+
+    deterministic: Flag = True
+    """Choose deterministic algorithms, so that bytes are reproducible."""
+
+    share_device: Flag = False
+    """Allow several ranks on one accelerator."""
+
+
+class Schedule(Section):
+    """How blocks are handed out."""
+
+    mode: Literal["dynamic", "static"] = "dynamic"
+    """Hand out one by one, or cut into equal contiguous runs at the start."""
+
+    max_attempts: Count = 3
+    """How often a block is tried before it is listed as failed."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    input: Input
+    """The image volume that is read."""
+
+    roi: Roi | None = None
+    """The output box asked for; default: the whole input."""
+
+    mask: Mask | None = None
+    """Where output is wanted; default: everywhere."""
+
+    model: Model
+    """The network."""
+
+    patch: Patch
+    """What the network sees, and how predictions are blended."""
+
+    block: Block
+    """The unit of scheduling and of writing."""
+
+    output: Output
+    """The volume that is written."""
+
+    compute: Compute = Compute()
+    """Where and how the network runs."""
+
+    schedule: Schedule = Schedule()
+    """How blocks are handed out."""
+
+    run_dir: Text
+    """Directory of the journal and the logs; default: `runs/<config name>`."""
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Self:
+        """Apply the rules that join values; `configcheck` names each key and line instead."""
+        problems = find_problems(flatten(self))
+        if problems:
+            raise ValueError("; ".join(f"{p.key}: {p.message}" for p in problems))
+        return self
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return a sentence for each value that has no effect, its key first."""
+        return tuple(f"{p.key}: {p.message}" for p in find_warnings(flatten(self)))
+
+    def with_defaults(self) -> "Config":
+        """Return the effective config: every default that follows from other values is written out.
+
+        Equal for a config that leaves a default away and one that spells it. With `seamless` the
+        margin stays away, since it would have no effect.
+        """
+        patch = self.patch.model_copy(update={"overlap": self.overlap})
+        output = self.output.model_copy(update={"chunk_shape": self.chunk_shape})
+        block = self.block
+        if block.stitch == "crop":
+            block = block.model_copy(update={"margin": self.margin})
+        return self.model_copy(update={"patch": patch, "block": block, "output": output})
+
+    @property
+    def output_patch_shape(self) -> Triple:
+        """Q: what is left of a patch once its border is cut off."""
+        return output_patch_shape(self.patch.shape, self.patch.crop)
+
+    @property
+    def overlap(self) -> Triple:
+        """Overlap of neighbouring output patches."""
+        if self.patch.overlap is not None:
+            return self.patch.overlap
+        return triple([q // 4 for q in self.output_patch_shape])
+
+    @property
+    def margin(self) -> Triple:
+        """What a block computes around its core and crops away."""
+        if self.block.margin is not None:
+            return self.block.margin
+        return triple([o // 2 for o in self.overlap])
+
+    @property
+    def chunk_shape(self) -> Triple:
+        """Storage chunk of the output."""
+        if self.output.chunk_shape is not None:
+            return self.output.chunk_shape
+        return default_chunk_shape(self.block.shape)
+
+    @property
+    def write_unit(self) -> Triple:
+        """What is never written by two blocks: the shard, or the chunk when there are no shards."""
+        return self.output.shard_shape or self.chunk_shape
+
+
+def flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Return all values by dotted key, those of nested sections and the sections themselves too."""
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        values[prefix + name] = value
+        if isinstance(value, Section):
+            values |= flatten(value, f"{prefix}{name}.")
+    return values

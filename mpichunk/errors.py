@@ -1,0 +1,93 @@
+"""The one tree of errors, and the exit code that each branch stands for.
+
+Knows nothing but words. A message says who, what was found, what was expected and what to do next.
+
+    MpichunkError
+    |-- UserError                 exit 2: the user can mend it; one clear message, never a traceback
+    |   |-- ConfigError           mistakes of a config file, all of them, each with its line
+    |   |-- VolumeError           an input, mask or output that is missing, unreadable or does not fit
+    |   |-- ModelError            a network that does not load or does not fit
+    |   |-- DeviceError           no such accelerator, or one shared by two ranks
+    |   |-- LaunchError           ranks that were started wrongly or do not see the same files
+    |   `-- JournalError          a run directory of another run
+    `-- BlockError                one block failed; the run goes on and ends with exit 3
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process tells the shell (contract, section 3)."""
+
+    ALL_DONE = 0
+    UNEXPECTED = 1
+    USER_ERROR = 2
+    BLOCKS_FAILED = 3
+    DRAINED = 75
+
+
+class MpichunkError(Exception):
+    """Anything that mpichunk raises on purpose."""
+
+
+class UserError(MpichunkError):
+    """A mistake that the user can mend.
+
+    `key` is the dotted config key that the message is about, if there is one: the command line
+    puts the file and line of that key before the message.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.key = key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One mistake in a config file."""
+
+    key: str
+    """Dotted key, or "" for the file as a whole."""
+
+    message: str
+    """What was found, what was expected, what to do."""
+
+
+class ConfigError(UserError):
+    """Every mistake found in one config file."""
+
+    def __init__(self, problems: Sequence[Problem], lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.problems = tuple(problems)
+        self.lines = tuple(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between ranks: exceptions are pickled by their arguments."""
+        return type(self), (self.problems, self.lines)
+
+
+class VolumeError(UserError):
+    """An input, mask or output that is missing, unreadable, or does not fit."""
+
+
+class ModelError(UserError):
+    """A network that does not load, or whose output does not fit the config."""
+
+
+class DeviceError(UserError):
+    """An accelerator that is not there, or that two ranks would share."""
+
+
+class LaunchError(UserError):
+    """Ranks that were started wrongly, or that do not see the same files."""
+
+
+class JournalError(UserError):
+    """A run directory that belongs to another run."""
+
+
+class BlockError(MpichunkError):
+    """One block could not be computed; the run goes on with the others."""

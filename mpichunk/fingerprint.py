@@ -1,0 +1,101 @@
+"""The hash of everything that changes the result, key by key.
+
+Two runs with equal fingerprints write equal bytes. Kept as a dictionary, so that a refusal can name
+what differs. Reads the model's files; knows no network and no volume.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpichunk.config import Config
+from mpichunk.volumeinfo import VolumeInfo
+
+Fingerprint = dict[str, Any]
+"""Dotted key to JSON value: flat, so that differing keys can be named."""
+
+_HASH_STEP_NBYTES = 1 << 20
+
+
+def make_fingerprint(
+    config: Config,
+    *,
+    volume: VolumeInfo,
+    mask: VolumeInfo | None,
+    model_files: Sequence[Path],
+    device_kind: str,
+    threads: int | None,
+) -> Fingerprint:
+    """Return the fingerprint of a run.
+
+    Args:
+        config: the effective config, paths resolved.
+        volume: the input as opened.
+        mask: the mask as opened, if there is one.
+        model_files: files whose bytes are the network.
+        device_kind: accelerator model or CPU instruction set.
+        threads: CPU threads per rank, or None where they do not touch the result.
+    """
+    sections: dict[str, Any] = {
+        "input": _identity(volume)
+        | {
+            "pad": config.input.pad,
+            "normalize": config.input.normalize and config.input.normalize.model_dump(mode="json"),
+        },
+        "roi": config.roi and config.roi.model_dump(mode="json"),
+        "mask": mask and _identity(mask) | {"invert": config.mask and config.mask.invert},
+        "model": config.model.model_dump(mode="json")
+        | {"files": {path.name: file_hash(path) for path in model_files}},
+        "patch": config.patch.model_dump(mode="json") | {"overlap": config.overlap},
+        "block": config.block.model_dump(mode="json") | {"margin": _effective_margin(config)},
+        "output": config.output.model_dump(mode="json") | {"chunk_shape": config.chunk_shape},
+        "compute": {
+            "device_kind": device_kind,
+            "precision": config.compute.precision,
+            "threads": threads,
+            "deterministic": config.compute.deterministic,
+        },
+    }
+    flat = dict(_flatten("", sections))
+    # Through JSON once, so that a fresh fingerprint equals one read back from a journal.
+    result: Fingerprint = json.loads(json.dumps(flat, sort_keys=True))
+    return result
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_HASH_STEP_NBYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _identity(volume: VolumeInfo) -> dict[str, Any]:
+    """Return what tells one volume from another without reading its voxels."""
+    return {
+        "location": volume.location,
+        "dtype": volume.dtype.name,
+        "start": volume.domain.start,
+        "stop": volume.domain.stop,
+        "num_channels": volume.num_channels,
+        "mip": volume.mip,
+        "voxel_size": volume.voxel_size,
+    }
+
+
+def _effective_margin(config: Config) -> tuple[int, int, int] | None:
+    """Return the margin, or None where it is without effect."""
+    return config.margin if config.block.stitch == "crop" else None
+
+
+def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of nested dictionaries with dotted keys."""
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    leaves: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        leaves += _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
+    return leaves

@@ -1,0 +1,253 @@
+"""From one block's raw voxels to its finished core: cut, predict, blend, divide, quantise.
+
+Knows no framework (an engine brings its arrays), no volumes and no ranks. What enters a batch
+depends on the block alone, so that the bytes do too.
+
+    source --gather--> batch --infer--> patches --activate, * window--> total / sum(w) --> core
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.blending import sum_of_windows, window
+from mpichunk.config import Normalize, Window
+from mpichunk.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
+from mpichunk.errors import BlockError, ModelError, UserError
+from mpichunk.geometry import Box, Grid, Slices, subtract
+from mpichunk.plan import Block
+
+_BYTE = Scaling(divide=255.0)
+_BLANK_STEP = 7
+"""Every seventh voxel per axis is looked at first: of a patch with content, that is enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inferred:
+    """A finished core."""
+
+    core_czyx: npt.NDArray[Any]
+    """(channels, z, y, x) in the output's dtype; memory that nothing else uses."""
+
+    num_patches: int
+    """Patches that went through the network."""
+
+
+class BlockInference:
+    """Runs blocks one after the other through one engine; serves one thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: EngineRequest,
+        *,
+        scaling: Scaling,
+        window_name: Window,
+        activation: Literal["none", "sigmoid", "softmax"],
+        skip_blank: bool,
+    ) -> None:
+        """Prepare what all blocks share.
+
+        Args:
+            engine: the network, loaded with `request`.
+            request: what the engine was asked for.
+            scaling: how raw input becomes float32; see `scaling_for`.
+            window_name: blending weights of one output patch.
+            activation: what acts on each patch before it is weighted.
+            skip_blank: do not run patches whose raw input is all zero.
+        """
+        self._engine = engine
+        self._request = request
+        self._scaling = scaling
+        self._activation = activation
+        self._skip_blank = skip_blank
+        output_shape = subtract(subtract(request.patch_shape, request.crop), request.crop)
+        z, y, x = (window(window_name, length) for length in output_shape)
+        self._vectors: Vectors = (z, y, x)
+        self._window = engine.arrays.window(self._vectors)
+
+    def run(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> Inferred:
+        """Return the finished core of one block.
+
+        Args:
+            block: where its patches are.
+            source_czyx: raw input over `block.input_box`, padded.
+            mask_zyx: wanted voxels of `block.output_box`, or None for all.
+            out_dtype: dtype of the output.
+
+        Raises:
+            BlockError: the result holds NaN or inf.
+        """
+        arrays = self._engine.arrays
+        boxes = self._wanted(block, source_czyx, mask_zyx)
+        total_shape = self._request.out_channels, *block.core.shape
+        source = total_czyx = None
+        num_patches = 0
+        while batch := list(islice(boxes, self._request.batch_size)):
+            if source is None:
+                source = arrays.upload(source_czyx)
+                # float32 output is the total itself, still being written when the next block runs.
+                total_czyx = arrays.zeros(total_shape, reuse=out_dtype != np.float32)
+            self._accumulate(block, source, batch, total_czyx)
+            num_patches += len(batch)
+        if total_czyx is None:
+            return Inferred(core_czyx=np.zeros(total_shape, dtype=out_dtype), num_patches=0)
+        core_mask_zyx = None
+        if mask_zyx is not None:
+            core_mask_zyx = mask_zyx[block.core.slices(block.output_box.start)]
+        finished = self._finish(block, total_czyx, core_mask_zyx, out_dtype)
+        return Inferred(core_czyx=arrays.download(finished), num_patches=num_patches)
+
+    def _wanted(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+    ) -> Iterator[Box]:
+        """Yield the output boxes of the patches that must run, in lattice order."""
+        for box in block.patches():
+            if mask_zyx is not None and not mask_zyx[box.slices(block.output_box.start)].any():
+                continue
+            if self._skip_blank:
+                seen = self._input_slices(block, box)
+                if is_blank(source_czyx[(slice(None), *seen)]):
+                    continue
+            yield box
+
+    def _input_slices(self, block: Block, box: Box) -> Slices:
+        """Return where the input of an output box is in the block's source."""
+        return box.grow(block.crop).slices(block.input_box.start)
+
+    def _accumulate(
+        self, block: Block, source: DeviceArray, boxes: Sequence[Box], total_czyx: DeviceArray
+    ) -> None:
+        """Run one batch and add its weighted output to the core's total."""
+        arrays = self._engine.arrays
+        batch_nczyx = arrays.gather(
+            source,
+            [self._input_slices(block, box) for box in boxes],
+            patch_shape=self._request.patch_shape,
+            batch_size=self._request.batch_size,
+            scaling=self._scaling,
+        )
+        output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
+        for box, patch_czyx in zip(boxes, output_nczyx, strict=False):
+            # Only the core is kept: what falls outside belongs to other blocks.
+            inner = box.intersect(block.core)
+            where, part = inner.slices(block.core.start), inner.slices(box.start)
+            arrays.add_weighted(total_czyx, where, patch_czyx, part, self._window)
+
+    def _finish(
+        self,
+        block: Block,
+        total_czyx: DeviceArray,
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> DeviceArray:
+        """Divide by the sum of weights, mask, check and quantise, slab by slab."""
+        arrays = self._engine.arrays
+        z, y, x = (
+            sum_of_windows(starts, weights, start, stop)
+            for starts, weights, start, stop in zip(
+                block.starts, self._vectors, block.core.start, block.core.stop, strict=True
+            )
+        )
+        result = total_czyx
+        if out_dtype != np.float32:
+            result = arrays.empty(tuple(total_czyx.shape), out_dtype)
+        for slab in _slabs(tuple(total_czyx.shape), arrays.slab_nbytes):
+            part = (slice(None), *slab.slices())
+            in_z, in_y, in_x = slab.slices()
+            total = total_czyx[part]
+            arrays.divide(total, (z[in_z], y[in_y], x[in_x]))
+            if mask_zyx is not None:
+                arrays.apply_mask(total, mask_zyx[slab.slices()])
+            if not arrays.is_finite(total):
+                raise BlockError(
+                    f"block {block.index}, {block.core}: the result holds NaN or inf near "
+                    f"{slab.translate(block.core.start)}; look at the input there, and at whether "
+                    "the network is sound for it"
+                )
+            if result is not total_czyx:
+                arrays.quantise(total, result[part])
+        return result
+
+
+def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
+    """Return how raw input of a dtype becomes the network's float32.
+
+    Integers are divided by the maximum of their dtype; bool and floats are taken as they are;
+    `normalize` replaces both.
+
+    Raises:
+        UserError: the dtype is not a number that float32 can stand for.
+    """
+    if dtype.kind not in "buif":
+        raise UserError(
+            f"input of type {dtype} cannot be fed to a network; expected integers or floats",
+            key="input.volume",
+        )
+    if normalize is not None:
+        return Scaling(clip=normalize.clip, subtract=normalize.subtract, divide=normalize.divide)
+    if dtype.kind in "ui":
+        return Scaling(divide=float(np.iinfo(dtype).max))
+    return Scaling()
+
+
+def check_engine(engine: Engine, request: EngineRequest) -> None:
+    """Run one real batch through the network before any block depends on it.
+
+    Raises:
+        ModelError: the network fails, returns another shape than was asked for, or NaN or inf.
+    """
+    shape = request.in_channels, *request.patch_shape
+    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole: Slices = slice(None), slice(None), slice(None)
+    arrays = engine.arrays
+    batch_nczyx = arrays.gather(
+        arrays.upload(texture_czyx),
+        [whole] * request.batch_size,
+        patch_shape=request.patch_shape,
+        batch_size=request.batch_size,
+        scaling=_BYTE,
+    )
+    try:
+        output_nczyx = engine.infer(batch_nczyx)
+    except UserError:
+        raise
+    except Exception as error:
+        raise engine.explain(error) from error
+    if not arrays.is_finite(output_nczyx):
+        raise ModelError(
+            "the network returned NaN or inf for an ordinary texture with values in [0, 1]; its "
+            "weights may be damaged, or belong to another network",
+            key="model.weights",
+        )
+
+
+def is_blank(patch_czyx: npt.NDArray[Any]) -> bool:
+    """Return whether every voxel is zero, at little cost when some are not."""
+    sparse = patch_czyx[:, ::_BLANK_STEP, ::_BLANK_STEP, ::_BLANK_STEP]
+    if sparse.any():
+        return False
+    return not any(slice_yx.any() for slice_zyx in patch_czyx for slice_yx in slice_zyx)
+
+
+def _slabs(total_shape: tuple[int, ...], nbytes: int) -> Grid:
+    """Return parts of a core that hold about `nbytes` of float32: whole rows, then whole slices."""
+    num_channels, num_z, num_y, num_x = total_shape
+    num_rows = max(1, nbytes // (4 * num_channels * num_x))
+    step = max(1, num_rows // num_y), min(num_rows, num_y), num_x
+    return Grid(
+        origin=(0, 0, 0), step=step, bounds=Box(start=(0, 0, 0), stop=(num_z, num_y, num_x))
+    )

@@ -1,0 +1,389 @@
+"""The durable record of a run: `journal.jsonl`, append-only, one writer, any number of readers.
+
+Knows no scheduler and no MPI. A line is written only for bytes that are already durable, so losing
+the last lines costs work, never correctness.
+
+    {"format":"mpichunk-journal-1","fingerprint":{...},"num_blocks":500,"versions":{...},...}
+    {"start":{"time":1760000000.0,"num_done":0,"num_ranks":4,...}}        each start of the run
+    {"stage":"blocks","block":0,"state":"done","core":[[0,0,0],[64,64,64]],"rank":1,...}
+    {"stage":"blocks","block":7,"state":"retry",...,"error":"BlockError","message":"..."}
+
+The last line about a block counts; a state other than `done` and `failed` means: to be computed.
+A line that does not end with a brace and a newline was torn by a crash and does not exist.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.errors import JournalError
+from mpichunk.geometry import Box, triple
+from mpichunk.messages import Done, Failed, Record, State
+
+NAME = "journal.jsonl"
+FORMAT = "mpichunk-journal-1"
+CHUNK_NBYTES = 16 << 20
+
+# Stage, block and state come first so that a resume need not parse the rest: 10 million lines take
+# 8 s this way and over a minute as JSON.
+_LINE = re.compile(rb'\{"stage":"blocks","block":(\d+),"state":"(\w+)"[^\n]*\}\n')
+_STATES = {b"done": State.DONE, b"failed": State.FAILED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A block that has been tried as often as allowed."""
+
+    block: int
+    """Index in the plan."""
+
+    core: Box
+    """What it would have written."""
+
+    rank: int
+    """Where it was tried last."""
+
+    host: str
+    """Where that rank ran."""
+
+    attempt: int
+    """How often it was tried."""
+
+    error: str
+    """Kind of error."""
+
+    message: str
+    """What the user is told."""
+
+
+class Journal:
+    """The writer: lines are collected by `append_*` and made durable together by `sync`."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        header: Mapping[str, Any],
+        states: npt.NDArray[np.uint8],
+        clock: Callable[[], float],
+    ) -> None:
+        self.header = header
+        """The first line."""
+
+        self.states = states
+        """(num_blocks,) the `State` of each block when the journal was opened."""
+
+        self._file = file
+        self._clock = clock
+        self._lines: list[bytes] = []
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: Path,
+        *,
+        num_blocks: int,
+        fingerprint: Mapping[str, Any],
+        versions: Mapping[str, str],
+        fresh: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> "Journal":
+        """Open the journal of a run directory to append to it, or begin a new one.
+
+        Args:
+            run_dir: Created if it is not there.
+            num_blocks: Length of the plan.
+            fingerprint: What the result depends on, JSON values by name.
+            versions: Versions of libraries, by name.
+            fresh: Set an existing journal aside under another name.
+            clock: Seconds since the epoch, for the `time` of each line.
+
+        Raises:
+            JournalError: it belongs to a run of another fingerprint, or cannot be written.
+        """
+        path = run_dir / NAME
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                set_aside(path)
+            header = read_header(path)
+            if header is None:
+                header = _write_header(path, num_blocks, fingerprint, versions, clock())
+            _check_same_run(path, header, num_blocks, fingerprint)
+            states = np.zeros(num_blocks, np.uint8)
+            end = scan(path, states)
+            file = path.open("r+b", buffering=0)
+            # What a crash left after the last whole line would be glued to the next one.
+            file.truncate(end)
+            file.seek(end)
+        except OSError as error:
+            raise JournalError(
+                f"{error.filename or path}: the journal cannot be written: {error.strerror}; "
+                "choose a run_dir on a file system that this job may write to",
+                key="run_dir",
+            ) from error
+        return cls(file, header=header, states=states, clock=clock)
+
+    def append_start(self, facts: Mapping[str, Any]) -> None:
+        """Note that the run starts here; `facts` are JSON values such as num_ranks and hosts."""
+        num_done = int(np.count_nonzero(self.states == State.DONE))
+        self._append({"start": {"time": self._time, "num_done": num_done, **facts}})
+
+    def append_beat(self, facts: Mapping[str, Any]) -> None:
+        """Note that the run is alive; `facts` are JSON values such as num_leased."""
+        self._append({"beat": {"time": self._time, **facts}})
+
+    def append(self, record: Record, state: str, *, core: Box, rank: int, host: str) -> None:
+        """Note what has become of a block: `done`, `failed`, or `retry` if it is tried again."""
+        line: dict[str, Any] = {
+            "stage": "blocks",
+            "block": record.lease.block,
+            "state": state,
+            "core": [core.start, core.stop],
+            "rank": rank,
+            "host": host,
+            "attempt": record.lease.attempt,
+            "time": self._time,
+        }
+        match record:
+            case Done():
+                line["seconds"] = {stage: round(s, 4) for stage, s in record.seconds.items()}
+                line["num_patches"] = record.num_patches
+                line["checksum"] = record.checksum
+            case Failed():
+                line["error"] = record.error
+                line["message"] = record.message
+        self._append(line)
+
+    def sync(self) -> None:
+        """Make every line appended so far durable.
+
+        Raises:
+            OSError: it could not be written; the file is left as it was at the last `sync`.
+        """
+        if not self._lines:
+            return
+        end = self._file.tell()
+        try:
+            _write_durably(self._file, b"".join(self._lines))
+        except OSError:
+            self._file.truncate(end)
+            self._file.seek(end)
+            raise
+        self._lines.clear()
+
+    def close(self) -> None:
+        """Make the last lines durable and close the file."""
+        self.sync()
+        self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _time(self) -> float:
+        return round(self._clock(), 3)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._lines.append(_encode(line))
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """Return the first line, or None if there is no journal or its first line was torn.
+
+    Raises:
+        JournalError: the file is something else.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise JournalError(
+            f"{path}: its first line is not that of a journal of format {FORMAT}; "
+            "choose another run_dir, or set the file aside with --fresh",
+            key="run_dir",
+        )
+    return header
+
+
+def scan(path: Path, states: npt.NDArray[np.uint8], start: int = 0) -> int:
+    """Bring `states` up to date with the lines from byte `start` on; return where they end.
+
+    May be called while a run writes, again and again from where the last call ended.
+
+    Raises:
+        JournalError: a line names a block that the plan does not have.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        for lines in _whole_lines(file):
+            start += len(lines)
+            found = _LINE.findall(lines)
+            blocks = np.array([int(block) for block, _ in found], np.int64)
+            if len(blocks) and blocks.max() >= len(states):
+                raise JournalError(
+                    f"{path}: names block {blocks.max()}, but the plan has {len(states)} blocks",
+                    key="run_dir",
+                )
+            # Of equal indices the last one counts.
+            states[blocks] = [_STATES.get(state, State.PENDING) for _, state in found]
+    return start
+
+
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """Return what was noted at each start of the run, the last one last."""
+    return [json.loads(line)["start"] for line in _lines_with(path, b'{"start":')]
+
+
+def read_last_beat(path: Path) -> dict[str, Any]:
+    """Return what was noted at the last sign of life, {} if there was none."""
+    beats = [json.loads(line)["beat"] for line in _lines_with(path, b'{"beat":')]
+    return beats[-1] if beats else {}
+
+
+def read_failures(path: Path, states: npt.NDArray[np.uint8]) -> list[Failure]:
+    """Return the blocks that `states` calls failed, with causes, in plan order."""
+    failures: dict[int, Failure] = {}
+    for line in _lines_with(path, b',"state":"failed",'):
+        found = json.loads(line)
+        block = found["block"]
+        if states[block] == State.FAILED:
+            start, stop = found["core"]
+            core = Box(start=triple(start), stop=triple(stop))
+            names = ("rank", "host", "attempt", "error", "message")
+            failures[block] = Failure(block=block, core=core, **{n: found[n] for n in names})
+    return [failures[block] for block in sorted(failures)]
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a journal so that a new one can begin; return its new path, None if there is none."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_suffix(f".{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def changed_versions(header: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """Return a line for each library whose version is not that of the journal's header."""
+    return [
+        f"{name} {old} when the run began, now {versions[name]}"
+        for name, old in header["versions"].items()
+        if name in versions and versions[name] != old
+    ]
+
+
+def _write_header(
+    path: Path,
+    num_blocks: int,
+    fingerprint: Mapping[str, Any],
+    versions: Mapping[str, str],
+    now: float,
+) -> dict[str, Any]:
+    """Begin a new journal; return its header."""
+    parts = _as_json(fingerprint)
+    header = {
+        "format": FORMAT,
+        "fingerprint": {"sha256": hashlib.sha256(_encode(parts)).hexdigest(), "parts": parts},
+        "num_blocks": num_blocks,
+        "versions": dict(versions),
+        "time": round(now, 3),
+    }
+    with path.open("wb", buffering=0) as file:
+        _write_durably(file, _encode(header))
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return header
+
+
+def _check_same_run(
+    path: Path, header: Mapping[str, Any], num_blocks: int, fingerprint: Mapping[str, Any]
+) -> None:
+    """Refuse a journal whose blocks would not hold the same values."""
+    old = {**header["fingerprint"]["parts"], "number of blocks": header["num_blocks"]}
+    new = {**_as_json(fingerprint), "number of blocks": num_blocks}
+    differing = [
+        f"  {key}: {_short(old.get(key))} then, {_short(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differing:
+        raise JournalError(
+            f"{path} belongs to a run with other settings:\n"
+            + "\n".join(differing)
+            + "\ntake these back, choose another run_dir, or start over with --fresh",
+            key="run_dir",
+        )
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the rest of a file in big pieces, each of whole lines; drop a torn last line."""
+    rest = b""
+    while piece := file.read(CHUNK_NBYTES):
+        end = piece.rfind(b"\n") + 1
+        if end:
+            yield rest + piece[:end]
+            rest = piece[end:]
+        else:
+            rest += piece
+
+
+def _lines_with(path: Path, marker: bytes) -> Iterator[bytes]:
+    """Yield the lines that contain `marker`; much quicker than looking at every line."""
+    with path.open("rb") as file:
+        for lines in _whole_lines(file):
+            at = lines.find(marker)
+            while at >= 0:
+                end = lines.index(b"\n", at)
+                line = lines[lines.rfind(b"\n", 0, at) + 1 : end]
+                if line.endswith(b"}"):
+                    yield line
+                at = lines.find(marker, end)
+
+
+def _write_durably(file: BinaryIO, text: bytes) -> None:
+    """Write all of `text` and return when it is on disk."""
+    rest = memoryview(text)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
+
+
+def _encode(value: Any) -> bytes:
+    """Return one line of compact JSON."""
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _as_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a journal will give back for `fingerprint`: lists for tuples, keys in order."""
+    parts: dict[str, Any] = json.loads(json.dumps(dict(fingerprint), sort_keys=True))
+    return parts
+
+
+def _short(value: Any) -> str:
+    """Return a value as few enough words to be told."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

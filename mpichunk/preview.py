@@ -1,0 +1,56 @@
+"""The `plan` verb: what a run would do and cost, before it is run.
+
+Opens the input's metadata, and nothing else of it; starts neither MPI nor torch.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpichunk.configfile import LoadedConfig, load_config
+from mpichunk.errors import ExitCode, UserError
+from mpichunk.estimate import estimate
+from mpichunk.planreport import plan_json, render_plan
+from mpichunk.startup import Job, masked_blocks, open_config_mask, prepare
+
+MOST_BLOCKS_MASKED = 100_000
+"""Above so many blocks the masked ones are not counted: it would take more than a minute."""
+
+
+def preview(
+    config_path: Path, overrides: Sequence[str], *, num_ranks: int, as_json: bool
+) -> ExitCode:
+    """Print the plan of a config.
+
+    Raises:
+        UserError: the run could not work.
+    """
+    loaded = load_config(config_path, overrides)
+    try:
+        job = prepare(loaded.config)
+        num_masked = _num_masked(job)
+        estimated = estimate(job.plan, job.config, job.volume)
+        arguments = job.plan, job.config, job.volume, estimated
+        if as_json:
+            found = plan_json(*arguments, num_ranks=num_ranks, num_masked=num_masked)
+            print(json.dumps(found, indent=2))
+        else:
+            print(render_plan(*arguments, num_ranks=num_ranks, num_masked=num_masked))
+    except UserError as error:
+        raise located(loaded, error) from error
+    return ExitCode.ALL_DONE
+
+
+def located(loaded: LoadedConfig, error: UserError) -> UserError:
+    """Return the error with the file and line of its key before the message."""
+    if error.key is not None:
+        error.args = (f"{loaded.locate(error.key)}: {error}",)
+    return error
+
+
+def _num_masked(job: Job) -> int | None:
+    """Return how many blocks the mask excludes; None without a mask, or for too many blocks."""
+    mask = open_config_mask(job.config)
+    if mask is None or job.mask_grid is None:
+        return None
+    return masked_blocks(job.plan, job.mask_grid, mask, limit=MOST_BLOCKS_MASKED)

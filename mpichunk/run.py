@@ -1,0 +1,320 @@
+"""The `run` verb: the one place that knows every part, and puts them together in order.
+
+    rank 0          config, volumes, plan                -> every rank
+    every rank      devices and threads                  -> all ranks decide alike
+    rank 0          journal, output, run directory       -> every rank
+    every rank      sees the run directory, opens the output, loads the network, one forward
+    every rank      blocks, until all have ended
+    rank 0          summary, coverage                    -> one exit code
+"""
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.agreement import on_every_rank, on_rank_0
+from mpichunk.backends import get_backend
+from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
+from mpichunk.comm import Communicator, crash_guard, start_mpi
+from mpichunk.configfile import LoadedConfig, load_config
+from mpichunk.coordinator import Coordinator
+from mpichunk.engine import Engine, EngineRequest
+from mpichunk.errors import ExitCode, UserError
+from mpichunk.inference import BlockInference, check_engine, scaling_for
+from mpichunk.journal import Journal, changed_versions
+from mpichunk.launcher import check_world_size
+from mpichunk.logs import close_logs, log_to_file, log_to_terminal
+from mpichunk.loop import Pulse, serve
+from mpichunk.messages import State
+from mpichunk.pipeline import Pipeline, Source
+from mpichunk.progress import Counters, get_display, summarise
+from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.startup import (
+    Job,
+    check_sight,
+    library_versions,
+    open_journal,
+    prepare,
+    threads_of_earlier_start,
+    write_run_files,
+)
+from mpichunk.status import MOST_FAILURES_SHOWN, read_status
+from mpichunk.volume import Reader, Writer, open_output
+from mpichunk.worker import Records, Worker
+
+PROGRESS_SECONDS = 5.0
+"""How often ranks that work contribute to the progress."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What rank 0 sends once the run directory is ready."""
+
+    nonce: str
+    """What every rank must find in the run directory."""
+
+    todo: bytes
+    """A bit per block, packed: whether it is still to be computed."""
+
+
+def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
+    """Run a config, or what an earlier run of it left; return the exit code.
+
+    To be called by every rank. Only rank 0 prints the user's mistakes.
+    """
+    comm = start_mpi()
+    log_to_terminal(comm.rank)
+    with crash_guard(comm):
+        try:
+            return _run(comm, config_path, overrides, fresh=fresh)
+        except UserError as error:
+            if comm.rank == 0:
+                print(f"mpichunk: {error}", file=sys.stderr)
+            return ExitCode.USER_ERROR
+        finally:
+            close_logs()
+
+
+def _run(comm: Communicator, config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
+    """Run it, or raise the same UserError on every rank."""
+    check_world_size(comm.size, os.environ)
+    loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
+    try:
+        return _run_config(comm, loaded, fresh=fresh)
+    except UserError as error:
+        if error.key is not None:
+            error.args = (f"{loaded.locate(error.key)}: {error}",)
+        raise
+
+
+def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int:
+    """Do all that the module's docstring lists."""
+    job = on_rank_0(comm, lambda: prepare(loaded.config))
+    bindings = _bind(comm, job, fresh=fresh)
+    ledger: list[Journal] = []  # the journal, on rank 0 only
+
+    def open_run() -> Start:
+        ledger.append(_open_journal(job, bindings, fresh=fresh))
+        nonce = write_run_files(loaded.config, job)
+        todo = ledger[0].states != State.DONE
+        return Start(nonce=nonce, todo=np.packbits(todo).tobytes())
+
+    start = on_rank_0(comm, open_run)
+    on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
+    log_to_file(job.run_dir, comm.rank)
+    if comm.rank == 0:
+        _log_start(comm, job, bindings, ledger[0])
+    todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
+    if todo.any():
+        _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
+    return on_rank_0(comm, lambda: _conclude(job, ledger[0]))
+
+
+def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
+    """Decide, alike on every rank, where each rank computes."""
+    config = job.config
+    earlier = None
+    if not fresh:
+        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
+    backend = get_backend(config.model.backend)
+    facts = RankFacts(
+        rank=comm.rank,
+        host=comm.host,
+        local_rank=comm.local_rank,
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        num_host_cores=os.cpu_count() or 1,
+        probe=backend.probe(config.compute.device),
+        gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
+    )
+    return bind(
+        comm.allgather(facts),
+        device="cpu" if backend.cpu_only else config.compute.device,
+        threads=config.compute.threads or earlier,
+        share_device=config.compute.share_device,
+    )
+
+
+def _open_journal(job: Job, bindings: Bindings, *, fresh: bool) -> Journal:
+    """Open the journal, on rank 0."""
+    on_cpu = bindings.ranks[0].device == "cpu"
+    return open_journal(
+        job,
+        device_kinds=bindings.device_kinds,
+        # On an accelerator the number of CPU threads does not touch the result.
+        threads=bindings.ranks[0].threads if on_cpu else None,
+        fresh=fresh,
+    )
+
+
+def _log_start(comm: Communicator, job: Job, bindings: Bindings, journal: Journal) -> None:
+    """Tell what is about to run, and note it in the journal."""
+    ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
+    for line in bindings.table.splitlines():
+        log.info("%s", line)
+    changed = changed_versions(journal.header, library_versions())
+    for warning in (*job.config.warnings(), *bindings.warnings, *changed):
+        log.warning("%s", warning)
+    journal.append_start(
+        {
+            "num_ranks": comm.size,
+            "hosts": sorted({binding.host for binding in bindings.ranks}),
+            "device_kinds": list(bindings.device_kinds),
+            "threads": bindings.ranks[0].threads,
+        }
+    )
+    journal.sync()
+
+
+def _compute(
+    comm: Communicator,
+    job: Job,
+    bindings: Bindings,
+    todo: npt.NDArray[np.bool_],
+    journal: Journal | None,
+) -> None:
+    """Compute the blocks still to do: this rank's part of it, until all ranks have ended."""
+    config = job.config
+    request = _request(job, bindings.ranks[comm.rank])
+    source, writer, engine = on_every_rank(comm, lambda: _open_and_load(job, request))
+    if comm.rank == 0:
+        log.info("network: %s", engine.info)
+    inference = BlockInference(
+        engine,
+        request,
+        scaling=scaling_for(job.volume.dtype, config.input.normalize),
+        window_name=config.patch.window,
+        activation=config.model.activation,
+        skip_blank=config.model.skip_blank,
+    )
+    records: Records = queue.SimpleQueue()
+    wake = threading.Event()
+    counters = Counters()
+    started = time.monotonic()
+    display = get_display(
+        rank=comm.rank,
+        size=comm.size,
+        num_blocks=len(todo),
+        num_before=len(todo) - int(np.count_nonzero(todo)),
+        start=started,
+        stream=sys.stderr,
+    )
+    own_blocks: Iterable[int] = ()
+    if config.schedule.mode == "static":
+        own_blocks = static_blocks(todo, comm.size, comm.rank)
+    pipeline = Pipeline(
+        plan=job.plan,
+        source=source,
+        inference=inference,
+        writer=writer,
+        num_channels=config.model.out_channels,
+        dtype=job.output.dtype,
+        records=records,
+        wake=wake,
+    )
+    with pipeline:
+        serve(
+            comm,
+            Worker(pipeline, records, counters, own_blocks=own_blocks),
+            _coordinator(job, bindings, todo, journal) if journal is not None else None,
+            Pulse(comm, counters, display, interval=PROGRESS_SECONDS),
+            wake=wake,
+        )
+    display.close()
+    vectors = comm.gather(counters.vector)
+    if vectors is not None:
+        _log_summary(np.array(vectors), todo, time.monotonic() - started)
+
+
+def _request(job: Job, binding: Binding) -> EngineRequest:
+    """Return what this rank's engine must do."""
+    config = job.config
+    return EngineRequest(
+        patch_shape=config.patch.shape,
+        crop=config.patch.crop,
+        batch_size=config.patch.batch_size,
+        in_channels=job.volume.num_channels,
+        out_channels=config.model.out_channels,
+        threads=binding.threads,
+        precision=config.compute.precision,
+        device=binding.device,
+        deterministic=config.compute.deterministic,
+    )
+
+
+def _open_and_load(job: Job, request: EngineRequest) -> tuple[Source, Writer, Engine]:
+    """Open the volumes as this rank sees them, load the network, and run one batch through it.
+
+    Raises:
+        UserError: this rank cannot open a volume, or the network does not load or does not fit.
+    """
+    mask = None
+    if job.mask_handle is not None:
+        mask = Reader.reopen(job.mask_handle, num_threads=request.threads)
+    source = Source(
+        volume=Reader.reopen(job.volume_handle, num_threads=request.threads),
+        pad=job.config.input.pad,
+        mask=mask,
+        mask_grid=job.mask_grid,
+    )
+    writer = open_output(job.output, num_threads=request.threads)
+    engine = get_backend(job.config.model.backend).load(job.config.model, request)
+    check_engine(engine, request)
+    return source, writer, engine
+
+
+def _coordinator(
+    job: Job, bindings: Bindings, todo: npt.NDArray[np.bool_], journal: Journal
+) -> Coordinator:
+    """Return rank 0's second role."""
+    schedule = job.config.schedule
+    scheduler = Scheduler(
+        len(job.plan),
+        size=len(bindings.ranks),
+        done=~todo,
+        mode=schedule.mode,
+        max_attempts=schedule.max_attempts,
+    )
+    grid = job.plan.grid
+    hosts = [binding.host for binding in bindings.ranks]
+    return Coordinator(scheduler, journal, core_of=grid.__getitem__, hosts=hosts)
+
+
+def _log_summary(
+    vectors: npt.NDArray[np.float64], todo: npt.NDArray[np.bool_], seconds: float
+) -> None:
+    """Tell what all ranks have done."""
+    num_before = len(todo) - int(np.count_nonzero(todo))
+    summary = summarise(vectors, num_blocks=len(todo), num_before=num_before, seconds=seconds)
+    for line in summary.splitlines():
+        log.info("%s", line)
+
+
+def _conclude(job: Job, journal: Journal) -> ExitCode:
+    """Close the journal, read it once more, and let what it proves decide the exit code."""
+    journal.close()
+    found = read_status(job.run_dir, now=time.time())
+    if found.exit_code == ExitCode.ALL_DONE:
+        log.info("all %d blocks are done", found.num_blocks)
+    for failure in found.failures[:MOST_FAILURES_SHOWN]:
+        log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)
+    if found.num_failed:
+        log.error(
+            "%d of %d blocks failed; `python -m mpichunk status` lists them, running again tries "
+            "them again",
+            found.num_failed,
+            found.num_blocks,
+        )
+    return found.exit_code

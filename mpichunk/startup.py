@@ -1,0 +1,262 @@
+"""What rank 0 prepares before any block is leased, and how every rank proves that it sees it.
+
+Opens volumes, plans, writes the run directory. Knows no communicator: `run` says which rank calls
+what.
+"""
+
+import json
+import platform
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpichunk import __version__, journal
+from mpichunk.backends import get_backend
+from mpichunk.config import Config
+from mpichunk.configfile import dump_config
+from mpichunk.errors import JournalError, LaunchError
+from mpichunk.estimate import estimate
+from mpichunk.fingerprint import make_fingerprint
+from mpichunk.geometry import Box
+from mpichunk.journal import Journal
+from mpichunk.masking import MaskGrid
+from mpichunk.plan import Plan
+from mpichunk.planreport import plan_json
+from mpichunk.volume import OutputSpec, Reader, create_output, open_input
+from mpichunk.volumeinfo import VolumeInfo
+
+NONCE_NAME = ".nonce"
+"""File in the run directory by which ranks prove that they see the same one."""
+
+SIGHT_SECONDS = 30.0
+"""How long a network file system may take to show a file to another host."""
+
+RECORDED_LIBRARIES = ("numpy", "tensorstore", "torch", "mpi4py", "h5py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What rank 0 has read and decided, small enough to send to every rank."""
+
+    config: Config
+    """The effective config."""
+
+    plan: Plan
+    """All blocks."""
+
+    volume: VolumeInfo
+    """The input."""
+
+    volume_handle: dict[str, Any]
+    """How other ranks open the input without reading its metadata again."""
+
+    mask: VolumeInfo | None
+    """The mask, if there is one."""
+
+    mask_handle: dict[str, Any] | None
+    """As `volume_handle`."""
+
+    mask_grid: MaskGrid | None
+    """How the mask lies over the output."""
+
+    output: OutputSpec
+    """What is written."""
+
+    run_dir: Path
+    """Absolute path of the run directory."""
+
+
+def prepare(config: Config) -> Job:
+    """Open the input and the mask, and plan.
+
+    Raises:
+        UserError: a volume cannot be opened or does not fit.
+    """
+    reader = open_config_input(config)
+    plan = Plan.from_config(config, reader.info.domain)
+    mask_reader = open_config_mask(config)
+    mask_grid = None
+    if config.mask is not None and mask_reader is not None:
+        mask_grid = MaskGrid.between(reader.info, mask_reader.info, invert=config.mask.invert)
+    return Job(
+        config=config,
+        plan=plan,
+        volume=reader.info,
+        volume_handle=reader.handle(),
+        mask=None if mask_reader is None else mask_reader.info,
+        mask_handle=None if mask_reader is None else mask_reader.handle(),
+        mask_grid=mask_grid,
+        output=output_spec(config, plan, reader.info),
+        run_dir=Path(config.run_dir),
+    )
+
+
+def open_config_input(config: Config) -> Reader:
+    """Open the input that a config names."""
+    section = config.input
+    return open_input(
+        section.volume,
+        mip=section.mip,
+        dataset=section.dataset,
+        voxel_size=section.voxel_size,
+        voxel_offset=section.voxel_offset,
+    )
+
+
+def open_config_mask(config: Config) -> Reader | None:
+    """Open the mask that a config names, if it names one."""
+    section = config.mask
+    if section is None:
+        return None
+    return open_input(
+        section.volume,
+        mip=section.mip,
+        dataset=section.dataset,
+        voxel_size=section.voxel_size,
+        voxel_offset=section.voxel_offset,
+        key="mask",
+    )
+
+
+def output_spec(config: Config, plan: Plan, volume: VolumeInfo) -> OutputSpec:
+    """Return what the output volume must be."""
+    return OutputSpec(
+        volume=config.output.volume,
+        domain=plan.output_domain,
+        num_channels=config.model.out_channels,
+        dtype=np.dtype(config.output.dtype),
+        chunk_shape=config.chunk_shape,
+        shard_shape=config.output.shard_shape,
+        voxel_size=volume.voxel_size,
+    )
+
+
+def threads_of_earlier_start(run_dir: Path) -> int | None:
+    """Return the CPU threads per rank that a run began with, None for a new run.
+
+    They enter the result, so a resumed run keeps them, however many cores it has now.
+    """
+    header = journal.read_header(run_dir / journal.NAME)
+    if header is None:
+        return None
+    threads: int | None = header["fingerprint"]["parts"].get("compute.threads")
+    return threads
+
+
+def open_journal(
+    job: Job, *, device_kinds: Sequence[str], threads: int | None, fresh: bool
+) -> Journal:
+    """Open or begin the journal of this run.
+
+    Raises:
+        JournalError: it belongs to a run of another fingerprint.
+        ModelError: a file of the network is missing.
+    """
+    fingerprint = make_fingerprint(
+        job.config,
+        volume=job.volume,
+        mask=job.mask,
+        model_files=get_backend(job.config.model.backend).model_files(job.config.model),
+        device_kind=" + ".join(sorted(device_kinds)),
+        threads=threads,
+    )
+    return Journal.open(
+        job.run_dir,
+        num_blocks=len(job.plan),
+        fingerprint=fingerprint,
+        versions=library_versions(),
+        fresh=fresh,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what computes and stores, without importing any of it."""
+    versions = {"mpichunk": __version__, "python": platform.python_version()}
+    for name in RECORDED_LIBRARIES:
+        versions[name] = metadata.version(name)
+    return versions
+
+
+def write_run_files(config: Config, job: Job) -> str:
+    """Create the output and write the run directory's files; return the nonce in it.
+
+    Raises:
+        VolumeError: the output exists and differs, or cannot be created.
+        JournalError: the run directory cannot be written.
+    """
+    sources = [job.volume] if job.mask is None else [job.volume, job.mask]
+    create_output(job.output, sources=sources)
+    nonce = secrets.token_hex(16)
+    try:
+        _replace(job.run_dir / "config.yaml", dump_config(config))
+        _replace(job.run_dir / "plan.json", json.dumps(plan_json(job.plan, config, job.volume, estimate(job.plan, config, job.volume)), indent=2) + "\n")
+        _replace(job.run_dir / NONCE_NAME, nonce)
+    except OSError as error:
+        raise JournalError(
+            f"{error.filename}: cannot be written: {error.strerror}; choose a run_dir on a file "
+            "system that this job may write to",
+            key="run_dir",
+        ) from error
+    return nonce
+
+
+def check_sight(
+    run_dir: Path,
+    nonce: str,
+    *,
+    host: str,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Prove that this rank sees the run directory that rank 0 has just written.
+
+    Raises:
+        LaunchError: it does not, also after the time that a network file system may take.
+    """
+    path = run_dir / NONCE_NAME
+    end = clock() + SIGHT_SECONDS
+    while True:
+        # Listing the directory makes NFS look again.
+        seen = path.read_text() if run_dir.is_dir() and NONCE_NAME in _names(run_dir) else None
+        if seen == nonce:
+            return
+        if clock() > end:
+            found = "another one is there" if seen else "it is not there"
+            raise LaunchError(
+                f"host {host} does not see the run directory {run_dir} of rank 0: {found}. Every "
+                "rank needs it: choose a run_dir on a file system that all nodes share",
+                key="run_dir",
+            )
+        sleep(0.2)
+
+
+def masked_blocks(plan: Plan, grid: MaskGrid, mask: Reader, *, limit: int) -> int | None:
+    """Count the blocks that the mask excludes, or return None for more than `limit` blocks."""
+    if len(plan) > limit:
+        return None
+    return sum(not _is_wanted(grid, mask, core) for core in plan.grid)
+
+
+def _is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
+    """Return whether the mask wants any voxel of a core."""
+    inside = grid.source_box(core)
+    values = np.zeros((1, *inside.shape)) if inside.is_empty else mask.read(inside).result()
+    return grid.wants_any(values, inside, core)
+
+
+def _names(directory: Path) -> set[str]:
+    """Return the names in a directory."""
+    return {path.name for path in directory.iterdir()}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that readers never see half of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)

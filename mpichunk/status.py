@@ -1,0 +1,179 @@
+"""How far a run is, from its run directory alone: also while it runs, also after it died.
+
+Reads the journal; knows no MPI, no network and no volume.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpichunk import journal
+from mpichunk.configfile import load_config
+from mpichunk.errors import ExitCode, JournalError
+from mpichunk.messages import State
+
+WATCH_SECONDS = 2.0
+"""How often `--watch` looks again."""
+
+QUIET_SECONDS = 150.0
+"""A run that has written nothing for so long is taken not to run: it beats every 30 s."""
+
+MOST_FAILURES_SHOWN = 20
+"""Failed blocks that the text lists; JSON lists all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """What the journal proves."""
+
+    run_dir: str
+    """Where it was read."""
+
+    num_blocks: int
+    """Blocks of the plan."""
+
+    num_done: int
+    """Blocks whose bytes are durably written."""
+
+    num_running: int
+    """Blocks that ranks held at the last sign of life; 0 when the run does not run."""
+
+    num_failed: int
+    """Blocks tried as often as allowed."""
+
+    num_ranks: int
+    """Ranks of the latest start."""
+
+    is_alive: bool
+    """Whether the run has given a sign of life lately."""
+
+    blocks_per_second: float | None
+    """Pace since the latest start; None before the first block."""
+
+    seconds_left: float | None
+    """What is left at that pace; None when it is not known or not running."""
+
+    failures: tuple[journal.Failure, ...]
+    """The failed blocks, with causes."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What `--check` exits with."""
+        if self.num_done == self.num_blocks:
+            return ExitCode.ALL_DONE
+        is_over = self.num_done + self.num_failed == self.num_blocks
+        return ExitCode.BLOCKS_FAILED if is_over else ExitCode.DRAINED
+
+
+def status(
+    config_path: Path, overrides: Sequence[str], *, as_json: bool, watch: bool, check: bool
+) -> ExitCode:
+    """Print how far the run of a config is.
+
+    Raises:
+        UserError: the config cannot be read, or the run has never been started.
+    """
+    run_dir = Path(load_config(config_path, overrides).config.run_dir)
+    while True:
+        found = read_status(run_dir, now=time.time())
+        print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
+        if not watch or not found.is_alive:
+            return found.exit_code if check else ExitCode.ALL_DONE
+        time.sleep(WATCH_SECONDS)
+
+
+def read_status(run_dir: Path, *, now: float) -> RunStatus:
+    """Read the journal of a run directory; `now` in seconds since the epoch.
+
+    Raises:
+        JournalError: there is no journal, or the file is none.
+    """
+    path = run_dir / journal.NAME
+    header = journal.read_header(path)
+    if header is None:
+        raise JournalError(
+            f"{path} does not exist: this config has not been run yet; start it with "
+            "`python -m mpichunk run`",
+            key="run_dir",
+        )
+    states = np.zeros(header["num_blocks"], np.uint8)
+    journal.scan(path, states)
+    counts = np.bincount(states, minlength=len(State))
+    num_done, num_failed = int(counts[State.DONE]), int(counts[State.FAILED])
+    start = (journal.read_starts(path) or [{}])[-1]
+    beat = journal.read_last_beat(path)
+    last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
+    is_over = num_done + num_failed == header["num_blocks"] or bool(beat.get("ended"))
+    is_alive = not is_over and now - last_time < QUIET_SECONDS
+    pace = _pace(start, num_done, last_time)
+    return RunStatus(
+        run_dir=str(run_dir),
+        num_blocks=header["num_blocks"],
+        num_done=num_done,
+        num_running=int(beat.get("num_leased", 0)) if is_alive else 0,
+        num_failed=num_failed,
+        num_ranks=int(start.get("num_ranks", 0)),
+        is_alive=is_alive,
+        blocks_per_second=pace,
+        seconds_left=(header["num_blocks"] - num_done) / pace if pace and is_alive else None,
+        failures=tuple(journal.read_failures(path, states)),
+    )
+
+
+def _pace(start: dict[str, Any], num_done: int, last_time: float) -> float | None:
+    """Return blocks per second since a start, None before the first block."""
+    num_new = num_done - start.get("num_done", 0)
+    seconds = last_time - start.get("time", last_time)
+    return num_new / seconds if num_new > 0 and seconds > 0 else None
+
+
+def _as_json(found: RunStatus) -> dict[str, Any]:
+    """Return the status as JSON values."""
+    return asdict(found) | {"exit_code": int(found.exit_code)}
+
+
+def _text(found: RunStatus) -> str:
+    """Return the status as a few lines."""
+    share = found.num_done / found.num_blocks
+    left = found.num_blocks - found.num_done - found.num_failed
+    lines = [
+        f"run      {found.run_dir}",
+        f"blocks   {found.num_done} of {found.num_blocks} done ({share:.1%}), "
+        f"{found.num_running} running, {found.num_failed} failed, {left} to do",
+    ]
+    if found.blocks_per_second:
+        lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
+    if found.seconds_left is not None:
+        lines.append(f"left     {_duration(found.seconds_left)}")
+    lines.append(f"state    {_state(found)}")
+    for failure in found.failures[:MOST_FAILURES_SHOWN]:
+        lines.append(
+            f"failed   block {failure.block}, {failure.core}: {failure.message} "
+            f"(attempt {failure.attempt}, rank {failure.rank} on {failure.host})"
+        )
+    if len(found.failures) > MOST_FAILURES_SHOWN:
+        lines.append(f"         and {len(found.failures) - MOST_FAILURES_SHOWN} more: --json")
+    return "\n".join(lines)
+
+
+def _state(found: RunStatus) -> str:
+    """Return what is going on, and what to do next, in words."""
+    if found.is_alive:
+        return "running"
+    if found.exit_code == ExitCode.ALL_DONE:
+        return "complete"
+    if found.exit_code == ExitCode.BLOCKS_FAILED:
+        return "ended with failed blocks; run it again to try those"
+    return "not running; run it again to go on where it stopped"
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

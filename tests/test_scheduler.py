@@ -1,0 +1,306 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from mpichunk.messages import Lease, State
+from mpichunk.scheduler import WINDOW, Scheduler, static_blocks, static_run
+
+
+def drain(scheduler, rank):
+    """Lease and finish all that `rank` can get; return the blocks."""
+    blocks = []
+    while leases := scheduler.lease(rank, 1, 0.0):
+        blocks.append(leases[0].block)
+        assert scheduler.finish(rank, leases[0])
+    return blocks
+
+
+def test_blocks_are_leased_in_plan_order():
+    scheduler = Scheduler(5, size=1)
+    assert [lease.block for lease in scheduler.lease(0, 3, 0.0)] == [0, 1, 2]
+    assert [lease.block for lease in scheduler.lease(0, 3, 0.0)] == [3, 4]
+    assert scheduler.lease(0, 3, 0.0) == ()
+
+
+def test_blocks_done_before_are_not_leased():
+    done = np.array([True, False, True, False, True])
+    scheduler = Scheduler(5, size=1, done=done)
+    assert scheduler.num_done == 3
+    assert drain(scheduler, 0) == [1, 3]
+    assert scheduler.is_finished
+
+
+def test_no_blocks_to_do_is_finished():
+    assert Scheduler(0, size=2).is_finished
+    for mode in ("dynamic", "static"):
+        scheduler = Scheduler(3, size=2, done=np.ones(3, bool), mode=mode)
+        assert scheduler.is_finished
+        assert scheduler.lease(0, 1, 0.0) == ()
+
+
+def test_the_first_to_ask_does_not_take_all_of_a_short_run():
+    scheduler = Scheduler(4, size=4)
+    assert [len(scheduler.lease(rank, 3, 0.0)) for rank in range(4)] == [1, 1, 1, 1]
+
+    scheduler = Scheduler(100, size=4)
+    assert [len(scheduler.lease(rank, 3, 0.0)) for rank in range(4)] == [3, 3, 3, 3]
+
+
+def test_a_rank_without_a_block_always_gets_one_at_the_end():
+    scheduler = Scheduler(3, size=2)
+    first = scheduler.lease(0, 3, 0.0)
+    assert len(first) == 1
+    scheduler.finish(0, first[0])
+    assert len(scheduler.lease(0, 3, 0.0)) == 1
+    assert len(scheduler.lease(1, 3, 0.0)) == 1
+
+
+def test_a_failed_block_goes_to_another_rank_and_then_fails_for_good():
+    scheduler = Scheduler(1, size=2, max_attempts=3)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    assert scheduler.fail(0, lease) == State.PENDING
+    assert scheduler.lease(0, 1, 0.0) == ()
+
+    (lease,) = scheduler.lease(1, 1, 0.0)
+    assert lease == Lease(block=0, attempt=2)
+    assert scheduler.fail(1, lease) == State.PENDING
+
+    # Both have failed on it, so either may try again.
+    (lease,) = scheduler.lease(1, 1, 0.0)
+    assert lease.attempt == 3
+    assert scheduler.fail(1, lease) == State.FAILED
+    assert scheduler.is_finished
+    assert scheduler.failed_blocks().tolist() == [0]
+
+
+def test_a_single_rank_tries_its_failed_blocks_again_after_the_others():
+    scheduler = Scheduler(3, size=1, max_attempts=2)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    scheduler.fail(0, lease)
+    assert drain(scheduler, 0) == [1, 2, 0]
+    assert scheduler.is_finished
+    assert scheduler.num_failed == 0
+
+
+def test_a_late_duplicate_changes_nothing():
+    scheduler = Scheduler(2, size=2, max_attempts=1)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    assert scheduler.finish(0, lease)
+    assert not scheduler.finish(0, lease)
+    assert not scheduler.finish(1, lease)
+    assert scheduler.fail(0, lease) is None
+    assert scheduler.state(0) == State.DONE
+
+
+def test_a_late_result_of_a_block_given_up_counts():
+    scheduler = Scheduler(1, size=2, max_attempts=1)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    scheduler.fail(0, lease)
+    assert scheduler.finish(1, Lease(block=0, attempt=9))
+    assert (scheduler.num_done, scheduler.num_failed) == (1, 0)
+
+
+def test_a_block_finished_while_it_waits_to_be_tried_again_is_not_leased():
+    scheduler = Scheduler(1, size=2)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    scheduler.fail(0, lease)
+    assert scheduler.finish(0, lease)
+    assert scheduler.lease(1, 1, 0.0) == ()
+    assert scheduler.is_finished
+
+
+def test_a_failure_of_someone_else_s_lease_changes_nothing():
+    scheduler = Scheduler(1, size=2)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    assert scheduler.fail(1, lease) is None
+    assert scheduler.fail(0, Lease(block=0, attempt=2)) is None
+    assert scheduler.state(0) == State.LEASED
+
+
+@given(num_todo=st.integers(0, 1000), size=st.integers(1, 70))
+def test_static_runs_are_contiguous_and_equal(num_todo, size):
+    runs = [static_run(num_todo, size, rank) for rank in range(size)]
+    assert [place for run in runs for place in run] == list(range(num_todo))
+    lengths = {len(run) for run in runs}
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 7))
+def test_static_blocks_are_held_by_their_rank_from_the_start(todo, size):
+    todo = np.array(todo, bool)
+    scheduler = Scheduler(len(todo), size=size, done=~todo, mode="static", max_attempts=1)
+    assert scheduler.num_pending == 0
+    for rank in range(size):
+        for block in static_blocks(todo, size, rank).tolist():
+            lease = Lease(block=block, attempt=1)
+            assert scheduler.fail((rank + 1) % size, lease) is None or size == 1
+            if size > 1:
+                assert scheduler.finish(rank, lease)
+    assert scheduler.is_finished
+
+
+def test_static_blocks_that_fail_are_handed_out():
+    scheduler = Scheduler(4, size=2, mode="static")
+    assert scheduler.lease(0, 3, 0.0) == ()
+    assert scheduler.fail(0, Lease(block=1, attempt=1)) == State.PENDING
+    assert scheduler.lease(0, 3, 0.0) == ()
+    assert scheduler.lease(1, 3, 0.0) == (Lease(block=1, attempt=2),)
+    assert scheduler.fail(0, Lease(block=1, attempt=1)) is None
+
+
+def test_a_decision_costs_the_same_however_many_blocks_there_are():
+    done = np.ones(20_000_000, bool)
+    done[-5:] = False
+    scheduler = Scheduler(len(done), size=1, done=done)
+    start = time.perf_counter()
+    assert len(drain(scheduler, 0)) == 5
+    assert time.perf_counter() - start < 2.0
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of leases, results, failures and duplicates, against a model in plain Python."""
+
+    leases = Bundle("leases")
+
+    @initialize(
+        done=st.lists(st.booleans(), max_size=12),
+        size=st.integers(1, 4),
+        mode=st.sampled_from(["dynamic", "static"]),
+        max_attempts=st.integers(1, 3),
+        pad=st.sampled_from([0, WINDOW - 3]),
+    )
+    def start(self, done, size, mode, max_attempts, pad):
+        done = np.array([True] * pad + done, bool)
+        self.size, self.max_attempts = size, max_attempts
+        self.scheduler = Scheduler(
+            len(done), size=size, done=done, mode=mode, max_attempts=max_attempts
+        )
+        self.done = set(np.flatnonzero(done).tolist())
+        self.failed, self.held = set(), {}
+        self.pending = set(np.flatnonzero(~done).tolist())
+        self.tries = dict.fromkeys(self.pending, 0)
+        self.own, self.culprits = {}, {}
+        if mode == "static":
+            for rank in range(size):
+                for block in static_blocks(~done, size, rank).tolist():
+                    self.own[block] = rank
+                    self.give(rank, Lease(block=block, attempt=1))
+
+    def give(self, rank, lease):
+        assert lease.block in self.pending
+        assert lease.attempt == self.tries[lease.block] + 1
+        self.pending.remove(lease.block)
+        self.tries[lease.block] = lease.attempt
+        assert rank not in self.culprits.get(lease.block, ())
+        self.held[lease.block] = (rank, lease)
+
+    @rule(target=leases, rank=st.integers(0, 3), num=st.integers(1, 4))
+    def lease(self, rank, num):
+        rank %= self.size
+        leases = self.scheduler.lease(rank, num, 0.0)
+        assert len(leases) <= num
+        for lease in leases:
+            self.give(rank, lease)
+        return rank, leases
+
+    @rule(target=leases, block=st.integers(0, WINDOW + 12))
+    def static_lease(self, block):
+        if block in self.own:
+            return self.own[block], (Lease(block=block, attempt=1),)
+        return 0, ()
+
+    # Any lease may be reported again and again, by its rank or by another one.
+    @rule(what=leases, rank=st.none() | st.integers(0, 3), pick=st.integers(0, 3))
+    def finish(self, what, rank, pick):
+        rank, lease = self.pick(what, rank, pick)
+        if lease is None:
+            return
+        is_news = lease.block not in self.done
+        assert self.scheduler.finish(rank, lease) == is_news
+        if self.held.get(lease.block) == (rank, lease) or is_news:
+            self.held.pop(lease.block, None)
+        self.pending.discard(lease.block)
+        self.failed.discard(lease.block)
+        self.done.add(lease.block)
+
+    @rule(what=leases, rank=st.none() | st.integers(0, 3), pick=st.integers(0, 3))
+    def fail(self, what, rank, pick):
+        rank, lease = self.pick(what, rank, pick)
+        if lease is None:
+            return
+        state = self.scheduler.fail(rank, lease)
+        if self.held.get(lease.block) != (rank, lease):
+            assert state is None
+            return
+        del self.held[lease.block]
+        if lease.attempt == self.max_attempts:
+            assert state == State.FAILED
+            self.failed.add(lease.block)
+        else:
+            assert state == State.PENDING
+            self.pending.add(lease.block)
+            culprits = self.culprits.setdefault(lease.block, set())
+            culprits.add(rank)
+            if len(culprits) == self.size:
+                culprits.clear()
+
+    def pick(self, what, rank, pick):
+        owner, leases = what
+        if not leases:
+            return 0, None
+        return owner if rank is None else rank % self.size, leases[pick % len(leases)]
+
+    @invariant()
+    def every_block_is_in_exactly_one_state(self):
+        if not hasattr(self, "scheduler"):
+            return
+        counts = len(self.pending), len(self.held), len(self.done), len(self.failed)
+        scheduler = self.scheduler
+        assert counts == (
+            scheduler.num_pending,
+            scheduler.num_leased,
+            scheduler.num_done,
+            scheduler.num_failed,
+        )
+        for state, blocks in (
+            (State.PENDING, self.pending),
+            (State.LEASED, self.held),
+            (State.FAILED, self.failed),
+        ):
+            assert all(scheduler.state(block) == state for block in blocks)
+        assert set(scheduler.failed_blocks().tolist()) == self.failed
+        assert scheduler.is_finished == (not self.pending and not self.held)
+
+    def teardown(self):
+        """Whatever has happened, the ranks can finish every block that was not given up."""
+        if not hasattr(self, "scheduler"):
+            return
+        for rank, lease in list(self.held.values()):
+            assert self.scheduler.finish(rank, lease)
+        for _ in range(2):
+            for rank in range(self.size):
+                drain(self.scheduler, rank)
+        assert self.scheduler.is_finished
+        assert self.scheduler.num_failed == len(self.failed)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_blocks_that_fail_in_thousands_cost_no_search(size):
+    scheduler = Scheduler(20_000, size=size, max_attempts=2)
+    for rank in range(size):
+        while leases := scheduler.lease(rank, 1, 0.0):
+            if leases[0].attempt == 2:
+                scheduler.finish(rank, leases[0])
+            else:
+                scheduler.fail(rank, leases[0])
+    drain(scheduler, 0)
+    assert scheduler.is_finished
+    assert scheduler.num_failed == 0

@@ -1,0 +1,370 @@
+"""Every output format: created once, written in whole units, read back by other libraries."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+import zarr
+
+from mpichunk.errors import BlockError, VolumeError
+from mpichunk.geometry import Box, Grid
+from mpichunk.volume import (
+    OutputSpec,
+    Writer,
+    check_output,
+    create_output,
+    open_input,
+    open_output,
+)
+
+RNG = np.random.default_rng(3)
+DOMAIN = Box.from_shape((-3, 5, -7), (19, 22, 27))
+FORMATS = ("zarr3", "zarr2", "neuroglancer-precomputed")
+DTYPES = ("uint8", "int8", "uint16", "int16", "float16", "float32")
+ROUND_TRIPS = [
+    (volume, dtype)
+    for volume in (*FORMATS, "sharded")
+    for dtype in DTYPES
+    if (volume, dtype) != ("neuroglancer-precomputed", "float16")  # precomputed has none
+]
+
+
+def spec_of(path: Path | str, **how: object) -> OutputSpec:
+    how = {
+        "domain": DOMAIN,
+        "num_channels": 3,
+        "dtype": np.dtype("uint8"),
+        "chunk_shape": (8, 8, 8),
+        "voxel_size": (40.0, 4.0, 4.5),
+    } | how
+    return OutputSpec(volume=str(path), **how)
+
+
+def random_czyx(spec: OutputSpec) -> np.ndarray:
+    values = RNG.random((spec.num_channels, *spec.domain.shape)) * 100
+    return values.astype(spec.dtype)
+
+
+def blocks(spec: OutputSpec, units: tuple[int, int, int] = (1, 2, 2)) -> Grid:
+    step = tuple(n * k for n, k in zip(spec.write_unit, units, strict=True))
+    return Grid(origin=spec.domain.start, step=step, bounds=spec.domain)
+
+
+def write_all(writer: Writer, array_czyx: np.ndarray, spec: OutputSpec) -> None:
+    futures = []
+    for core in blocks(spec):
+        inside = core.slices(spec.domain.start)
+        futures.append(writer.write(core, np.ascontiguousarray(array_czyx[(slice(None), *inside)])))
+    for future in futures:
+        assert future.result() is None
+        assert future.done()
+
+
+def refused(key: str, spec: OutputSpec, /, **how: object) -> str:
+    """Return the message, the same from all three that look."""
+    with pytest.raises(VolumeError) as checked:
+        check_output(spec, **how)
+    with pytest.raises(VolumeError) as caught:
+        create_output(spec, **how)
+    assert caught.value.key == checked.value.key == f"output.{key}"
+    assert caught.value.message == checked.value.message
+    return caught.value.message
+
+
+def data_files(path: Path) -> list[Path]:
+    names = {"zarr.json", ".zarray", ".zattrs", "info"}
+    return [p for p in path.rglob("*") if p.is_file() and p.name not in names]
+
+
+# ---- Written here, read by others -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("volume", "dtype"), ROUND_TRIPS)
+def test_round_trip(tmp_path, volume, dtype):
+    shards = {"shard_shape": (16, 8, 16)} if volume == "sharded" else {}
+    name = "zarr3" if shards else volume
+    spec = spec_of(f"file://{tmp_path}/v|{name}:", dtype=np.dtype(dtype), **shards)
+    assert not check_output(spec) and not (tmp_path / "v").exists()
+    assert create_output(spec) and check_output(spec) and not create_output(spec)
+    expected = random_czyx(spec)
+    writer = open_output(spec, num_threads=1)
+    assert not writer.read(spec.domain).any()
+    write_all(writer, expected, spec)
+    assert len(data_files(tmp_path / "v")) == spec.num_files
+    np.testing.assert_array_equal(writer.read(spec.domain), expected)
+
+    with open_input(str(tmp_path / "v")) as reader:
+        info = reader.info
+        assert (info.domain, info.voxel_size) == (DOMAIN, spec.voxel_size)
+        assert (info.dtype, info.num_channels) == (spec.dtype, 3)
+        assert info.chunk_shape == spec.chunk_shape
+        np.testing.assert_array_equal(reader.read(DOMAIN).result(), expected)
+    np.testing.assert_array_equal(read_elsewhere(tmp_path / "v", name), expected)
+
+
+def read_elsewhere(path: Path, name: str) -> np.ndarray:
+    """Read by a library that is not TensorStore; (c, z, y, x)."""
+    if name == "neuroglancer-precomputed":
+        from cloudvolume import CloudVolume
+
+        cloud = CloudVolume(f"file://{path}", progress=False, fill_missing=True)
+        assert list(cloud.voxel_offset) == list(DOMAIN.start[::-1])
+        assert list(cloud.resolution) == [4.5, 4.0, 40.0]
+        return np.asarray(cloud[:]).transpose(3, 2, 1, 0)
+    array = zarr.open_array(path, mode="r")
+    assert array.attrs["voxel_offset"] == list(DOMAIN.start)
+    assert array.attrs["voxel_size"] == [40, 4, 4.5] and array.attrs["unit"] == "nanometer"
+    if name == "zarr3":
+        assert array.metadata.dimension_names == ("c", "z", "y", "x")
+    assert array.fill_value == 0
+    return array[:]
+
+
+@pytest.mark.parametrize("volume", FORMATS)
+def test_one_channel_keeps_its_axis_and_no_voxel_size_is_needed(tmp_path, volume):
+    spec = spec_of(f"{tmp_path}/v|{volume}:", num_channels=1, voxel_size=None)
+    create_output(spec)
+    assert not create_output(spec)
+    expected = random_czyx(spec)
+    write_all(open_output(spec), expected, spec)
+    with open_input(str(tmp_path / "v")) as reader:
+        size = (1, 1, 1) if volume == FORMATS[2] else None
+        assert reader.info.voxel_size == size
+        np.testing.assert_array_equal(reader.read(DOMAIN).result(), expected)
+    if volume != FORMATS[2]:
+        assert zarr.open_array(tmp_path / "v", mode="r").shape == (1, *DOMAIN.shape)
+
+
+@pytest.mark.parametrize("volume", [*FORMATS, "sharded"])
+def test_zeros_over_old_data_are_zeros(tmp_path, volume):
+    shards = {"shard_shape": (16, 16, 16)} if volume == "sharded" else {}
+    spec = spec_of(f"{tmp_path}/v|{'zarr3' if shards else volume}:", **shards)
+    create_output(spec)
+    writer = open_output(spec)
+    write_all(writer, random_czyx(spec), spec)
+    write_all(open_output(spec), np.zeros((3, *DOMAIN.shape), np.uint8), spec)
+    assert not writer.read(DOMAIN).any()
+    assert not open_input(str(tmp_path / "v")).read(DOMAIN).result().any()
+    assert not data_files(tmp_path / "v")
+
+
+@pytest.mark.parametrize("volume", [*FORMATS, "sharded"])
+def test_part_of_a_write_unit_keeps_the_rest(tmp_path, volume):
+    """Blocks are clipped to the ROI, so that its faces may cut write units."""
+    shards = {"shard_shape": (16, 16, 16)} if volume == "sharded" else {}
+    spec = spec_of(f"{tmp_path}/v|{'zarr3' if shards else volume}:", **shards)
+    create_output(spec)
+    expected = random_czyx(spec)
+    write_all(open_output(spec), expected, spec)
+    part = Box(start=(-1, 7, -2), stop=(12, 9, 19))
+    expected[(slice(None), *part.slices(DOMAIN.start))] = 7
+    open_output(spec).write(part, np.full((3, *part.shape), 7, np.uint8)).result()
+    np.testing.assert_array_equal(open_output(spec).read(DOMAIN), expected)
+
+
+def test_names_that_tell_the_format(tmp_path):
+    create_output(spec_of(tmp_path / "a.zarr"))
+    assert (tmp_path / "a.zarr" / "zarr.json").exists()
+    create_output(spec_of(f"precomputed://file://{tmp_path}/p"))
+    assert not create_output(spec_of(tmp_path / "p"))
+    assert "|zarr3:" in refused("volume", spec_of(tmp_path / "what"))
+    spec = replace(spec_of(""), volume={"driver": "zarr2", "kvstore": f"file://{tmp_path}/d"})
+    assert create_output(spec) and (tmp_path / "d" / ".zarray").exists()
+    spec = replace(spec, volume={**spec.volume, "metadata": {}})
+    assert "metadata" in refused("volume", spec)
+
+
+def test_what_formats_cannot_hold(tmp_path):
+    half = np.dtype("float16")
+    assert "float32" in refused("dtype", spec_of(f"precomputed://{tmp_path}/v", dtype=half))
+    sharded = spec_of(f"{tmp_path}/v|zarr2:", shard_shape=(16, 16, 16))
+    assert "zarr3" in refused("shard_shape", sharded)
+    sharded = spec_of(f"{tmp_path}/v|zarr3:", shard_shape=(16, 12, 16))
+    assert "multiple" in refused("shard_shape", sharded)
+    huge = spec_of(f"{tmp_path}/v|zarr3:", chunk_shape=(1024, 1024, 1024))
+    assert "bytes" in refused("chunk_shape", huge)
+    for volume in (f"{tmp_path}/v|n5:", f"{tmp_path}/v.h5", "synthetic://membranes?shape=9,9,9"):
+        assert "precomputed, zarr2, zarr3" in refused("volume", spec_of(volume))
+
+
+# ---- What lies there already ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("volume", FORMATS)
+def test_every_differing_field_is_named(tmp_path, volume):
+    spec = spec_of(f"{tmp_path}/v|{volume}:")
+    create_output(spec)
+    for change, words in (
+        ({"dtype": np.dtype("float32")}, "dtype: found uint8, expected float32"),
+        ({"num_channels": 2}, "channels: found 3, expected 2"),
+        ({"chunk_shape": (4, 8, 8)}, "chunk_shape: found (8, 8, 8), expected (4, 8, 8)"),
+        ({"voxel_size": (1.0, 1.0, 1.0)}, "voxel_size: found (40.0, 4.0, 4.5), expected"),
+        ({"domain": DOMAIN.translate((1, 0, 0))}, "voxel_offset: found (-3, 5, -7), expected (-2"),
+        ({"domain": DOMAIN.grow((0, 0, 1))}, "shape: found (19, 22, 27), expected (19, 22, 29)"),
+    ):
+        other = replace(spec, **change)
+        assert words in refused("volume", other)
+        with pytest.raises(VolumeError, match="differs"):
+            open_output(other)
+    other = "zarr2" if volume == "zarr3" else "zarr3"
+    message = refused("volume", replace(spec, volume=f"{tmp_path}/v|{other}:"))
+    assert "format: found" in message
+
+
+def test_shards_and_fill_values_count(tmp_path):
+    spec = spec_of(tmp_path / "v.zarr", shard_shape=(16, 16, 16))
+    create_output(spec)
+    assert "shard_shape: found (16, 16, 16), expected None" in refused(
+        "volume", replace(spec, shard_shape=None)
+    )
+    file = tmp_path / "v.zarr" / "zarr.json"
+    good = json.loads(file.read_text())
+    for change, words in (
+        ({"fill_value": 1}, "fill_value: found 1, expected 0"),
+        ({"dimension_names": ["x", "y", "z", "c"]}, "axes: found xyzc"),
+        ({"chunk_grid": {}}, "damaged"),
+    ):
+        file.write_text(json.dumps(good | change))
+        assert words in refused("volume", spec)
+    file.write_text("}")
+    assert "not JSON" in refused("volume", spec)
+
+
+def test_a_lossy_precomputed_differs(tmp_path):
+    spec = spec_of(f"precomputed://{tmp_path}/v")
+    create_output(spec)
+    file = tmp_path / "v" / "info"
+    info = json.loads(file.read_text())
+    info["scales"][0]["encoding"] = "jpeg"
+    file.write_text(json.dumps(info))
+    assert "encoding: found jpeg, expected raw" in refused("volume", spec)
+
+
+def test_other_formats_are_not_overwritten(tmp_path):
+    ts.open(
+        {"driver": "n5", "kvstore": f"file://{tmp_path}/v/"},
+        create=True,
+        dtype="uint8",
+        shape=[9] * 3,
+    ).result()
+    assert "format: found n5, expected zarr3" in refused("volume", spec_of(f"{tmp_path}/v|zarr3:"))
+
+
+def test_places_that_are_taken(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("")
+    assert "thesis.tex" in refused("volume", spec_of(f"{tmp_path}/folder|zarr3:"))
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused("volume", spec_of(f"{tmp_path}/file|zarr3:"))
+    assert "is a file" in refused("volume", spec_of(f"{tmp_path}/file/below|zarr2:"))
+
+
+def test_an_interrupted_creation_is_finished(tmp_path):
+    spec = spec_of(f"{tmp_path}/v|zarr2:")
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / ".zattrs").write_text("{}")
+    (tmp_path / "v" / ".zarray_12.__lock").write_text("")
+    assert create_output(spec) and not create_output(spec)
+
+
+def test_the_input_is_not_overwritten(tmp_path):
+    spec = spec_of(f"{tmp_path}/v|zarr3:")
+    create_output(spec)
+    info = open_input(str(tmp_path / "v")).info
+    (tmp_path / "link").symlink_to(tmp_path / "v")
+    for volume in (spec.volume, f"{tmp_path}/link|zarr3:", f"precomputed://{tmp_path}/v"):
+        assert "is what is read" in refused("volume", replace(spec, volume=volume), sources=[info])
+    assert create_output(spec_of(f"{tmp_path}/w|zarr3:"), sources=[info])
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(VolumeError) as caught:
+        create_output(spec_of("/proc/mpichunk|zarr3:"))
+    assert caught.value.key == "output.volume" and "/proc/mpichunk" in caught.value.message
+    assert "tensorstore_spec" not in caught.value.message
+    if os.geteuid() != 0:
+        (tmp_path / "no").mkdir(mode=0o555)
+        assert "no permission" in refused("volume", spec_of(f"{tmp_path}/no/v|zarr3:"))
+
+
+# ---- Opening and writing ----------------------------------------------------------------------
+
+
+def test_opening_never_creates(tmp_path):
+    spec = spec_of(f"{tmp_path}/v|zarr3:")
+    with pytest.raises(VolumeError, match="is not visible on"):
+        open_output(spec)
+    assert not (tmp_path / "v").exists()
+
+
+def test_arrays_that_do_not_fit_are_bugs(tmp_path):
+    spec = spec_of(f"{tmp_path}/v|zarr3:")
+    create_output(spec)
+    writer = open_output(spec)
+    core = Box.from_shape(DOMAIN.start, (8, 8, 8))
+    for array in (np.zeros((3, 8, 8, 7), np.uint8), np.zeros((3, 8, 8, 8), np.int8)):
+        with pytest.raises(ValueError, match="expected uint8"):
+            writer.write(core, array)
+    with pytest.raises(ValueError, match="reaches past"):
+        writer.write(core.translate((-1, 0, 0)), np.zeros((3, 8, 8, 8), np.uint8))
+
+
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from mpichunk.errors import BlockError
+from mpichunk.volume import open_output
+from tests.test_volume_write import DOMAIN, spec_of
+writer = open_output(spec_of(sys.argv[1], dtype=np.dtype("float32")), num_threads=1)
+# What a full disk or a quota does to a write, without filling one.
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+array_czyx = np.random.default_rng(0).random((3, *DOMAIN.shape), np.float32)
+try:
+    writer.write(DOMAIN, array_czyx).result()
+except BlockError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("volume", FORMATS)
+def test_a_failing_write_is_not_done(tmp_path, volume):
+    place = f"{tmp_path}/v|{volume}:"
+    create_output(spec_of(place, dtype=np.dtype("float32")))
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, place],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"could not write {DOMAIN} of file://{tmp_path}/v" in run.stdout
+    assert "File too large" in run.stdout
+    assert not data_files(tmp_path / "v")
+
+
+def test_a_damaged_chunk_of_the_output_is_found(tmp_path):
+    spec = spec_of(tmp_path / "v.zarr")
+    create_output(spec)
+    writer = open_output(spec)
+    write_all(writer, random_czyx(spec), spec)
+    chunk = tmp_path / "v.zarr" / "c" / "0" / "0" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(BlockError, match="could not read"):
+        writer.read(DOMAIN)
+
+
+def test_the_number_of_files():
+    spec = spec_of("v.zarr")
+    assert spec.num_files == 3 * 3 * 4
+    assert replace(spec, shard_shape=(16, 8, 32)).num_files == 2 * 3 * 1

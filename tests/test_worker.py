@@ -1,0 +1,151 @@
+import queue
+
+import pytest
+
+from mpichunk.messages import Acknowledge, Assign, Done, Failed, Lease, Request, Stop
+from mpichunk.progress import Counters
+from mpichunk.worker import Worker
+
+
+class FakePipeline:
+    """Remembers what was submitted; blocks finish when the test says so."""
+
+    def __init__(self):
+        self.submitted = []
+        self.records = queue.SimpleQueue()
+
+    def submit(self, lease):
+        self.submitted.append(lease)
+
+    def finish(self, lease):
+        record = done(lease)
+        self.records.put(record)
+        return record
+
+
+def done(lease):
+    return Done(
+        lease=lease,
+        num_patches=2,
+        num_voxels=1000,
+        nbytes_read=3000,
+        nbytes_written=4000,
+        seconds={"read": 0.5, "infer": 2.0, "write": 0.25},
+        checksum="xxh3:0",
+    )
+
+
+def leases(*blocks):
+    return tuple(Lease(block=block, attempt=1) for block in blocks)
+
+
+def start(**kwargs):
+    pipeline = FakePipeline()
+    counters = Counters()
+    return Worker(pipeline, pipeline.records, counters, **kwargs), pipeline, counters
+
+
+def test_it_asks_for_as_many_blocks_as_the_pipeline_holds_and_no_more():
+    worker, pipeline, _ = start(depth=3)
+    assert worker.step() == [Request(num_blocks=3)]
+    assert worker.step() == []
+    worker.handle(Assign(leases=leases(4)))
+    assert pipeline.submitted == list(leases(4))
+    assert worker.step() == []
+
+
+def test_it_asks_for_the_next_block_before_the_others_are_computed():
+    worker, pipeline, _ = start(depth=3)
+    worker.step()
+    worker.handle(Assign(leases=leases(0, 1, 2)))
+    record = pipeline.finish(pipeline.submitted[0])
+    assert worker.step() == [record, Request(num_blocks=1)]
+    assert len(worker.held) == 2
+
+
+def test_records_are_kept_until_they_are_acknowledged():
+    worker, pipeline, _ = start()
+    worker.step()
+    worker.handle(Assign(leases=leases(0, 1)))
+    first, second = pipeline.submitted
+    record = pipeline.finish(first)
+    failed = Failed(lease=second, error="BlockError", message="unreadable")
+    pipeline.records.put(failed)
+    worker.step()
+    assert worker.unacknowledged == {first: record, second: failed}
+    worker.handle(Acknowledge(leases=(first,)))
+    assert worker.unacknowledged == {second: failed}
+
+
+def test_an_acknowledgement_of_an_earlier_attempt_leaves_the_later_record():
+    worker, pipeline, _ = start()
+    worker.step()
+    first, second = Lease(block=5, attempt=1), Lease(block=5, attempt=2)
+    worker.handle(Assign(leases=(first,)))
+    pipeline.records.put(Failed(lease=first, error="BlockError", message=""))
+    worker.step()
+    worker.handle(Assign(leases=(second,)))
+    record = pipeline.finish(second)
+    worker.step()
+    worker.handle(Acknowledge(leases=(first,)))
+    assert worker.unacknowledged == {second: record}
+
+
+def test_it_ends_when_stopped_with_nothing_held_and_all_acknowledged():
+    worker, pipeline, _ = start()
+    worker.step()
+    worker.handle(Assign(leases=leases(0)))
+    worker.handle(Stop(reason="finished"))
+    assert not worker.is_ended
+    record = pipeline.finish(pipeline.submitted[0])
+    assert worker.step() == [record]
+    assert not worker.is_ended
+    worker.handle(Acknowledge(leases=leases(0)))
+    assert worker.is_ended
+
+
+def test_its_own_static_blocks_come_first_and_without_a_message():
+    worker, pipeline, _ = start(depth=2, own_blocks=[7, 8, 9])
+    assert worker.step() == []
+    assert pipeline.submitted == list(leases(7, 8))
+    record = pipeline.finish(leases(7)[0])
+    assert worker.step() == [record]
+    assert pipeline.submitted == list(leases(7, 8, 9))
+    pipeline.finish(leases(8)[0])
+    assert Request(num_blocks=1) in worker.step()
+
+
+def test_its_own_blocks_are_dropped_when_it_is_stopped():
+    worker, pipeline, _ = start(depth=1, own_blocks=[7, 8])
+    worker.step()
+    worker.handle(Stop(reason="finished"))
+    pipeline.finish(leases(7)[0])
+    worker.step()
+    assert pipeline.submitted == list(leases(7))
+
+
+def test_a_crash_of_a_thread_is_raised_in_the_main_thread():
+    worker, pipeline, _ = start()
+    pipeline.records.put(ZeroDivisionError("in a thread"))
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        worker.step()
+
+
+def test_it_counts_what_it_does():
+    worker, pipeline, counters = start()
+    worker.step()
+    assert counters["busy"] == 0
+    worker.handle(Assign(leases=leases(0, 1)))
+    worker.step()
+    assert counters["busy"] == 1
+    pipeline.finish(leases(0)[0])
+    pipeline.records.put(Failed(lease=leases(1)[0], error="OSError", message=""))
+    worker.step()
+    assert counters["busy"] == 0
+    assert (counters["blocks"], counters["failures"], counters["patches"]) == (1, 1, 2)
+    assert (counters["voxels"], counters["bytes_read"], counters["bytes_written"]) == (
+        1000,
+        3000,
+        4000,
+    )
+    assert (counters["read"], counters["infer"], counters["write"]) == (0.5, 2.0, 0.25)
