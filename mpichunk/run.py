@@ -72,9 +72,15 @@ class Start:
 def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
     """Run a config, or what an earlier run of it left; return the exit code.
 
-    To be called by every rank. Only rank 0 prints the user's mistakes.
+    To be called by every rank.
     """
-    comm = start_mpi()
+    return run_on(start_mpi(), config_path, overrides, fresh=fresh)
+
+
+def run_on(
+    comm: Communicator, config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False
+) -> int:
+    """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
     log_to_terminal(comm.rank)
     with crash_guard(comm):
         try:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,18 +331,10 @@ except BlockError as error:
 
 
 @pytest.mark.parametrize("volume", FORMATS)
-def test_a_failing_write_is_not_done(tmp_path, volume):
+def test_a_failing_write_is_not_done(tmp_path, python, volume):
     place = f"{tmp_path}/v|{volume}:"
     create_output(spec_of(place, dtype=np.dtype("float32")))
-    root = Path(__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, place],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    run = python("-c", FULL_DISK, place, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
     assert f"could not write {DOMAIN} of file://{tmp_path}/v" in run.stdout
     assert "File too large" in run.stdout
