@@ -33,7 +33,7 @@ def on_every_rank(comm: Communicator, make: Callable[[], T]) -> T:
     """
     outcome = _attempt(make)
     refused = outcome.error if isinstance(outcome, _Refusal) else None
-    errors = comm.allgather(refused and (comm.rank, comm.host, refused))
+    errors = comm.allgather(None if refused is None else (comm.rank, comm.host, refused))
     failed = [item for item in errors if item is not None]
     if failed:
         rank, host, first = failed[0]

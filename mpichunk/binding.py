@@ -243,12 +243,11 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         other = taken.setdefault((facts.host, found.physical_id), facts.rank)
         if other == facts.rank:
             continue
-        num_local = sum(r.host == facts.host for r in ranks)
-        num_devices = len({a.physical_id for r in ranks if r.host == facts.host
-                           for a in r.probe.accelerators})  # fmt: skip
+        local = [r for r in ranks if r.host == facts.host]
+        num_devices = len({a.physical_id for r in local for a in r.probe.accelerators})
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
-            f"({found.physical_id}): {num_local} ranks and {num_devices} visible devices there; "
+            f"({found.physical_id}): {len(local)} ranks and {num_devices} visible devices there; "
             "start no more ranks per node than it has devices, or set compute.share_device: true",
             key=_KEY,
         )
@@ -256,15 +255,14 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
 
 def _thread_shares(ranks: Sequence[RankFacts]) -> list[int]:
     """Return each rank's cores divided by the ranks of its node that may run on any of them."""
-    by_host: dict[str, list[RankFacts]] = defaultdict(list)
+    masks: dict[str, list[set[int]]] = defaultdict(list)
     for facts in ranks:
-        by_host[facts.host].append(facts)
-    masks = {host: [set(f.cores) for f in local] for host, local in by_host.items()}
-    return [
-        max(1, len(facts.cores) // sum(not mask.isdisjoint(facts.cores)
-                                       for mask in masks[facts.host]))
-        for facts in ranks
-    ]  # fmt: skip
+        masks[facts.host].append(set(facts.cores))
+    shares = []
+    for facts in ranks:
+        num_sharing = sum(not mask.isdisjoint(facts.cores) for mask in masks[facts.host])
+        shares.append(max(1, len(facts.cores) // max(1, num_sharing)))
+    return shares
 
 
 def _warn_of_cpu(

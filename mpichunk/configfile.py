@@ -14,7 +14,7 @@ from mpichunk.config import Config, flatten
 from mpichunk.configcheck import check
 from mpichunk.configrule import find_problems, find_warnings
 from mpichunk.configtext import Document, parse, render
-from mpichunk.errors import ConfigError, Problem
+from mpichunk.errors import ConfigError, Problem, UserError
 from mpichunk.location import resolve_model_path, resolve_path, resolve_volume
 
 MAX_NBYTES = 1 << 20
@@ -49,6 +49,12 @@ class Source:
             return f"--set {place}" + (f": {key}" if place != key else "")
         where = str(self.path) if place is None else f"{self.path}:{place}"
         return f"{where}: {key}" if key else where
+
+    def locate_error(self, error: UserError) -> UserError:
+        """Return the error with the line of its key, if it has one, before its message."""
+        if error.key is not None:
+            error.args = (f"{self.locate(error.key)}: {error}",)
+        return error
 
     def refuse(self, problems: Sequence[Problem]) -> ConfigError:
         """Return the error that names every problem, in the order of the file."""

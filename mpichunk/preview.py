@@ -4,10 +4,11 @@ Opens the input's metadata, and nothing else of it; starts neither MPI nor torch
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpichunk.configfile import LoadedConfig, load_config
+from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import estimate
 from mpichunk.planreport import plan_json, render_plan
@@ -36,16 +37,11 @@ def preview(
             print(json.dumps(found, indent=2))
         else:
             print(render_plan(*arguments, num_ranks=num_ranks, num_masked=num_masked))
+        for warning in loaded.warnings():
+            print(f"mpichunk: {warning}", file=sys.stderr)
     except UserError as error:
-        raise located(loaded, error) from error
+        raise loaded.locate_error(error) from None
     return ExitCode.ALL_DONE
-
-
-def located(loaded: LoadedConfig, error: UserError) -> UserError:
-    """Return the error with the file and line of its key before the message."""
-    if error.key is not None:
-        error.args = (f"{loaded.locate(error.key)}: {error}",)
-    return error
 
 
 def _num_masked(job: Job) -> int | None:

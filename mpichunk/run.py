@@ -100,9 +100,7 @@ def _run(comm: Communicator, config_path: Path, overrides: Sequence[str], *, fre
     try:
         return _run_config(comm, loaded, fresh=fresh)
     except UserError as error:
-        if error.key is not None:
-            error.args = (f"{loaded.locate(error.key)}: {error}",)
-        raise
+        raise loaded.locate_error(error) from None
 
 
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int:
@@ -121,7 +119,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int
     on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
     log_to_file(job.run_dir, comm.rank)
     if comm.rank == 0:
-        _log_start(comm, job, bindings, ledger[0])
+        _log_start(comm, loaded, job, bindings, ledger[0])
     todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
     if todo.any():
         _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
@@ -164,14 +162,16 @@ def _open_journal(job: Job, bindings: Bindings, *, fresh: bool) -> Journal:
     )
 
 
-def _log_start(comm: Communicator, job: Job, bindings: Bindings, journal: Journal) -> None:
+def _log_start(
+    comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings, journal: Journal
+) -> None:
     """Tell what is about to run, and note it in the journal."""
     ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
     changed = changed_versions(journal.header, library_versions())
-    for warning in (*job.config.warnings(), *bindings.warnings, *changed):
+    for warning in (*loaded.warnings(), *bindings.warnings, *changed):
         log.warning("%s", warning)
     journal.append_start(
         {

@@ -180,7 +180,7 @@ def _looks(seeds: "_Seeds") -> tuple[Floats, Floats, Floats]:
     brightness = 103 + 75 * noise.uniform(seeds.bits, 0)
     graininess = 3 + 15 * noise.uniform(seeds.bits, 1)
     largest_radius = 12 + (22 / MAX_WEIGHT) * seeds.weight.astype(np.float32)
-    radius = largest_radius * np.clip(2 * noise.uniform(seeds.bits, 2) - 0.3, 0.001, 1)
+    radius = largest_radius * np.clip(2 * noise.uniform(seeds.bits, 2) - 0.4, 0.001, 1)
     return brightness, graininess, radius
 
 
@@ -294,7 +294,7 @@ def _seeds_near(tile: Box, position: Sequence[Ints], seed: int) -> _Seeds:
 def _squared(vector: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     """Return the squared length of vectors given as arrays of z, y and x."""
     z, y, x = vector
-    squared = z * z
+    squared: npt.NDArray[Any] = z * z
     squared += y * y
     squared += x * x
     return squared

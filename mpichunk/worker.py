@@ -117,7 +117,8 @@ class Worker:
             block = next(self._own, None)
             if block is None:
                 return
-            self._submit(Lease(block=block, attempt=1))
+            # Plain numbers only: what comes out of an array could not go into the journal.
+            self._submit(Lease(block=int(block), attempt=1))
 
     def _submit(self, lease: Lease) -> None:
         """Give a block to the pipeline."""

@@ -491,7 +491,7 @@ def test_importable_module(folder, monkeypatch):
     assert caught.value.key == "model.path"
 
 
-# ---- Bad models: which key, which words ------------------------------------------------------------
+# ---- Bad models: which key, which words --------------------------------------------------------
 
 TINY = "net.py:Tiny"
 BAD_MODELS = [
@@ -513,7 +513,7 @@ BAD_MODELS = [
         "plain.pt",
         {},
         "model.path",
-        ["no network 'Tinny'", "Half", "Tiny", "factory"],
+        ["no network 'Tinny'", "Tiny", "factory"],
     ),
     ("nothing.py:Net", None, {}, "model.path", ["no network 'Net'", "no class or function"]),
     ("needs_missing.py:Net", None, {}, "model.path", ["needs_missing.py:3", "no_such_package"]),
@@ -666,12 +666,12 @@ def test_real_same_network_names_its_multiples(real_data):
 @pytest.mark.parametrize(
     ("multiples", "remainders", "shape", "words"),
     [
-        ((1, 16, 16), (0, 0, 0), (20, 250, 256), "set patch.shape to [20, 240, 256] or [20, 256, 256]"),
-        ((4, 4, 4), (2, 2, 2), (64, 66, 66), "set patch.shape to [62, 66, 66] or [66, 66, 66]"),
-        ((8, 8, 8), (0, 0, 0), (4, 8, 8), "set patch.shape to [8, 8, 8]"),
+        ((1, 16, 16), (0, 0, 0), (20, 250, 256), "to [20, 240, 256] or [20, 256, 256]"),
+        ((4, 4, 4), (2, 2, 2), (64, 66, 66), "to [62, 66, 66] or [66, 66, 66]"),
+        ((8, 8, 8), (0, 0, 0), (4, 8, 8), "to [8, 8, 8]"),
         ((64, 64, 64), (0, 0, 0), (65, 65, 65), ""),
     ],
-)  # fmt: skip
+)
 def test_size_advice(multiples, remainders, shape, words):
     tried = []
 
@@ -744,11 +744,11 @@ def test_probe_of_this_machine():
     ("properties", "expected"),
     [
         ({"uuid": "a1b2-77"}, "a1b2-77"),
-        ({"uuid": "0000-00", "pci_domain_id": 1, "pci_bus_id": 0x3B, "pci_device_id": 0}, "0001:3b:00"),
+        ({"uuid": "00-0", "pci_domain_id": 1, "pci_bus_id": 59, "pci_device_id": 0}, "0001:3b:00"),
         ({"pci_bus_id": 2, "pci_device_id": 31}, "0000:02:1f"),
         ({}, "cuda:1"),
     ],
-)  # fmt: skip
+)
 def test_physical_id_is_uuid_then_pci_address(properties, expected):
     cuda = types.SimpleNamespace(
         get_device_properties=lambda index: types.SimpleNamespace(**properties),

@@ -1,4 +1,4 @@
-"""The network that ships: the published numbers, on the published inputs and on the computed volume."""
+"""The network that ships gives the published numbers, and finds computed membranes."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ import tensorstore as ts
 import zarr
 
 from mpichunk.errors import BlockError, VolumeError
-from mpichunk.geometry import Box
+from mpichunk.geometry import Box, Grid
 from mpichunk.volume import Reader, open_input
 
 RNG = np.random.default_rng(7)
@@ -532,6 +532,43 @@ def test_a_damaged_hdf5_chunk_fails_the_block(tmp_path):
         file.write(b"\0" * 20)
     with open_input(str(path)) as reader, pytest.raises(BlockError, match="could not read"):
         read_all(reader)
+
+
+def test_many_reads_at_once(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("d", data=IMAGE, chunks=(4, 4, 4))
+    volumes = [
+        str(write_zarr(tmp_path / "v", IMAGE)),
+        str(tmp_path / "a.h5"),
+        "synthetic://membranes?shape=9,11,13",
+    ]
+    for volume in volumes:
+        with open_input(volume, num_threads=1) as reader:
+            whole = read_all(reader)
+            boxes = list(Grid(origin=(0, 0, 0), step=(2, 3, 4), bounds=reader.info.domain))
+            futures = [reader.read(box) for box in boxes]
+            for box, future in zip(boxes, futures, strict=True):
+                inside = (slice(None), *box.slices())
+                np.testing.assert_array_equal(future.result(), whole[inside])
+                assert future.done()
+
+
+def test_a_read_begins_at_once_and_may_be_waited_for_a_while(tmp_path, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(self, box):
+        begun.set()
+        go_on.wait(10)
+        return np.ones((1, *box.shape), np.uint8)
+
+    monkeypatch.setattr("mpichunk.volume.computed.ComputedSource._fetch", slowly)
+    with open_input("synthetic://membranes?shape=9,9,9") as reader:
+        future = reader.read(reader.info.domain)
+        assert begun.wait(10) and not future.done()
+        with pytest.raises(TimeoutError):
+            future.result(timeout=0.01)
+        go_on.set()
+        assert future.result().all()
 
 
 def test_boxes_outside_are_bugs(tmp_path):

@@ -215,6 +215,14 @@ def test_every_differing_field_is_named(tmp_path, volume):
     assert "format: found" in message
 
 
+@pytest.mark.parametrize("volume", FORMATS)
+def test_odd_voxel_sizes_agree_with_themselves(tmp_path, volume):
+    spec = spec_of(f"{tmp_path}/v|{volume}:", voxel_size=(283.71837, 1e3 / 7, 0.1 + 0.2))
+    create_output(spec)
+    assert not create_output(spec)
+    assert open_input(str(tmp_path / "v")).info.voxel_size == spec.voxel_size
+
+
 def test_shards_and_fill_values_count(tmp_path):
     spec = spec_of(tmp_path / "v.zarr", shard_shape=(16, 16, 16))
     create_output(spec)
@@ -242,6 +250,13 @@ def test_a_lossy_precomputed_differs(tmp_path):
     info["scales"][0]["encoding"] = "jpeg"
     file.write_text(json.dumps(info))
     assert "encoding: found jpeg, expected raw" in refused("volume", spec)
+    info["scales"][0]["encoding"] = "raw"
+    file.write_text(json.dumps(info))
+    assert check_output(spec)
+    folder = tmp_path / "v" / info["scales"][0]["key"]
+    folder.mkdir()
+    (folder / "-7-1_5-13_-3-5.gz").write_bytes(b"")
+    assert "encoding: found compressed files" in refused("volume", spec)
 
 
 def test_other_formats_are_not_overwritten(tmp_path):

@@ -54,8 +54,8 @@ def crop_advice(output_shape: OutputShape, patch_shape: Triple, found: Triple) -
     for less in range(1, _NUM_REMAINDERS):
         shape = triple([max(1, n - less) for n in trial])
         returned = output_shape(shape)
-        usable = returned is not None and min(returned) > 0
-        losses.append(subtract(shape, returned) if returned and usable else losses[0])
+        worked = returned is not None and min(returned) > 0
+        losses.append(subtract(shape, returned) if returned and worked else losses[0])
     per_axis = [[loss[axis] for loss in losses] for axis in range(3)]
     least = [min(axis) for axis in per_axis]
     if any(n < 0 or n % 2 for n in least):

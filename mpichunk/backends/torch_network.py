@@ -73,11 +73,8 @@ def _load_script(path: Path, model: Model) -> nn.Module:
 def _make_network(source: ModelSource, arguments: Mapping[str, Any]) -> nn.Module:
     """Return what `Name` makes of the arguments, its weights not yet set."""
     module = _run_user_code(
-        lambda: _import_file(source.path) if source.kind == "file"
-        else importlib.import_module(source.module),
-        f"{source.path} cannot be imported",
-        "model.path",
-    )  # fmt: skip
+        lambda: _import(source), f"{source.path} cannot be imported", "model.path"
+    )
     maker = getattr(module, source.name, None)
     if not callable(maker):
         raise ModelError(
@@ -115,11 +112,14 @@ def _run_user_code(call: Callable[[], Any], what: str, key: str) -> Any:
         ) from error
 
 
-def _import_file(path: Path) -> ModuleType:
-    """Execute a Python file as a module; leave no byte code beside it.
+def _import(source: ModelSource) -> ModuleType:
+    """Import a module, or execute a Python file as one, leaving no byte code beside it.
 
-    Its directory joins the end of Python's path, so that it can import its neighbours.
+    The file's directory joins the end of Python's path, so that it can import its neighbours.
     """
+    if source.kind == "module":
+        return importlib.import_module(source.module)
+    path = source.path
     name = f"mpichunk_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, "a .py file always has a spec"

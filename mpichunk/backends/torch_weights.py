@@ -3,6 +3,7 @@
 Never unpickles code. Knows neither where the network comes from nor what it computes.
 """
 
+import logging
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from mpichunk.errors import ModelError
 State = Mapping[str, Any]
 """Dotted name of a parameter or buffer to its tensor."""
 
+log = logging.getLogger(__name__)
+
 _STATE_KEYS = "state_dict", "model_state_dict", "model"
 _WRAPPER_PREFIXES = "module.", "_orig_mod."
 
@@ -26,7 +29,7 @@ def load_weights(network: nn.Module, path: Path | None) -> None:
 
     Args:
         network: any module.
-        path: safetensors file or checkpoint; None only for a network without parameters.
+        path: safetensors file or checkpoint; None leaves the network as its code made it.
 
     Raises:
         ModelError: the file is damaged, holds code, or does not fit; key `model.weights`.
@@ -34,10 +37,11 @@ def load_weights(network: nn.Module, path: Path | None) -> None:
     expected = network.state_dict()
     if path is None:
         if expected:
-            raise ModelError(
-                f"the network has {len(expected)} parameters and buffers, but model.weights is not "
-                "set: it would run with untrained values",
-                key="model.weights",
+            # Legitimate where the code loads weights of its own.
+            log.warning(
+                "the network has %d parameters and buffers, but model.weights is not set: it runs "
+                "with the values that its own code has given them",
+                len(expected),
             )
         return
     state = _strip_prefixes(_read_state(path), expected)
@@ -90,9 +94,9 @@ def _unwrap(checkpoint: Any, path: Path) -> State:
         state = state[inner]
     if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()):
         return state
-    found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else (
-        f"a {type(state).__name__}"
-    )  # fmt: skip
+    found = f"a {type(state).__name__}"
+    if isinstance(state, Mapping):
+        found = f"keys {', '.join(map(str, list(state)[:8]))}"
     raise ModelError(
         f"{path} holds {found}; expected names with tensors, directly or below "
         f"{', '.join(_STATE_KEYS)}",

@@ -108,14 +108,13 @@ def needs_cloudvolume(address: Address, scale: Scale) -> bool:
     """Return whether TensorStore would fail on this scale, or read zeros."""
     if scale.encoding not in ENCODINGS:
         return True
-    if scale.is_sharded or address.path is None:
-        return False
-    return _has_suffixed_files(os.path.join(address.path, scale.folder))
+    return not scale.is_sharded and has_suffixed_files(address, scale.folder)
 
 
-def _has_suffixed_files(folder: str, limit: int = 1000) -> bool:
-    """Return whether one of the first files of a folder carries a compression suffix."""
-    if not os.path.isdir(folder):
+def has_suffixed_files(address: Address, scale_folder: str, limit: int = 1000) -> bool:
+    """Return whether one of the first chunk files on a file system has a compression suffix."""
+    folder = os.path.join(address.path or "", scale_folder)
+    if address.path is None or not os.path.isdir(folder):
         return False
     with os.scandir(folder) as entries:
         return any(e.name.endswith(SUFFIXES) for e, _ in zip(entries, range(limit), strict=False))

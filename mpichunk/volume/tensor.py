@@ -82,7 +82,8 @@ def write_key(store: str | dict[str, Any], key: str, value: bytes) -> None:
         VolumeError: it cannot be written.
     """
     try:
-        ts.KvStore.open(store).result().write(key, value).result(timeout=METADATA_SECONDS)
+        opened = ts.KvStore.open(store, context=make_context(None)).result()
+        opened.write(key, value).result(timeout=METADATA_SECONDS)
     except Exception as error:
         raise VolumeError(f"{key} cannot be written: {_cause(error)}") from error
 

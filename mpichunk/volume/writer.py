@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mpichunk.errors import VolumeError
 from mpichunk.geometry import Box
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
+from mpichunk.volume.cloud import has_suffixed_files
 from mpichunk.volume.future import BlockFuture
 from mpichunk.volume.layout import (
     AXES,
@@ -189,8 +190,13 @@ def _existing(address: Address) -> Layout | None:
     there = replace(address, driver=driver)
     metadata = array_metadata(there)
     try:
-        attributes = {} if driver == PRECOMPUTED else attributes_of(there, metadata)
-        return found_layout(driver, metadata, attributes)
+        if driver == PRECOMPUTED:
+            found = found_layout(driver, metadata, {})
+            if has_suffixed_files(there, metadata["scales"][0]["key"]):
+                # New chunks would lie beside the old ones, and readers disagree on which count.
+                found = {**found, "encoding": "compressed files, as cloud-volume writes them"}
+            return found
+        return found_layout(driver, metadata, attributes_of(there, metadata))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise VolumeError(
             f"{there} exists, but its metadata are damaged ({type(error).__name__} {error}); "

@@ -54,6 +54,8 @@ def test_messages_of_a_rank_come_in_order_and_all_of_them(comm):
     until(lambda: comm.num_unreceived() == 0)
     comm.barrier()
     assert comm.receive() == []
+    # Nobody sends the next test's messages before everybody has looked.
+    comm.barrier()
 
 
 def test_a_message_counts_until_it_is_received(comm):
