@@ -23,14 +23,15 @@ def window(name: str, length: int) -> Vector:
         length: Q, voxels of the output patch on this axis.
 
     Returns:
-        (Q,) float32; formulas of the contract, section 2, floored at 1e-6 of the maximum.
+        (Q,) float32, divided by the maximum, then floored at 1e-6; the formulas stand below.
 
     Raises:
         KeyError: the name is none of these.
     """
     k = np.arange(length, dtype=np.float64)
     weights = _WINDOWS[name](k, length)
-    return np.maximum(weights / weights.max(), FLOOR).astype(np.float32)
+    floored: npt.NDArray[np.float64] = np.maximum(weights / weights.max(), FLOOR)
+    return floored.astype(np.float32)
 
 
 def sum_of_windows(

@@ -19,7 +19,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process tells the shell (contract, section 3)."""
+    """What the process tells the shell."""
 
     ALL_DONE = 0
     UNEXPECTED = 1

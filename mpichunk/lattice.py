@@ -1,6 +1,6 @@
 """Where output patches start along one axis.
 
-Pure arithmetic of contract section 2; knows one axis at a time and no arrays.
+Pure integer arithmetic; knows one axis at a time and no arrays.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import estimate
 from mpichunk.planreport import plan_json, render_plan
 from mpichunk.startup import Job, masked_blocks, open_config_mask, prepare
+from mpichunk.volume import check_output
 
 MOST_BLOCKS_MASKED = 100_000
 """Above so many blocks the masked ones are not counted: it would take more than a minute."""
@@ -29,6 +30,7 @@ def preview(
     loaded = load_config(config_path, overrides)
     try:
         job = prepare(loaded.config)
+        check_output(job.output, sources=job.sources)
         num_masked = _num_masked(job)
         estimated = estimate(job.plan, job.config, job.volume)
         arguments = job.plan, job.config, job.volume, estimated

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -107,23 +108,24 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     bindings = _bind(comm, job, fresh=fresh)
-    ledger: list[Journal] = []  # the journal, on rank 0 only
+    with ExitStack() as stack:
+        ledger: list[Journal] = []  # the journal, on rank 0 only
 
-    def open_run() -> Start:
-        ledger.append(_open_journal(job, bindings, fresh=fresh))
-        nonce = write_run_files(loaded.config, job)
-        todo = ledger[0].states != State.DONE
-        return Start(nonce=nonce, todo=np.packbits(todo).tobytes())
+        def open_run() -> Start:
+            ledger.append(stack.enter_context(_open_journal(job, bindings, fresh=fresh)))
+            nonce = write_run_files(loaded.config, job)
+            todo = ledger[0].states != State.DONE
+            return Start(nonce=nonce, todo=np.packbits(todo).tobytes())
 
-    start = on_rank_0(comm, open_run)
-    on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
-    log_to_file(job.run_dir, comm.rank)
-    if comm.rank == 0:
-        _log_start(comm, loaded, job, bindings, ledger[0])
-    todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
-    if todo.any():
-        _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
-    return on_rank_0(comm, lambda: _conclude(job, ledger[0]))
+        start = on_rank_0(comm, open_run)
+        on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
+        log_to_file(job.run_dir, comm.rank)
+        if comm.rank == 0:
+            _log_start(comm, loaded, job, bindings, ledger[0])
+        todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
+        if todo.any():
+            _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
+    return on_rank_0(comm, lambda: _conclude(job))
 
 
 def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
@@ -308,9 +310,8 @@ def _log_summary(
         log.info("%s", line)
 
 
-def _conclude(job: Job, journal: Journal) -> ExitCode:
-    """Close the journal, read it once more, and let what it proves decide the exit code."""
-    journal.close()
+def _conclude(job: Job) -> ExitCode:
+    """Read the journal once more, and let what it proves decide the exit code."""
     found = read_status(job.run_dir, now=time.time())
     if found.exit_code == ExitCode.ALL_DONE:
         log.info("all %d blocks are done", found.num_blocks)

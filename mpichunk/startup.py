@@ -71,6 +71,11 @@ class Job:
     run_dir: Path
     """Absolute path of the run directory."""
 
+    @property
+    def sources(self) -> list[VolumeInfo]:
+        """What is read, and must not be written."""
+        return [self.volume] if self.mask is None else [self.volume, self.mask]
+
 
 def prepare(config: Config) -> Job:
     """Open the input and the mask, and plan.
@@ -190,8 +195,7 @@ def write_run_files(config: Config, job: Job) -> str:
         VolumeError: the output exists and differs, or cannot be created.
         JournalError: the run directory cannot be written.
     """
-    sources = [job.volume] if job.mask is None else [job.volume, job.mask]
-    create_output(job.output, sources=sources)
+    create_output(job.output, sources=job.sources)
     nonce = secrets.token_hex(16)
     try:
         _replace(job.run_dir / "config.yaml", dump_config(config))

@@ -124,6 +124,9 @@ def test_a_last_line_torn_at_any_byte_does_not_exist(tmp_path):
     for end in range(last, len(whole)):
         path.write_bytes(whole[:end])
         assert states_of(tmp_path).tolist() == [0, State.DONE] + [0] * 8
+        open_journal(tmp_path).close()
+        assert path.read_bytes() == whole[:last]
+        path.write_bytes(whole[:end])
         with open_journal(tmp_path) as journal:
             assert journal.states[2] == State.PENDING
             append(journal, done(3), "done")

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from mpichunk.messages import Lease, State
 from mpichunk.scheduler import WINDOW, Scheduler, static_blocks, static_run
@@ -145,7 +152,6 @@ def test_static_blocks_are_held_by_their_rank_from_the_start(todo, size):
 
 def test_static_blocks_that_fail_are_handed_out():
     scheduler = Scheduler(4, size=2, mode="static")
-    assert scheduler.lease(0, 3, 0.0) == ()
     assert scheduler.fail(0, Lease(block=1, attempt=1)) == State.PENDING
     assert scheduler.lease(0, 3, 0.0) == ()
     assert scheduler.lease(1, 3, 0.0) == (Lease(block=1, attempt=2),)
@@ -217,8 +223,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(what=leases, rank=st.none() | st.integers(0, 3), pick=st.integers(0, 3))
     def finish(self, what, rank, pick):
         rank, lease = self.pick(what, rank, pick)
-        if lease is None:
-            return
+        if lease is not None:
+            self.finish_one(rank, lease)
+
+    def finish_one(self, rank, lease):
         is_news = lease.block not in self.done
         assert self.scheduler.finish(rank, lease) == is_news
         if self.held.get(lease.block) == (rank, lease) or is_news:
@@ -230,8 +238,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(what=leases, rank=st.none() | st.integers(0, 3), pick=st.integers(0, 3))
     def fail(self, what, rank, pick):
         rank, lease = self.pick(what, rank, pick)
-        if lease is None:
-            return
+        if lease is not None:
+            self.fail_one(rank, lease)
+
+    def fail_one(self, rank, lease):
         state = self.scheduler.fail(rank, lease)
         if self.held.get(lease.block) != (rank, lease):
             assert state is None
@@ -247,6 +257,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             culprits.add(rank)
             if len(culprits) == self.size:
                 culprits.clear()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), is_done=st.booleans())
+    def report(self, data, is_done):
+        """The usual case: a rank reports a lease that it holds."""
+        block = data.draw(st.sampled_from(sorted(self.held)))
+        rank, lease = self.held[block]
+        (self.finish_one if is_done else self.fail_one)(rank, lease)
 
     def pick(self, what, rank, pick):
         owner, leases = what

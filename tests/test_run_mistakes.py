@@ -1,0 +1,203 @@
+"""What a user can get wrong: one clear message with file, line and cure, and the right exit code."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from mpichunk import cli, comm
+from mpichunk.comm import SerialCommunicator
+
+NETS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, outputs=1, cut=0, value=0.5):
+        super().__init__()
+        self.outputs, self.cut, self.value = outputs, cut, value
+
+    def forward(self, x):
+        c = self.cut
+        if c:
+            x = x[:, :, c:-c, c:-c, c:-c]
+        return x.repeat(1, self.outputs, 1, 1, 1) + float(self.value)
+"""
+
+
+@pytest.fixture
+def attempt(tmp_path, monkeypatch, capfd):
+    """Return `attempt(verb, changes) -> (exit code, what stderr says)`, on one rank without MPI."""
+    monkeypatch.setattr(comm, "start_mpi", SerialCommunicator)
+    monkeypatch.setattr("mpichunk.run.start_mpi", SerialCommunicator)
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        random = np.random.default_rng(0)
+        file["raw"] = random.integers(1, 256, (16, 24, 24), dtype=np.uint8)
+    (tmp_path / "net.py").write_text(NETS)
+
+    def attempt(verb: str = "run", text: str | None = None, **sections: Any) -> tuple[int, str]:
+        config: dict[str, Any] = {
+            "input": {"volume": "raw.h5"},
+            "model": {"backend": "identity"},
+            "patch": {"shape": [8, 12, 12]},
+            "block": {"shape": [8, 16, 16]},
+            "output": {"volume": "out.zarr", "chunk_shape": [4, 8, 8]},
+            "compute": {"device": "cpu"},
+        }
+        for name, section in sections.items():
+            merged = config.get(name, {}) | section if isinstance(section, dict) else section
+            config[name] = merged
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False) if text is None else text)
+        capfd.readouterr()
+        code = cli.main([verb, str(path)])
+        return code, capfd.readouterr().err
+
+    return attempt
+
+
+TORCH = {"backend": "pytorch", "path": "net.py:Net"}
+
+MISTAKES = {
+    "missing input": ({"input": {"volume": "nowhere.h5"}}, "input.volume", "nowhere.h5"),
+    "unknown driver": ({"input": {"volume": "file:///x|tiff:"}}, "input.volume", "tiff"),
+    "unknown key": ({"patch": {"overlp": [1, 1, 1]}}, "patch.overlp", "overlap"),
+    "unknown section": ({"modle": {"backend": "identity"}}, "modle", "model"),
+    "wrong type": ({"patch": {"shape": "big"}}, "patch.shape", "big"),
+    "overlap of a patch": ({"patch": {"overlap": [8, 4, 4]}}, "patch.overlap", "(8, 12, 12)"),
+    "block off the write unit": ({"block": {"shape": [8, 16, 20]}}, "block.shape", "(4, 8, 8)"),
+    "roi outside": ({"roi": {"start": [0, 0, 0], "stop": [17, 24, 24]}}, "roi", "[16, 24, 24)"),
+    "empty roi": ({"roi": {"start": [4, 0, 0], "stop": [4, 24, 24]}}, "roi", ""),
+    "no such backend": ({"model": {"backend": "tensorflow"}}, "model.backend", "pytorch"),
+    "no model file": ({"model": TORCH | {"path": "lost.pt"}}, "model.path", "lost.pt"),
+    "not a model": ({"model": TORCH | {"path": "raw.h5"}}, "model.path", "raw.h5"),
+    "no such class": ({"model": TORCH | {"path": "net.py:Nett"}}, "model.path", "Net"),
+    "no weights file": ({"model": TORCH | {"weights": "w.pt"}}, "model.weights", "w.pt"),
+    "wrong channels": ({"model": TORCH | {"out_channels": 3}}, "model.out_channels", "3"),
+    "needs crop": ({"model": TORCH | {"arguments": {"cut": 2}}}, "patch.crop", "2"),
+    "nan": ({"model": TORCH | {"arguments": {"value": "nan"}}}, "model", "NaN"),
+    "no cuda": ({"model": TORCH, "compute": {"device": "cuda"}}, "compute.device", "cuda"),
+    "output on input": ({"output": {"volume": "raw.h5"}}, "output", "raw.h5"),
+    "output in a file": ({"output": {"volume": "net.py/out.zarr"}}, "output.volume", "net.py"),
+    "output without format": ({"output": {"volume": "out"}}, "output.volume", "zarr"),
+    "shards in precomputed": (
+        {
+            "output": {"volume": "precomputed://file://out/p", "shard_shape": [8, 16, 16]},
+        },
+        "output.shard_shape",
+        "zarr3",
+    ),
+    "mask without voxel size": (
+        {"mask": {"volume": "raw.h5", "voxel_size": [8, 8, 8]}},
+        "input",
+        "voxel_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(attempt, name):
+    sections, key, word = MISTAKES[name]
+    code, said = attempt(**sections)
+    assert code == 2, said
+    assert "Traceback" not in said
+    messages = [line for line in said.splitlines() if "config.yaml" in line and key in line]
+    assert messages, said
+    assert word in said
+
+
+def test_every_mistake_of_a_file_is_told_at_once(attempt):
+    code, said = attempt(
+        patch={"shape": [8, 12, 12], "overlap": [9, 1, 1], "windw": "hann"},
+        block={"shape": [8, 16, 17]},
+        schedule={"mode": "random"},
+    )
+    assert code == 2
+    for key in ("patch.overlap", "patch.windw", "block.shape", "schedule.mode"):
+        assert key in said
+    assert said.count("config.yaml:") == 4
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "input: [unclosed", "input: {volume: a\n\tb: c"])
+def test_what_is_no_config_is_refused(attempt, text):
+    code, said = attempt(text=text)
+    assert code == 2
+    assert "config.yaml" in said
+    assert "Traceback" not in said
+
+
+def test_a_missing_config_is_refused(tmp_path, capsys):
+    assert cli.main(["plan", str(tmp_path / "lost.yaml")]) == 2
+    assert "lost.yaml" in capsys.readouterr().err
+
+
+def test_an_output_that_differs_is_refused_with_the_fields(attempt):
+    assert attempt()[0] == 0
+    code, said = attempt(output={"dtype": "uint8", "chunk_shape": [8, 8, 8]}, run_dir="other")
+    assert code == 2
+    assert "output.volume" in said
+    for field in ("float32", "uint8", "8, 8, 8", "4, 8, 8"):
+        assert field in said
+
+
+def test_another_fingerprint_is_refused_with_the_keys(attempt):
+    assert attempt()[0] == 0
+    code, said = attempt(patch={"overlap": [1, 1, 1]})
+    assert code == 2
+    assert "patch.overlap" in said
+    assert "--fresh" in said
+
+
+def test_a_full_run_directory_place_is_refused(attempt, tmp_path):
+    (tmp_path / "taken").write_text("")
+    code, said = attempt(run_dir="taken")
+    assert code == 2
+    assert "run_dir" in said
+
+
+def test_an_unreadable_chunk_fails_its_blocks_and_exits_3(attempt, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    array = zarr.create_array(
+        tmp_path / "in.zarr", shape=(16, 24, 24), chunks=(8, 8, 8), dtype="uint8"
+    )
+    array[:] = 7
+    chunk = tmp_path / "in.zarr" / "c" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:5])
+    code, said = attempt(input={"volume": "in.zarr"})
+    assert code == 3
+    assert "Traceback" not in said
+    assert "in.zarr" in said
+    assert "failed" in said
+
+
+@pytest.mark.parametrize("verb", ["plan", "status"])
+def test_other_verbs_tell_mistakes_alike(attempt, verb):
+    code, said = attempt(verb, patch={"overlap": [8, 4, 4]})
+    assert code == 2
+    assert "patch.overlap" in said
+
+
+def test_status_of_what_was_never_run(attempt):
+    code, said = attempt("status")
+    assert code == 2
+    assert "not been run" in said
+
+
+def test_plan_refuses_what_run_would_refuse(attempt, tmp_path):
+    (tmp_path / "out.zarr").mkdir()
+    (tmp_path / "out.zarr" / "notes.txt").write_text("mine")
+    for verb in ("plan", "run"):
+        code, said = attempt(verb)
+        assert code == 2, (verb, said)
+        assert "output.volume" in said
+
+
+@pytest.mark.parametrize("verb", ["stop", "verify", "bench", "report", "view", "fly"])
+def test_a_verb_that_is_not_there_is_unknown(verb, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([verb, str(tmp_path / "config.yaml")])
+    assert caught.value.code == 2
+    assert verb in capsys.readouterr().err
+    assert Path(tmp_path).is_dir()
