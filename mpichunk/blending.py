@@ -12,7 +12,7 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float32]
 
 FLOOR = 1e-6
-"""Weights are never below this share of the maximum: the first voxel at a face has no other patch."""
+"""Weights are never below this share of the maximum: the first voxel of a volume has one patch."""
 
 
 def window(name: str, length: int) -> Vector:

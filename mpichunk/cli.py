@@ -1,7 +1,7 @@
 """The command line: verbs, options, and how an error reaches the user.
 
-Knows what can be asked, not how it is done: each verb is one function elsewhere, imported when asked
-for, so that `plan`, `status` and `--help` start neither MPI nor torch.
+Knows what can be asked, not how it is done: each verb is one function elsewhere, imported when it
+is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from mpichunk import __version__
 from mpichunk.errors import ExitCode, UserError
 
 EPILOG = """\
-exit codes: 0 every block done; 2 a mistake that you can mend; 3 blocks failed; 75 stopped before the
-end, run again to go on; 1 anything else
+exit codes: 0 every block done; 2 a mistake that you can mend; 3 blocks failed; 75 stopped before
+the end, run again to go on; 1 anything else
 """
 
 
@@ -52,7 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
-        "--schema", action=_PrintSchema, nargs=0, help="print the JSON schema of configs, for editors"
+        "--schema",
+        action=_PrintSchema,
+        nargs=0,
+        help="print the JSON schema of configs, for editors, and end",
     )
     plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
 
@@ -101,9 +104,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from mpichunk.preview import preview
 
-    return preview(
-        options.config, options.overrides, num_ranks=options.ranks, as_json=options.json
-    )
+    return preview(options.config, options.overrides, num_ranks=options.ranks, as_json=options.json)
 
 
 def _status(options: argparse.Namespace) -> int:

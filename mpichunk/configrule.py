@@ -227,13 +227,6 @@ def _network_is_well_named(path: str | None) -> str | None:
     return None if path is None else model_path_mistake(path)
 
 
-@_rule("model.weights", "model.path", "model.backend")
-def _weights_have_code(weights: str | None, path: str | None, backend: str) -> str | None:
-    if weights is None or not _is_saved_network(path, backend):
-        return None
-    return f"{weights!r} is for a network given as code (file.py:Name), but {path!r} has its own"
-
-
 @_rule("model.arguments", "model.path", "model.backend")
 def _arguments_have_code(arguments: dict[str, Any], path: str | None, backend: str) -> str | None:
     if not arguments or not _is_saved_network(path, backend):

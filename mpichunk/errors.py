@@ -5,7 +5,7 @@ Knows nothing but words. A message says who, what was found, what was expected a
     MpichunkError
     |-- UserError                 exit 2: the user can mend it; one clear message, never a traceback
     |   |-- ConfigError           mistakes of a config file, all of them, each with its line
-    |   |-- VolumeError           an input, mask or output that is missing, unreadable or does not fit
+    |   |-- VolumeError           an input, mask or output that is missing or does not fit
     |   |-- ModelError            a network that does not load or does not fit
     |   |-- DeviceError           no such accelerator, or one shared by two ranks
     |   |-- LaunchError           ranks that were started wrongly or do not see the same files

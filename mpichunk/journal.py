@@ -139,7 +139,7 @@ class Journal:
         self._append({"start": {"time": self._time, "num_done": num_done, **facts}})
 
     def append_beat(self, facts: Mapping[str, Any]) -> None:
-        """Note that the run is alive; `facts` are JSON values such as num_leased."""
+        """Note that the run is alive; `facts` are JSON values such as num_held."""
         self._append({"beat": {"time": self._time, **facts}})
 
     def append(self, record: Record, state: str, *, core: Box, rank: int, host: str) -> None:

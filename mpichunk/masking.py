@@ -103,7 +103,8 @@ class MaskGrid:
             (z, y, x) bool of the shape of `box`.
         """
         wanted = np.zeros(box.shape, dtype=np.bool_)
-        index, within = zip(*(self._axis_index(axis, inside, box) for axis in range(3)), strict=True)
+        axes = [self._axis_index(axis, inside, box) for axis in range(3)]
+        index, within = zip(*axes, strict=True)
         values = (mask_zyx != 0)[np.ix_(*index)]
         wanted[np.ix_(*within)] = values
         return ~wanted if self.invert else wanted

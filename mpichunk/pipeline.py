@@ -15,7 +15,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class Loaded:
     """A block that has been read."""
 
     source_czyx: npt.NDArray[Any] | None
-    """Raw input over the block's input box, padded; None when the mask leaves nothing to compute."""
+    """Raw input over the block's input box, padded; None where the mask wants nothing."""
 
     mask_zyx: BoolArray | None
     """Wanted voxels of the block's output box; None without a mask."""
@@ -73,8 +73,6 @@ class Loaded:
 
     seconds: float
     """Time it took."""
-
-
 
 
 class Pipeline:
@@ -181,9 +179,7 @@ class Pipeline:
             shape = (self._num_channels, *block.core.shape)
             inferred = Inferred(core_czyx=np.zeros(shape, dtype=self._dtype), num_patches=0)
         else:
-            inferred = self._inference.run(
-                block, loaded.source_czyx, loaded.mask_zyx, self._dtype
-            )
+            inferred = self._inference.run(block, loaded.source_czyx, loaded.mask_zyx, self._dtype)
         seconds = {"read": loaded.seconds, "infer": monotonic() - started}
         self._writers.submit(
             self._guarded, self._write, lease, block.core, inferred, loaded.nbytes_read, seconds

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, UserError
-from mpichunk.estimate import estimate
 from mpichunk.planreport import plan_json, render_plan
 from mpichunk.startup import Job, masked_blocks, open_config_mask, prepare
 from mpichunk.volume import check_output
@@ -32,8 +31,7 @@ def preview(
         job = prepare(loaded.config)
         check_output(job.output, sources=job.sources)
         num_masked = _num_masked(job)
-        estimated = estimate(job.plan, job.config, job.volume)
-        arguments = job.plan, job.config, job.volume, estimated
+        arguments = job.plan, job.config, job.volume, job.estimate()
         if as_json:
             found = plan_json(*arguments, num_ranks=num_ranks, num_masked=num_masked)
             print(json.dumps(found, indent=2))

@@ -23,6 +23,7 @@ COUNTERS = (
     "bytes_read",
     "bytes_written",
     "busy",  # 1 while the rank holds a block
+    "held",  # blocks that the rank holds
     "ended",  # 1 once the rank has nothing more to do
     *STAGES,  # seconds
 )
@@ -80,6 +81,35 @@ class NullDisplay:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class Heartbeat:
+    """Passes the sums on, and notes now and then that the run is alive.
+
+    Args:
+        display: What shows the sums.
+        note: Takes facts about the run, JSON values, e.g. into the journal.
+        interval: Seconds between notes.
+    """
+
+    def __init__(
+        self, display: Display, note: Callable[[Mapping[str, int]], None], *, interval: float
+    ) -> None:
+        self._display = display
+        self._note = note
+        self._interval = interval
+        self._next = float("-inf")
+
+    def update(self, summed: Totals, now: float) -> None:
+        """Show the newest sums, and note them if it is time to."""
+        self._display.update(summed, now)
+        if now >= self._next:
+            self._next = now + self._interval
+            self._note({"num_held": int(summed["held"])})
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self._display.close()
 
 
 class Pace:

@@ -1,5 +1,7 @@
 """The `run` verb: the one place that knows every part, and puts them together in order.
 
+Decides nothing itself:
+
     rank 0          config, volumes, plan                -> every rank
     every rank      devices and threads                  -> all ranks decide alike
     rank 0          journal, output, run directory       -> every rank
@@ -31,6 +33,7 @@ from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.coordinator import Coordinator
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.errors import ExitCode, UserError
+from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference, check_engine, scaling_for
 from mpichunk.journal import Journal, changed_versions
 from mpichunk.launcher import check_world_size
@@ -38,7 +41,7 @@ from mpichunk.logs import close_logs, log_to_file, log_to_terminal
 from mpichunk.loop import Pulse, serve
 from mpichunk.messages import State
 from mpichunk.pipeline import Pipeline, Source
-from mpichunk.progress import Counters, get_display, summarise
+from mpichunk.progress import Counters, Heartbeat, get_display, summarise
 from mpichunk.scheduler import Scheduler, static_blocks
 from mpichunk.startup import (
     Job,
@@ -49,12 +52,15 @@ from mpichunk.startup import (
     threads_of_earlier_start,
     write_run_files,
 )
-from mpichunk.status import MOST_FAILURES_SHOWN, read_status
+from mpichunk.status import MOST_FAILURES_SHOWN, QUIET_SECONDS, read_status
 from mpichunk.volume import Reader, Writer, open_output
 from mpichunk.worker import Records, Worker
 
 PROGRESS_SECONDS = 5.0
 """How often ranks that work contribute to the progress."""
+
+BEAT_SECONDS = QUIET_SECONDS / 5
+"""How often the journal notes that the run is alive."""
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +225,8 @@ def _compute(
         start=started,
         stream=sys.stderr,
     )
+    if journal is not None:
+        display = Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS)
     own_blocks: Iterable[int] = ()
     if config.schedule.mode == "static":
         own_blocks = static_blocks(todo, comm.size, comm.rank)
@@ -235,7 +243,7 @@ def _compute(
     with pipeline:
         serve(
             comm,
-            Worker(pipeline, records, counters, own_blocks=own_blocks),
+            Worker(pipeline, records, counters, depth=BLOCKS_IN_FLIGHT, own_blocks=own_blocks),
             _coordinator(job, bindings, todo, journal) if journal is not None else None,
             Pulse(comm, counters, display, interval=PROGRESS_SECONDS),
             wake=wake,

@@ -21,7 +21,7 @@ from mpichunk.backends import get_backend
 from mpichunk.config import Config
 from mpichunk.configfile import dump_config
 from mpichunk.errors import JournalError, LaunchError
-from mpichunk.estimate import estimate
+from mpichunk.estimate import Estimate, estimate
 from mpichunk.fingerprint import make_fingerprint
 from mpichunk.geometry import Box
 from mpichunk.journal import Journal
@@ -70,6 +70,12 @@ class Job:
 
     run_dir: Path
     """Absolute path of the run directory."""
+
+    def estimate(self) -> Estimate:
+        """Return what the run will take."""
+        files = get_backend(self.config.model.backend).model_files(self.config.model)
+        nbytes = sum(path.stat().st_size for path in files)
+        return estimate(self.plan, self.config, self.volume, model_nbytes=nbytes)
 
     @property
     def sources(self) -> list[VolumeInfo]:
@@ -199,7 +205,8 @@ def write_run_files(config: Config, job: Job) -> str:
     nonce = secrets.token_hex(16)
     try:
         _replace(job.run_dir / "config.yaml", dump_config(config))
-        _replace(job.run_dir / "plan.json", json.dumps(plan_json(job.plan, config, job.volume, estimate(job.plan, config, job.volume)), indent=2) + "\n")
+        plan = plan_json(job.plan, config, job.volume, job.estimate())
+        _replace(job.run_dir / "plan.json", json.dumps(plan, indent=2) + "\n")
         _replace(job.run_dir / NONCE_NAME, nonce)
     except OSError as error:
         raise JournalError(

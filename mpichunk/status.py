@@ -21,7 +21,7 @@ WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
 
 QUIET_SECONDS = 150.0
-"""A run that has written nothing for so long is taken not to run: it beats every 30 s."""
+"""A run that has written nothing for so long is taken not to run; `run` beats five times in it."""
 
 MOST_FAILURES_SHOWN = 20
 """Failed blocks that the text lists; JSON lists all."""
@@ -108,14 +108,15 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
     start = (journal.read_starts(path) or [{}])[-1]
     beat = journal.read_last_beat(path)
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
-    is_over = num_done + num_failed == header["num_blocks"] or bool(beat.get("ended"))
+    is_over = num_done + num_failed == header["num_blocks"]
     is_alive = not is_over and now - last_time < QUIET_SECONDS
+    num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)
     return RunStatus(
         run_dir=str(run_dir),
         num_blocks=header["num_blocks"],
         num_done=num_done,
-        num_running=int(beat.get("num_leased", 0)) if is_alive else 0,
+        num_running=num_running if is_alive else 0,
         num_failed=num_failed,
         num_ranks=int(start.get("num_ranks", 0)),
         is_alive=is_alive,

@@ -98,6 +98,7 @@ class Worker:
             self._num_asked += num_missing
             messages.append(Request(num_blocks=num_missing))
         self._counters["busy"] = bool(self.held)
+        self._counters["held"] = len(self.held)
         return messages
 
     def _finished(self) -> Iterator[Record]:

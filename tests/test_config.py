@@ -242,8 +242,6 @@ RULES: list[tuple[Values, list[str]]] = [
             "model.arguments": {"width": 1, "depth": 2},
         },
         [
-            "model.weights: 'w.pt' is for a network given as code (file.py:Name), "
-            "but 'net.pt' has its own",
             "model.arguments: width, depth: only a network given as code (file.py:Name) "
             "takes arguments, not 'net.pt'",
         ],

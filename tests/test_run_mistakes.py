@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear message with file, line and cure, and the right exit code."""
+"""What a user can get wrong: one clear message with file, line and cure, and exit code 2."""
 
 from pathlib import Path
 from typing import Any

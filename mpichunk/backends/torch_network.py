@@ -34,6 +34,7 @@ def load_network(model: Model, device: str) -> nn.Module:
         network = _load_script(source.path, model)
     else:
         network = _make_network(source, model.arguments)
+    if source.kind != "script" or weights is not None:
         load_weights(network, weights)
     return network.eval().float().to(device)
 
@@ -48,14 +49,12 @@ def where_raised(error: BaseException) -> str:
 
 
 def _load_script(path: Path, model: Model) -> nn.Module:
-    """Return a TorchScript network, which brings its own weights."""
-    for key, value in (("weights", model.weights), ("arguments", model.arguments)):
-        if value:
-            raise ModelError(
-                f"{path} is a TorchScript file, which holds its own weights and takes no "
-                f"arguments; remove model.{key}",
-                key=f"model.{key}",
-            )
+    """Return a TorchScript network with the weights that its file holds."""
+    if model.arguments:
+        raise ModelError(
+            f"{path} is a TorchScript file, which takes no arguments; remove model.arguments",
+            key="model.arguments",
+        )
     try:
         with warnings.catch_warnings():
             # torch would rather see torch.export; TorchScript is what labs have.

@@ -1,0 +1,111 @@
+"""What tests of whole runs share: configs as files, outputs as files and as arrays, journals as lines."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+
+from mpichunk import journal
+from mpichunk.geometry import Box
+from mpichunk.volume import open_input
+
+
+def write_config(folder: Path, *, name: str = "config.yaml", **sections: Any) -> Path:
+    """Write a config made of these sections; relative paths in it start at `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(yaml.safe_dump(sections, sort_keys=False))
+    return path
+
+
+def read_volume(volume: object, box: Box | None = None) -> np.ndarray:
+    """Return (c, z, y, x) of a stored volume, or of a box of it."""
+    with open_input(str(volume)) as reader:
+        return np.asarray(reader.read(box or reader.info.domain).result())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder by its relative path, hidden ones too."""
+    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_same_files(found: Path, expected: Path) -> None:
+    """Compare two folders file by file, byte by byte."""
+    files, wanted = files_of(found), files_of(expected)
+    assert wanted, f"{expected} is empty"
+    assert sorted(files.keys() - wanted.keys()) == [], "files that should not be there"
+    assert sorted(wanted.keys() - files.keys()) == [], "files that are missing"
+    assert [name for name in sorted(wanted) if files[name] != wanted[name]] == []
+
+
+def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
+    """Return the journal's lines about blocks that came to this state, in order."""
+    text = (run_dir / journal.NAME).read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line for line in lines if line.get("state") == state]
+
+
+def start_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what the journal notes at each start."""
+    return journal.read_starts(run_dir / journal.NAME)
+
+
+def kill_when_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:
+    """SIGKILL a job, mpirun and every rank, once its journal has so many blocks done."""
+    path = run_dir / journal.NAME
+    end = time.monotonic() + 120
+    try:
+        while not path.exists() or path.read_bytes().count(b'"state":"done"') < num_blocks:
+            assert process.poll() is None, f"ended by itself with {process.returncode}"
+            assert time.monotonic() < end, "has not done its blocks in 120 s"
+            time.sleep(0.005)
+    finally:
+        kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all below it, the lowest first: nobody tidies up after anybody."""
+    try:
+        top = psutil.Process(process.pid)
+        family = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    # Stopped first, so that none sees another one die and ends in good order.
+    for member in family:
+        _signal(member.suspend)
+    for member in reversed(family):
+        _signal(member.kill)
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def _signal(send: Any) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def trap(folder: Path, *modules: str) -> dict[str, str]:
+    """Return an environment in which importing one of these modules ends the process at once."""
+    folder.mkdir(parents=True)
+    for module in modules:
+        # Not an exception: somebody might catch it.
+        code = f"import os, sys, traceback\ntraceback.print_stack()\nos._exit({TRAPPED})\n"
+        (folder / f"{module}.py").write_text(code)
+    repository = Path(__file__).resolve().parents[1]
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{repository}", "PYTHONUNBUFFERED": "1"}
+
+
+TRAPPED = 99
+"""How a process ends that has stepped into a trap."""
+
+PYTHON = sys.executable
