@@ -25,6 +25,7 @@ COUNTERS = (
     "busy",  # 1 while the rank holds a block
     "held",  # blocks that the rank holds
     "ended",  # 1 once the rank has nothing more to do
+    "peak_bytes",  # of memory, set at the end
     *STAGES,  # seconds
 )
 Totals = Mapping[str, float]
@@ -240,6 +241,7 @@ def summarise(
         lines.append(_spread(stage, vectors[:, COUNTERS.index(stage)]))
     infer = vectors[:, COUNTERS.index("infer")]
     lines.append(_spread("busy inferring, %", infer / seconds * 100 if seconds else infer))
+    lines.append(_spread("peak memory, MiB", vectors[:, COUNTERS.index("peak_bytes")] / 2**20))
     return "\n".join(lines)
 
 

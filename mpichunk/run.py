@@ -13,6 +13,7 @@ Decides nothing itself:
 import logging
 import os
 import queue
+import resource
 import sys
 import threading
 import time
@@ -204,7 +205,16 @@ def _compute(
     request = _request(job, bindings.ranks[comm.rank])
     source, writer, engine = on_every_rank(comm, lambda: _open_and_load(job, request))
     if comm.rank == 0:
-        log.info("network: %s", engine.info)
+        info = engine.info
+        log.info(
+            "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
+            info.backend,
+            info.version,
+            info.device,
+            info.device_kind,
+            info.precision,
+            info.threads,
+        )
     inference = BlockInference(
         engine,
         request,
@@ -249,6 +259,8 @@ def _compute(
             wake=wake,
         )
     display.close()
+    # Linux counts in KiB.
+    counters["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     vectors = comm.gather(counters.vector)
     if vectors is not None:
         _log_summary(np.array(vectors), todo, time.monotonic() - started)

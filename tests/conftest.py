@@ -64,6 +64,7 @@ def mpirun() -> Launch:
 
     `mpirun(3, "-m", "mpichunk", "run", config)` waits for the job and returns its exit code, stdout
     and stderr. `env` is added to the environment. A job that outlives `timeout` seconds is ended.
+    `meanwhile` is called with the started process, and may look at it, or end it.
     """
     program = _find_mpirun()
     if program is None:
@@ -89,6 +90,7 @@ def _finish(
     timeout: float = 120,
     cwd: Path | None = None,
     env: Mapping[str, object] | None = None,
+    meanwhile: Callable[[subprocess.Popen[str]], object] | None = None,
 ) -> Completed:
     """Run a command to its end, in a process group that is ended with it."""
     words = [str(word) for word in command]
@@ -103,6 +105,8 @@ def _finish(
         start_new_session=True,
     )
     try:
+        if meanwhile is not None:
+            meanwhile(process)
         out, err = process.communicate(timeout=timeout)
     except BaseException as error:
         # mpirun ends its ranks when it is asked to, and would leave them behind when it is killed.

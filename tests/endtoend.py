@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,14 @@ def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     return journal.read_starts(run_dir / journal.NAME)
 
 
-def kill_when_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:
-    """SIGKILL a job, mpirun and every rank, once its journal has so many blocks done."""
+def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:
+    """Wait until the journal of a job that runs has so many blocks done."""
     path = run_dir / journal.NAME
     end = time.monotonic() + 120
-    try:
-        while not path.exists() or path.read_bytes().count(b'"state":"done"') < num_blocks:
-            assert process.poll() is None, f"ended by itself with {process.returncode}"
-            assert time.monotonic() < end, "has not done its blocks in 120 s"
-            time.sleep(0.005)
-    finally:
-        kill_tree(process)
+    while not path.exists() or path.read_bytes().count(b'"state":"done"') < num_blocks:
+        assert process.poll() is None, f"ended by itself with {process.returncode}"
+        assert time.monotonic() < end, "has not done its blocks in 120 s"
+        time.sleep(0.005)
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
@@ -107,5 +103,3 @@ def trap(folder: Path, *modules: str) -> dict[str, str]:
 
 TRAPPED = 99
 """How a process ends that has stepped into a trap."""
-
-PYTHON = sys.executable

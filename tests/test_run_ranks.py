@@ -1,0 +1,266 @@
+"""Whole runs under real `mpirun`: who computes what, and what interrupts it, changes no byte."""
+
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+
+from mpichunk import cli, journal
+from mpichunk.configfile import load_config
+from mpichunk.errors import LaunchError
+from mpichunk.geometry import Box
+from mpichunk.plan import Plan
+from mpichunk.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
+from mpichunk.volume import OutputSpec, create_output, open_output
+from tests.endtoend import (
+    TRAPPED,
+    assert_same_files,
+    block_lines,
+    files_of,
+    kill_tree,
+    read_volume,
+    start_lines,
+    trap,
+    wait_until_done,
+    write_config,
+)
+
+RUN = ("-m", "mpichunk", "run")
+OFFSET = (-7, 100, 3)
+SHAPE = (42, 75, 94)
+DOMAIN = Box.from_shape(OFFSET, SHAPE)
+ROI = Box(start=(-4, 107, 9), stop=(31, 171, 90))
+DEPTH = 3
+"""Blocks that a rank holds at the same time."""
+
+
+def texture() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, SHAPE, dtype=np.uint8)
+
+
+def identity_config(folder: Path, raw: Path, **sections: Any) -> Path:
+    """Write a config whose ROI, offset, patches, blocks and shards do not fit one another."""
+    config: dict[str, Any] = {
+        "input": {"volume": str(raw)},
+        "roi": {"start": list(ROI.start), "stop": list(ROI.stop)},
+        "model": {"backend": "identity", "out_channels": 2},
+        "patch": {"shape": [7, 13, 15], "overlap": [2, 5, 4], "batch_size": 3},
+        "block": {"shape": [8, 24, 32]},
+        "output": {
+            "volume": "file://out/a|zarr3:",
+            "chunk_shape": [4, 6, 8],
+            "shard_shape": [8, 12, 16],
+        },
+    }
+    return write_config(folder, **(config | sections))
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory, python) -> SimpleNamespace:
+    """A small volume, and what one rank without mpirun makes of it."""
+    folder = tmp_path_factory.mktemp("identity")
+    raw = folder / "raw.h5"
+    with h5py.File(raw, "w") as file:
+        data = file.create_dataset("raw", data=texture(), chunks=(8, 32, 32))
+        data.attrs["voxel_offset"] = OFFSET
+    config = identity_config(folder / "one", raw)
+    # More files may be there than are written by the run, and so more than one block's.
+    done = python(*RUN, config)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(
+        folder=folder, raw=raw, config=config, stderr=done.stderr, output=folder / "one/out/a"
+    )
+
+
+def test_one_rank_copies_the_roi_and_nothing_else(identity):
+    found = read_volume(identity.output)
+    where = (slice(None), *ROI.slices(DOMAIN.start))
+    expected = np.zeros((2, *SHAPE), dtype=np.float32)
+    expected[where] = (texture() / np.float32(255))[where[1:]]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert len(files_of(identity.output)) > 100
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("num_ranks", [2, 3, 5, 8])
+def test_bytes_do_not_depend_on_the_ranks(tmp_path, mpirun, identity, num_ranks, mode):
+    config = identity_config(tmp_path, identity.raw, schedule={"mode": mode})
+    done = mpirun(num_ranks, *RUN, config)
+    assert done.returncode == 0, done.stderr
+    assert_same_files(tmp_path / "out/a", identity.output)
+    np.testing.assert_array_equal(read_volume(tmp_path / "out/a"), read_volume(identity.output))
+    lines = block_lines(tmp_path / "runs/config")
+    num_blocks = len(plan_of(config))
+    assert sorted(line["block"] for line in lines) == list(range(num_blocks))
+    if mode == "static":
+        # Contiguous runs in the order of ranks.
+        ranks = [line["rank"] for line in sorted(lines, key=lambda line: line["block"])]
+        assert ranks == sorted(ranks)
+        assert set(ranks) == set(range(num_ranks))
+    logs = sorted(path.name for path in (tmp_path / "runs/config/logs").iterdir())
+    assert logs == [f"rank-{rank:05d}.log" for rank in range(num_ranks)]
+
+
+def plan_of(config: Path) -> Plan:
+    return Plan.from_config(load_config(config).config, DOMAIN)
+
+
+# ---- With a network ---------------------------------------------------------------------------
+
+NET = """
+import os
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, crash=False):
+        super().__init__()
+        self.a = torch.nn.Conv3d(1, 5, 3, padding=1)
+        self.b = torch.nn.Conv3d(5, 2, 3, padding=1)
+        self.crash = crash
+        self.num_calls = 0
+
+    def forward(self, x):
+        self.num_calls += 1
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+        if self.crash and rank == "1" and self.num_calls > 3:
+            raise KeyError("a bug in the network")
+        return torch.sigmoid(self.b(torch.relu(self.a(x))))
+"""
+
+
+def network_config(folder: Path, identity: SimpleNamespace, **model: Any) -> Path:
+    """Write a config that runs `NET`, and the network, whose weights are the same each time."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (identity.folder / "net.py").write_text(NET)
+    names: dict[str, Any] = {}
+    exec(NET, names)
+    torch.manual_seed(5)
+    weights = identity.folder / "weights.pt"
+    if not weights.exists():
+        torch.save({"state_dict": names["Net"]().state_dict()}, weights)
+    return identity_config(
+        folder,
+        identity.raw,
+        model={
+            "backend": "pytorch",
+            "path": str(identity.folder / "net.py:Net"),
+            "weights": str(weights),
+            "out_channels": 2,
+            **model,
+        },
+        compute={"device": "cpu", "threads": 1},
+    )
+
+
+@pytest.mark.slow
+def test_a_network_gives_the_same_bytes_on_one_rank_and_on_three(
+    tmp_path, mpirun, python, identity
+):
+    for name, start in (("one", python), ("three", partial(mpirun, 3))):
+        done = start(*RUN, network_config(tmp_path / name, identity))
+        assert done.returncode == 0, done.stderr
+    assert_same_files(tmp_path / "three/out/a", tmp_path / "one/out/a")
+    found = read_volume(tmp_path / "one/out/a", ROI)
+    assert found.std() > 0.01
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_ends_the_whole_job_at_once(tmp_path, mpirun, identity):
+    config = network_config(tmp_path, identity, arguments={"crash": True})
+    start = time.monotonic()
+    done = mpirun(3, *RUN, config, timeout=90)
+    assert time.monotonic() - start < 60
+    assert done.returncode not in (0, 2, 3, 75)
+    assert "mpichunk: rank 1 on " in done.stderr
+    assert "Traceback" in done.stderr
+    assert "KeyError: 'a bug in the network'" in done.stderr
+    assert "net.py" in done.stderr
+    assert cli.main(["status", str(config), "--check"]) == 75
+
+
+# ---- Interrupted ------------------------------------------------------------------------------
+
+
+def slow_config(folder: Path) -> Path:
+    """Write a config that takes a while: its input is computed, and read again and again."""
+    return write_config(
+        folder,
+        input={"volume": "synthetic://membranes?shape=48,120,120&seed=4"},
+        model={"backend": "identity"},
+        patch={"shape": [12, 24, 24], "overlap": [4, 8, 8]},
+        block={"shape": [8, 16, 16], "stitch": "seamless"},
+        output={"volume": "out.zarr", "dtype": "uint8", "chunk_shape": [8, 16, 16]},
+    )
+
+
+def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, python, capsys):
+    undisturbed = slow_config(tmp_path / "undisturbed")
+    done = mpirun(2, *RUN, undisturbed)
+    assert done.returncode == 0, done.stderr
+    num_blocks = len(block_lines(tmp_path / "undisturbed/runs/config"))
+
+    config = slow_config(tmp_path / "killed")
+    run_dir, output = tmp_path / "killed/runs/config", tmp_path / "killed/out.zarr"
+    assert check(config) == 2
+    assert "has not been run yet" in capsys.readouterr().err
+
+    # The first start, of one rank, has all cores: the others keep its number of threads.
+    for num_ranks, mode, num_done in ((1, "dynamic", 50), (3, "static", 110), (2, "dynamic", 170)):
+        start = python if num_ranks == 1 else partial(mpirun, num_ranks)
+        seen: list[dict[str, Any]] = []
+
+        def watch_and_kill(process, num_done=num_done, seen=seen):
+            wait_until_done(process, run_dir, num_done - 10)
+            seen.append(status_json(config, capsys))
+            wait_until_done(process, run_dir, num_done)
+            kill_tree(process)
+
+        done = start(*RUN, config, "--set", f"schedule.mode={mode}", meanwhile=watch_and_kill)
+        assert done.returncode != 0
+        assert seen[0]["is_alive"]
+        assert seen[0]["num_ranks"] == num_ranks
+        assert seen[0]["num_running"] > 0
+        assert num_done - 10 <= seen[0]["num_done"] < num_blocks == seen[0]["num_blocks"]
+        assert check(config) == 75
+        # What is lost: the blocks that ranks held, and what they reported at the very end.
+        num_journaled = len(block_lines(run_dir))
+        num_written = sum(path.suffix == "" for path in output.glob("c/*/*/*/*"))
+        assert num_done <= num_journaled < num_blocks
+        print(f"{num_ranks} ranks: {num_journaled} blocks journaled, {num_written} written")
+        assert 0 <= num_written - num_journaled <= (DEPTH + 1) * num_ranks
+    done = mpirun(5, *RUN, config, "--set", "schedule.mode=static")
+    assert done.returncode == 0, done.stderr
+    assert check(config) == 0
+    assert_same_files(output, tmp_path / "undisturbed/out.zarr")
+
+    # No block that the journal knew was computed again.
+    blocks = [line["block"] for line in block_lines(run_dir)]
+    assert sorted(blocks) == list(range(num_blocks))
+    starts = start_lines(run_dir)
+    assert [line["num_ranks"] for line in starts] == [1, 3, 2, 5]
+    assert len({line["threads"] for line in starts}) == 1
+    header = journal.read_header(run_dir / journal.NAME)
+    assert header["fingerprint"]["parts"]["compute.threads"] == starts[0]["threads"]
+
+
+def check(config: Path) -> int:
+    """Return what `status --check` exits with."""
+    return cli.main(["status", str(config), "--check"])
+
+
+def status_json(config: Path, capsys: Any) -> dict[str, Any]:
+    """Return what `status --json` prints."""
+    capsys.readouterr()
+    assert cli.main(["status", str(config), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
