@@ -18,7 +18,7 @@ def on_rank_0(comm: Communicator, make: Callable[[], T]) -> T:
 
     What it returns travels to all ranks, so it must be picklable and small.
     """
-    outcome = comm.bcast(_attempt(make) if comm.rank == 0 else None)
+    outcome = comm.bcast(_attempt(make) if comm.is_coordinator else None)
     if isinstance(outcome, _Refusal):
         raise outcome.error
     return cast(T, outcome)

@@ -114,6 +114,10 @@ class Bindings:
     warnings: tuple[str, ...]
     """What the user should know, one line each."""
 
+    def of(self, rank: int) -> Binding:
+        """Return where one rank computes."""
+        return next(binding for binding in self.ranks if binding.rank == rank)
+
     @property
     def device_kinds(self) -> tuple[str, ...]:
         """The different device kinds, that of rank 0 first."""

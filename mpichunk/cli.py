@@ -68,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         help="exit 0, 3 or 75 by what the journal proves: all done, blocks failed, not finished",
     )
 
+    _add_verb(verbs, "stop", "ask a running job to finish what it computes, and end")
+
+    verify = _add_verb(verbs, "verify", "re-read the output and compare it with the journal")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="mark blocks that are missing or differ undone, so that the next run computes them",
+    )
+
     return parser
 
 
@@ -119,6 +129,18 @@ def _status(options: argparse.Namespace) -> int:
     )
 
 
+def _stop(options: argparse.Namespace) -> int:
+    from mpichunk.status import stop
+
+    return stop(options.config, options.overrides)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mpichunk.verify import verify
+
+    return verify(options.config, options.overrides, repair=options.repair, as_json=options.json)
+
+
 class _PrintSchema(argparse.Action):
     """Like `--help`: needs no config, prints and ends."""
 
@@ -129,4 +151,4 @@ class _PrintSchema(argparse.Action):
         parser.exit()
 
 
-_VERBS = {"run": _run, "plan": _plan, "status": _status}
+_VERBS = {"run": _run, "plan": _plan, "status": _status, "stop": _stop, "verify": _verify}

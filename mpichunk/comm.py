@@ -6,45 +6,49 @@ any thread, since nothing comes after it.
 """
 
 import os
+import secrets
+import signal
 import socket
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from mpichunk.errors import ExitCode, LaunchError, UserError
+from mpichunk.errors import ExitCode, LaunchError, RankLost, UserError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 T = TypeVar("T")
-Vector = npt.NDArray[np.float64]
 
-
-class PendingSum(Protocol):
-    """A sum over ranks that is under way."""
-
-    def test(self) -> Vector | None:
-        """Return the sum once every rank has contributed, None until then; never waits."""
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+"""What `mpirun --with-ft ulfm` puts into the environment of the ranks."""
 
 
 class Communicator(Protocol):
-    """The ranks of a run. Collectives must be called by every rank, in the same order."""
+    """The ranks of a run. Collectives must be called by every rank, in the same order.
+
+    A rank keeps its number for its whole life, also when others are lost. Where MPI is fault
+    tolerant any call may raise RankLost; then all survivors must call `agree(False)`.
+    """
 
     rank: int
-    """This process, 0 to size - 1."""
+    """This process, 0 to the number of ranks that were started - 1."""
 
-    size: int
-    """Number of ranks."""
+    alive: tuple[int, ...]
+    """The ranks that are still there, in order; the first one is the coordinator."""
+
+    is_fault_tolerant: bool
+    """Whether the others can go on when a rank dies."""
 
     host: str
     """Name of the machine."""
+
+    hosts: Mapping[int, str]
+    """Name of the machine of each rank, lost ones included."""
 
     local_rank: int
     """Place among the ranks of this machine."""
@@ -55,14 +59,29 @@ class Communicator(Protocol):
     library: str
     """What MPI this is, for the log; why there is none, if there is none."""
 
-    def bcast(self, value: T, root: int = 0) -> T:
-        """Return the value of rank `root`."""
+    job: str
+    """A name that no other job has, the same on every rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are still there."""
+
+    @property
+    def coordinator(self) -> int:
+        """The rank that has the second role: the lowest one."""
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank has the second role."""
+
+    def bcast(self, value: T, root: int | None = None) -> T:
+        """Return the value of rank `root`; default: that of the coordinator."""
 
     def gather(self, value: T) -> list[T] | None:
-        """Return the values of all ranks on rank 0, None elsewhere."""
+        """Return the values of all ranks, in their order, on the coordinator, None elsewhere."""
 
     def allgather(self, value: T) -> list[T]:
-        """Return the values of all ranks."""
+        """Return the values of all ranks, in their order."""
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -76,26 +95,69 @@ class Communicator(Protocol):
     def num_unreceived(self) -> int:
         """Return how many messages of this rank their receivers have not yet taken."""
 
-    def start_sum(self, vector: Vector) -> PendingSum:
-        """Begin to sum vectors of equal length over all ranks (collective); copies its argument."""
+    def unreceived_by(self) -> set[int]:
+        """Return the ranks that have not yet taken a message of this rank."""
+
+    def agree(self, is_well: bool) -> bool:
+        """Return, alike on every rank, whether all are well; else leave the lost ranks behind.
+
+        The one collective that ranks may meet in from different places. Where it returns False,
+        what was on its way is gone, and `alive` is who is left.
+        """
+
+    def leave(self, code: int, *, at_once: bool = False) -> None:
+        """End this process in good order; returns where the interpreter can do that itself.
+
+        Args:
+            code: Exit code.
+            at_once: Not to wait for threads: nobody needs what they do.
+        """
+
+    def die(self, code: int) -> NoReturn:
+        """End this process at once, and the others where they cannot go on without it."""
 
     def abort(self, code: int) -> NoReturn:
         """End every rank at once."""
 
 
-class SerialCommunicator:
+class _Ranks:
+    """What follows from who is there."""
+
+    rank: int
+    alive: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are still there."""
+        return len(self.alive)
+
+    @property
+    def coordinator(self) -> int:
+        """The rank that has the second role: the lowest one."""
+        return self.alive[0]
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank has the second role."""
+        return self.rank == self.alive[0]
+
+
+class SerialCommunicator(_Ranks):
     """One rank without MPI: the specification of the other."""
 
     def __init__(self, library: str = "none") -> None:
         self.rank = 0
-        self.size = 1
+        self.alive = (0,)
+        self.is_fault_tolerant = False
         self.host = socket.gethostname()
+        self.hosts: Mapping[int, str] = {0: self.host}
         self.local_rank = 0
         self.local_size = 1
         self.library = library
+        self.job = secrets.token_hex(8)
         self._inbox: deque[object] = deque()
 
-    def bcast(self, value: T, root: int = 0) -> T:
+    def bcast(self, value: T, root: int | None = None) -> T:
         """Return the value."""
         return value
 
@@ -124,112 +186,197 @@ class SerialCommunicator:
         """Return how many messages `receive` has not yet returned."""
         return len(self._inbox)
 
-    def start_sum(self, vector: Vector) -> PendingSum:
-        """Return a sum that is complete at once."""
-        return _OwnSum(vector.copy())
+    def unreceived_by(self) -> set[int]:
+        """Return this rank while there is a message that `receive` has not yet returned."""
+        return {self.rank} if self._inbox else set()
+
+    def agree(self, is_well: bool) -> bool:
+        """Return whether this rank is well."""
+        return is_well
+
+    def leave(self, code: int, *, at_once: bool = False) -> None:
+        """Return, unless it is to be at once."""
+        if at_once:
+            self.abort(code)
+
+    def die(self, code: int) -> NoReturn:
+        """End the process at once."""
+        self.abort(code)
 
     def abort(self, code: int) -> NoReturn:
         """End the process at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(code)
 
 
-class MpiCommunicator:
+class MpiCommunicator(_Ranks):
     """Ranks over MPI, on a duplicate of the given communicator so that nobody else's mail mixes in.
 
     Args:
         mpi: The module mpi4py.MPI.
         comm: The ranks that take part.
+        is_fault_tolerant: Whether MPI reports lost ranks as errors (ULFM) and goes on.
     """
 
-    def __init__(self, mpi: Any, comm: "MPI.Intracomm") -> None:
+    def __init__(self, mpi: Any, comm: "MPI.Intracomm", *, is_fault_tolerant: bool = False) -> None:
         self._mpi = mpi
-        self._comm = comm.Dup()
+        self.is_fault_tolerant = is_fault_tolerant
+        self._lost_classes: tuple[int, ...] = ()
+        if is_fault_tolerant:
+            names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+            self._lost_classes = tuple(getattr(mpi, name) for name in names)
+        self._started = comm.Get_group()
+        self._comm = comm
         self.rank = comm.Get_rank()
-        self.size = comm.Get_size()
+        self.alive = tuple(range(comm.Get_size()))
         self.host = socket.gethostname()
-        local = comm.Split_type(mpi.COMM_TYPE_SHARED)
-        self.local_rank: int = local.Get_rank()
-        self.local_size: int = local.Get_size()
-        local.Free()
+        self.hosts: Mapping[int, str] = {}
         self.library: str = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
         self._inbox: deque[object] = deque()
-        self._outbox: list[MPI.Request] = []
+        self._outbox: list[tuple[int, MPI.Request]] = []
+        # Requests that a failure has cut off: MPI may still look at their buffers.
+        self._cut_off: list[tuple[int, MPI.Request]] = []
+        while not self.agree(self._begin()):
+            pass
 
-    def bcast(self, value: T, root: int = 0) -> T:
-        """Return the value of rank `root`."""
-        result: T = self._comm.bcast(value, root=root)
+    def bcast(self, value: T, root: int | None = None) -> T:
+        """Return the value of rank `root`, or of the coordinator."""
+        place = 0 if root is None else self.alive.index(root)
+        with self._losses():
+            result: T = self._comm.bcast(value, root=place)
         return result
 
     def gather(self, value: T) -> list[T] | None:
-        """Return the values of all ranks on rank 0, None elsewhere."""
-        return self._comm.gather(value, root=0)
+        """Return the values of all ranks on the coordinator, None elsewhere."""
+        with self._losses():
+            values: list[T] | None = self._comm.gather(value, root=0)
+        return values
 
     def allgather(self, value: T) -> list[T]:
         """Return the values of all ranks."""
-        return self._comm.allgather(value)
+        with self._losses():
+            values: list[T] = self._comm.allgather(value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._comm.Barrier()
+        with self._losses():
+            self._comm.Barrier()
 
     def send(self, dest: int, message: object) -> None:
         """Send a picklable value to a rank; a synchronous send completes when it is received."""
         if dest == self.rank:
             self._inbox.append(message)
-        else:
-            self._outbox.append(self._comm.issend(message, dest=dest))
+            return
+        place = self.alive.index(dest)
+        with self._losses():
+            self._outbox.append((dest, self._comm.issend(message, dest=place)))
 
     def receive(self) -> list[tuple[int, Any]]:
         """Return what has arrived, this rank's own messages first."""
         messages: list[tuple[int, Any]] = [(self.rank, message) for message in self._inbox]
         self._inbox.clear()
         status = self._mpi.Status()
-        while (arrived := self._comm.improbe(status=status)) is not None:
-            messages.append((status.Get_source(), arrived.recv()))
+        with self._losses():
+            while (arrived := self._comm.improbe(status=status)) is not None:
+                messages.append((self.alive[status.Get_source()], arrived.recv()))
         return messages
 
     def num_unreceived(self) -> int:
         """Return how many messages of this rank their receivers have not yet taken."""
-        self._outbox = [request for request in self._outbox if not request.Test()]
+        with self._losses():
+            self._outbox = [item for item in self._outbox if not item[1].Test()]
         return len(self._outbox) + len(self._inbox)
 
-    def start_sum(self, vector: Vector) -> PendingSum:
-        """Begin to sum vectors over all ranks (collective)."""
-        source, total = vector.copy(), np.empty_like(vector)
-        return _MpiSum(self._comm.Iallreduce(source, total), source, total)
+    def unreceived_by(self) -> set[int]:
+        """Return the ranks that have not yet taken a message of this rank."""
+        self.num_unreceived()
+        return {dest for dest, _ in self._outbox} | ({self.rank} if self._inbox else set())
+
+    def agree(self, is_well: bool) -> bool:
+        """Return whether all ranks are well; revoke, agree and shrink where one is not."""
+        if not self.is_fault_tolerant:
+            return is_well
+        if not is_well:
+            # Whoever waits for a message or in a collective is told by an error, and comes here.
+            self._comm.Revoke()
+        if self._agreed(is_well):
+            return True
+        self._cut_off += self._outbox
+        self._outbox, self._inbox = [], deque()
+        shrunk: Any = self._comm.Shrink()
+        self._comm = shrunk
+        group = self._comm.Get_group()
+        everyone = list(range(self._started.Get_size()))
+        places = group.Translate_ranks(list(range(group.Get_size())), self._started)
+        self.alive = tuple(everyone[place] for place in places)
+        return False
+
+    def leave(self, code: int, *, at_once: bool = False) -> None:
+        """Leave without MPI_Finalize where a rank that dies in it would hold up the others."""
+        if self.is_fault_tolerant:
+            # A second time, so that nobody leaves before everybody knows the outcome of the first.
+            self._agreed(True)
+        elif at_once:
+            self._mpi.Finalize()
+        else:
+            return
+        _flush()
+        os._exit(code)
+
+    def die(self, code: int) -> NoReturn:
+        """End this process so that MPI notices: it takes an exit code for a decent end."""
+        if self.is_fault_tolerant and self.size > 1:
+            _flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.abort(code)
 
     def abort(self, code: int) -> NoReturn:
         """End every rank of the job at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         try:
             self._mpi.COMM_WORLD.Abort(code)
         finally:
             os._exit(code)
 
+    def _begin(self) -> bool:
+        """Make what needs all ranks; return whether none was lost meanwhile."""
+        try:
+            with self._losses():
+                comm: MPI.Intracomm = self._comm.Dup()
+                local = comm.Split_type(self._mpi.COMM_TYPE_SHARED)
+                self.local_rank: int = local.Get_rank()
+                self.local_size: int = local.Get_size()
+                local.Free()
+                self.hosts = dict(comm.allgather((self.rank, self.host)))
+                self.job: str = comm.bcast(secrets.token_hex(8), root=0)
+        except RankLost:
+            return False
+        self._comm = comm
+        return True
 
-class _OwnSum:
-    """The sum over one rank."""
+    def _agreed(self, is_well: bool) -> bool:
+        """Return whether all survivors are well, once all know the same ranks for lost."""
+        while True:
+            with suppress(RankLost), self._losses():
+                self._comm.Ack_failed()
+                return bool(self._comm.Agree(int(is_well)))
 
-    def __init__(self, vector: Vector) -> None:
-        self._vector = vector
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Turn MPI's errors that mean a lost rank into RankLost."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            if error.Get_error_class() in self._lost_classes:
+                raise RankLost(error.Get_error_string()) from None
+            raise
 
-    def test(self) -> Vector | None:
-        return self._vector
 
-
-class _MpiSum:
-    """A non-blocking MPI_Iallreduce; keeps its buffers alive, as MPI wants."""
-
-    def __init__(self, request: "MPI.Request", source: Vector, total: Vector) -> None:
-        self._request = request
-        self._source = source
-        self._total = total
-
-    def test(self) -> Vector | None:
-        return self._total if self._request.Test() else None
+def _flush() -> None:
+    """Show what was printed before the process ends without cleaning up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def start_mpi() -> Communicator:
@@ -254,15 +401,22 @@ def start_mpi() -> Communicator:
             f"{MPI.Get_library_version().splitlines()[0]} allows no threads beside MPI; mpichunk "
             "needs MPI_THREAD_FUNNELED: use an MPI library that was built with threads"
         )
-    return MpiCommunicator(MPI, MPI.COMM_WORLD)
+    is_enabled = os.environ.get(_FAULT_TOLERANCE, "").lower() in {"1", "true", "yes", "enabled"}
+    is_open_mpi = MPI.Get_library_version().startswith("Open MPI")
+    return MpiCommunicator(
+        MPI,
+        MPI.COMM_WORLD,
+        is_fault_tolerant=is_enabled and is_open_mpi and MPI.COMM_WORLD.Get_size() > 1,
+    )
 
 
 @contextmanager
 def crash_guard(comm: Communicator) -> Iterator[None]:
-    """End the whole job at once when any thread of this rank meets an unexpected exception.
+    """End this rank at once when any of its threads meets an unexpected exception.
 
-    Otherwise the other ranks would wait for this one for ever. What goes past: SystemExit, and
-    UserError, which must then be raised on every rank alike.
+    Otherwise the other ranks would wait for it for ever. They end with it where MPI is not fault
+    tolerant. What goes past: SystemExit, and UserError, which must then be raised on every rank
+    alike.
     """
     before = sys.excepthook, threading.excepthook
     sys.excepthook = lambda kind, error, trace: crash(comm, error)
@@ -273,7 +427,7 @@ def crash_guard(comm: Communicator) -> Iterator[None]:
         raise
     except BaseException as error:
         # With no other rank to end, the exception takes its usual way through open files and locks.
-        if comm.size == 1:
+        if comm.size == 1 and not comm.is_fault_tolerant:
             raise
         crash(comm, error)
     finally:
@@ -281,15 +435,21 @@ def crash_guard(comm: Communicator) -> Iterator[None]:
 
 
 def crash(comm: Communicator, error: BaseException) -> NoReturn:
-    """Say on which rank what went wrong and end the whole job at once; from any thread."""
+    """Say on which rank what went wrong and end it at once, the job too if need be; any thread."""
     code = ExitCode.UNEXPECTED
     text = "".join(traceback.format_exception(error))
     if isinstance(error, UserError):
         code, text = ExitCode.USER_ERROR, f"{error}\n"
+    if isinstance(error, RankLost):
+        # Here nobody goes on without it; every survivor comes here.
+        sys.stderr.write("mpichunk: a rank has died, and all are needed here; run it again\n")
+        comm.abort(code)
     thread = threading.current_thread().name
     sys.stderr.write(f"mpichunk: rank {comm.rank} on {comm.host}, {thread}: {text}")
-    sys.stderr.write(f"mpichunk: rank {comm.rank} on {comm.host} ends the job\n")
-    comm.abort(code)
+    goes_on = comm.is_fault_tolerant and comm.size > 1
+    end = "dies of it; the others go on" if goes_on else "ends the job"
+    sys.stderr.write(f"mpichunk: rank {comm.rank} on {comm.host} {end}\n")
+    comm.die(code)
 
 
 def _crash_in_thread(comm: Communicator, args: Any) -> None:

@@ -258,6 +258,18 @@ class Schedule(Section):
     max_attempts: Count = 3
     """How often a block is tried before it is listed as failed."""
 
+    max_consecutive_failures: Count = 10
+    """Blocks that fail in a row, none done between them, before the run is stopped early."""
+
+    min_lease_seconds: PositiveNumber = 300.0
+    """Time that a block may take at least before another rank is asked to compute it too."""
+
+    start_timeout_seconds: PositiveNumber = 600.0
+    """Time that the start may take, until all ranks compute, before the job is ended."""
+
+    stop_before_seconds: Level = 120
+    """How long before the known end of the allocation the run stops handing out blocks."""
+
 
 class Config(Section):
     """A whole run."""

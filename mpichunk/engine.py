@@ -68,7 +68,7 @@ class EngineRequest:
     """Border that is cut off each side of the network's output, or that it has cut itself."""
 
     batch_size: int
-    """Patches per forward; every forward gets exactly this many."""
+    """Patches per forward; every forward gets exactly this many, or fewer for lack of memory."""
 
     in_channels: int
     """Channels of the input volume."""
@@ -164,6 +164,9 @@ class Arrays(Protocol):
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """Return the array on the host, C contiguous; it may share the array's memory."""
 
+    def release(self) -> None:
+        """Give back all memory that is only kept for later calls."""
+
 
 class Engine(Protocol):
     """A network, loaded, on one device."""
@@ -184,6 +187,9 @@ class Engine(Protocol):
         Raises:
             ModelError: the network returned something else.
         """
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Return whether the device had no memory left, so that a smaller batch may do."""
 
     def explain(self, error: Exception) -> UserError:
         """Say what the user can do about an exception that `infer` raised in its first forward."""

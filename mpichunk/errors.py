@@ -10,7 +10,10 @@ Knows nothing but words. A message says who, what was found, what was expected a
     |   |-- DeviceError           no such accelerator, or one shared by two ranks
     |   |-- LaunchError           ranks that were started wrongly or do not see the same files
     |   `-- JournalError          a run directory of another run
+    |-- RankLost                  a rank died; the survivors meet and go on
     `-- BlockError                one block failed; the run goes on and ends with exit 3
+        |-- DiskFullError         no space or quota left to write to; the run stops with exit 3
+        `-- DeviceMemoryError     not even one patch fits into the memory of the device
 """
 
 from collections.abc import Sequence
@@ -89,5 +92,17 @@ class JournalError(UserError):
     """A run directory that belongs to another run."""
 
 
+class RankLost(MpichunkError):  # noqa: N818
+    """A rank has died, as MPI or another rank says: all survivors must agree and leave it."""
+
+
 class BlockError(MpichunkError):
     """One block could not be computed; the run goes on with the others."""
+
+
+class DiskFullError(BlockError):
+    """No space, or no quota, is left where the output is written: every other block would fail."""
+
+
+class DeviceMemoryError(BlockError):
+    """Not even a batch of one patch of this block fits into the memory of the rank's device."""

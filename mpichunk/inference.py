@@ -6,6 +6,7 @@ depends on the block alone, so that the bytes do too.
     source --gather--> batch --infer--> patches --activate, * window--> total / sum(w) --> core
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,13 +18,15 @@ import numpy.typing as npt
 from mpichunk.blending import sum_of_windows, window
 from mpichunk.config import Normalize, Window
 from mpichunk.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
-from mpichunk.errors import BlockError, ModelError, UserError
+from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry import Box, Grid, Slices, subtract
 from mpichunk.plan import Block
 
 _BYTE = Scaling(divide=255.0)
 _BLANK_STEP = 7
 """Every seventh voxel per axis is looked at first: of a patch with content, that is enough."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,9 @@ class Inferred:
 
     num_patches: int
     """Patches that went through the network."""
+
+    batch_size: int | None = None
+    """Patches per forward, where it had to be less than was asked for; else None."""
 
 
 class BlockInference:
@@ -65,10 +71,14 @@ class BlockInference:
         self._scaling = scaling
         self._activation = activation
         self._skip_blank = skip_blank
+        self._batch_size = request.batch_size
         output_shape = subtract(subtract(request.patch_shape, request.crop), request.crop)
         z, y, x = (window(window_name, length) for length in output_shape)
         self._vectors: Vectors = (z, y, x)
         self._window = engine.arrays.window(self._vectors)
+
+        self.num_batches = 0
+        """Batches that went through the network."""
 
     def run(
         self,
@@ -79,6 +89,9 @@ class BlockInference:
     ) -> Inferred:
         """Return the finished core of one block.
 
+        Where the device runs out of memory, the block is begun again with half the patches per
+        forward, and so are all later ones: the values may then differ by rounding.
+
         Args:
             block: where its patches are.
             source_czyx: raw input over `block.input_box`, padded.
@@ -87,13 +100,52 @@ class BlockInference:
 
         Raises:
             BlockError: the result holds NaN or inf.
+            DeviceMemoryError: there is no memory for a single patch.
         """
+        while True:
+            try:
+                return self._run(block, source_czyx, mask_zyx, out_dtype)
+            except Exception as error:
+                if not self._engine.is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Only now are the arrays of the failed try free.
+            self._engine.arrays.release()
+            self._halve_batch(block, reason)
+
+    def _halve_batch(self, block: Block, reason: str) -> None:
+        """Make batches smaller from now on, and say so."""
+        device = self._engine.info.device
+        if self._batch_size == 1:
+            raise DeviceMemoryError(
+                f"block {block.index}, {block.core}: not even one patch fits into the memory of "
+                f"{device}: {reason}; reduce patch.shape or block.shape"
+            )
+        self._batch_size //= 2
+        log.warning(
+            "block %d: %s is out of memory (%s); this rank runs %d patches per forward from now "
+            "on instead of %d, and its values may differ by rounding",
+            block.index,
+            device,
+            reason,
+            self._batch_size,
+            self._request.batch_size,
+        )
+
+    def _run(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> Inferred:
+        """Do what `run` does, with batches of the size that holds now."""
         arrays = self._engine.arrays
         boxes = self._wanted(block, source_czyx, mask_zyx)
         total_shape = self._request.out_channels, *block.core.shape
         source = total_czyx = None
         num_patches = 0
-        while batch := list(islice(boxes, self._request.batch_size)):
+        while batch := list(islice(boxes, self._batch_size)):
             if source is None:
                 source = arrays.upload(source_czyx)
                 # float32 output is the total itself, still being written when the next block runs.
@@ -106,7 +158,12 @@ class BlockInference:
         if mask_zyx is not None:
             core_mask_zyx = mask_zyx[block.core.slices(block.output_box.start)]
         finished = self._finish(block, total_czyx, core_mask_zyx, out_dtype)
-        return Inferred(core_czyx=arrays.download(finished), num_patches=num_patches)
+        is_halved = self._batch_size != self._request.batch_size
+        return Inferred(
+            core_czyx=arrays.download(finished),
+            num_patches=num_patches,
+            batch_size=self._batch_size if is_halved else None,
+        )
 
     def _wanted(
         self,
@@ -137,10 +194,11 @@ class BlockInference:
             source,
             [self._input_slices(block, box) for box in boxes],
             patch_shape=self._request.patch_shape,
-            batch_size=self._request.batch_size,
+            batch_size=self._batch_size,
             scaling=self._scaling,
         )
         output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
+        self.num_batches += 1
         for box, patch_czyx in zip(boxes, output_nczyx, strict=False):
             # Only the core is kept: what falls outside belongs to other blocks.
             inner = box.intersect(block.core)
@@ -204,8 +262,10 @@ def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
     return Scaling()
 
 
-def check_engine(engine: Engine, request: EngineRequest) -> None:
+def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float32]:
     """Run one real batch through the network before any block depends on it.
+
+    Returns (out_channels, *Q) of its first patch, on the host: the same on every sound rank.
 
     Raises:
         ModelError: the network fails, returns another shape than was asked for, or NaN or inf.
@@ -233,6 +293,8 @@ def check_engine(engine: Engine, request: EngineRequest) -> None:
             "weights may be damaged, or belong to another network",
             key="model.weights",
         )
+    # A copy: what is downloaded may be a buffer that the first block overwrites.
+    return np.array(arrays.download(output_nczyx[0]), np.float32)
 
 
 def is_blank(patch_czyx: npt.NDArray[Any]) -> bool:

@@ -7,6 +7,7 @@ the last lines costs work, never correctness.
     {"start":{"time":1760000000.0,"num_done":0,"num_ranks":4,...}}        each start of the run
     {"stage":"blocks","block":0,"state":"done","core":[[0,0,0],[64,64,64]],"rank":1,...}
     {"stage":"blocks","block":7,"state":"retry",...,"error":"BlockError","message":"..."}
+    {"end":{"time":1760000900.0,"reason":"drained","why":"..."}}      each end in good order
 
 The last line about a block counts; a state other than `done` and `failed` means: to be computed.
 A line that does not end with a brace and a newline was torn by a crash and does not exist.
@@ -18,7 +19,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import JournalError
-from mpichunk.geometry import Box, triple
+from mpichunk.geometry import Box
 from mpichunk.messages import Done, Failed, Record, State
 
 NAME = "journal.jsonl"
@@ -39,32 +39,6 @@ _LINE = re.compile(rb'\{"stage":"blocks","block":(\d+),"state":"(\w+)"[^\n]*\}\n
 _STATES = {b"done": State.DONE, b"failed": State.FAILED}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A block that has been tried as often as allowed."""
-
-    block: int
-    """Index in the plan."""
-
-    core: Box
-    """What it would have written."""
-
-    rank: int
-    """Where it was tried last."""
-
-    host: str
-    """Where that rank ran."""
-
-    attempt: int
-    """How often it was tried."""
-
-    error: str
-    """Kind of error."""
-
-    message: str
-    """What the user is told."""
-
-
 class Journal:
     """The writer: lines are collected by `append_*` and made durable together by `sync`."""
 
@@ -75,7 +49,11 @@ class Journal:
         header: Mapping[str, Any],
         states: npt.NDArray[np.uint8],
         clock: Callable[[], float],
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
+        self.path = Path(file.name)
+        """The file."""
+
         self.header = header
         """The first line."""
 
@@ -84,6 +62,8 @@ class Journal:
 
         self._file = file
         self._clock = clock
+        self._guard = guard
+        self._has_given_up = False
         self._lines: list[bytes] = []
 
     @classmethod
@@ -96,6 +76,7 @@ class Journal:
         versions: Mapping[str, str],
         fresh: bool = False,
         clock: Callable[[], float] = time.time,
+        guard: Callable[[], None] = lambda: None,
     ) -> "Journal":
         """Open the journal of a run directory to append to it, or begin a new one.
 
@@ -106,6 +87,7 @@ class Journal:
             versions: Versions of libraries, by name.
             fresh: Set an existing journal aside under another name.
             clock: Seconds since the epoch, for the `time` of each line.
+            guard: Raises before lines are written that this job must not write any more.
 
         Raises:
             JournalError: it belongs to a run of another fingerprint, or cannot be written.
@@ -118,7 +100,7 @@ class Journal:
             header = read_header(path)
             if header is None:
                 header = _write_header(path, num_blocks, fingerprint, versions, clock())
-            _check_same_run(path, header, num_blocks, fingerprint)
+            check_same_run(path, header, num_blocks, fingerprint)
             states = np.zeros(num_blocks, np.uint8)
             end = scan(path, states)
             file = path.open("r+b", buffering=0)
@@ -131,7 +113,7 @@ class Journal:
                 "choose a run_dir on a file system that this job may write to",
                 key="run_dir",
             ) from error
-        return cls(file, header=header, states=states, clock=clock)
+        return cls(file, header=header, states=states, clock=clock, guard=guard)
 
     def append_start(self, facts: Mapping[str, Any]) -> None:
         """Note that the run starts here; `facts` are JSON values such as num_ranks and hosts."""
@@ -141,6 +123,10 @@ class Journal:
     def append_beat(self, facts: Mapping[str, Any]) -> None:
         """Note that the run is alive; `facts` are JSON values such as num_held."""
         self._append({"beat": {"time": self._time, **facts}})
+
+    def append_end(self, facts: Mapping[str, Any]) -> None:
+        """Note that the run ends in good order; `facts` are JSON values: reason and why."""
+        self._append({"end": {"time": self._time, **facts}})
 
     def append(self, record: Record, state: str, *, core: Box, rank: int, host: str) -> None:
         """Note what has become of a block: `done`, `failed`, or `retry` if it is tried again."""
@@ -158,6 +144,8 @@ class Journal:
             case Done():
                 line["seconds"] = {stage: round(s, 4) for stage, s in record.seconds.items()}
                 line["num_patches"] = record.num_patches
+                if record.batch_size is not None:
+                    line["batch_size"] = record.batch_size
                 line["checksum"] = record.checksum
             case Failed():
                 line["error"] = record.error
@@ -172,6 +160,7 @@ class Journal:
         """
         if not self._lines:
             return
+        self._guard()
         end = self._file.tell()
         try:
             _write_durably(self._file, b"".join(self._lines))
@@ -179,6 +168,11 @@ class Journal:
             self._file.truncate(end)
             self._file.seek(end)
             raise
+        self._lines.clear()
+
+    def give_up(self) -> None:
+        """Forget what could not be written, and take no more lines but how the run ends."""
+        self._has_given_up = True
         self._lines.clear()
 
     def close(self) -> None:
@@ -197,7 +191,8 @@ class Journal:
         return round(self._clock(), 3)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self._lines.append(_encode(line))
+        if not self._has_given_up or "end" in line:
+            self._lines.append(_encode(line))
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -235,7 +230,7 @@ def scan(path: Path, states: npt.NDArray[np.uint8], start: int = 0) -> int:
     """
     with path.open("rb") as file:
         file.seek(start)
-        for lines in _whole_lines(file):
+        for lines in whole_lines(file):
             start += len(lines)
             found = _LINE.findall(lines)
             blocks = np.array([int(block) for block, _ in found], np.int64)
@@ -247,31 +242,6 @@ def scan(path: Path, states: npt.NDArray[np.uint8], start: int = 0) -> int:
             # Of equal indices the last one counts.
             states[blocks] = [_STATES.get(state, State.PENDING) for _, state in found]
     return start
-
-
-def read_starts(path: Path) -> list[dict[str, Any]]:
-    """Return what was noted at each start of the run, the last one last."""
-    return [json.loads(line)["start"] for line in _lines_with(path, b'{"start":')]
-
-
-def read_last_beat(path: Path) -> dict[str, Any]:
-    """Return what was noted at the last sign of life, {} if there was none."""
-    beats = [json.loads(line)["beat"] for line in _lines_with(path, b'{"beat":')]
-    return beats[-1] if beats else {}
-
-
-def read_failures(path: Path, states: npt.NDArray[np.uint8]) -> list[Failure]:
-    """Return the blocks that `states` calls failed, with causes, in plan order."""
-    failures: dict[int, Failure] = {}
-    for line in _lines_with(path, b',"state":"failed",'):
-        found = json.loads(line)
-        block = found["block"]
-        if states[block] == State.FAILED:
-            start, stop = found["core"]
-            core = Box(start=triple(start), stop=triple(stop))
-            names = ("rank", "host", "attempt", "error", "message")
-            failures[block] = Failure(block=block, core=core, **{n: found[n] for n in names})
-    return [failures[block] for block in sorted(failures)]
 
 
 def set_aside(path: Path) -> Path | None:
@@ -319,7 +289,7 @@ def _write_header(
     return header
 
 
-def _check_same_run(
+def check_same_run(
     path: Path, header: Mapping[str, Any], num_blocks: int, fingerprint: Mapping[str, Any]
 ) -> None:
     """Refuse a journal whose blocks would not hold the same values."""
@@ -339,7 +309,7 @@ def _check_same_run(
         )
 
 
-def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+def whole_lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield the rest of a file in big pieces, each of whole lines; drop a torn last line."""
     rest = b""
     while piece := file.read(CHUNK_NBYTES):
@@ -349,19 +319,6 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
             rest = piece[end:]
         else:
             rest += piece
-
-
-def _lines_with(path: Path, marker: bytes) -> Iterator[bytes]:
-    """Yield the lines that contain `marker`; much quicker than looking at every line."""
-    with path.open("rb") as file:
-        for lines in _whole_lines(file):
-            at = lines.find(marker)
-            while at >= 0:
-                end = lines.index(b"\n", at)
-                line = lines[lines.rfind(b"\n", 0, at) + 1 : end]
-                if line.endswith(b"}"):
-                    yield line
-                at = lines.find(marker, end)
 
 
 def _write_durably(file: BinaryIO, text: bytes) -> None:

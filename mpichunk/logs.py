@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+from mpichunk.errors import JournalError
+
 LOGGER = logging.getLogger("mpichunk")
 """The one logger of the package."""
 
@@ -22,13 +24,41 @@ def log_to_terminal(rank: int) -> None:
     LOGGER.propagate = False
 
 
+def lead_terminal() -> None:
+    """Show all lines of this rank, which has become the coordinator."""
+    for handler in LOGGER.handlers:
+        handler.setLevel(logging.INFO)
+
+
 def log_to_file(run_dir: Path, rank: int) -> None:
-    """Append this rank's lines to logs/rank-NNNNN.log in the run directory."""
+    """Append this rank's lines to logs/rank-NNNNN.log in the run directory.
+
+    Raises:
+        JournalError: the file cannot be written.
+    """
     directory = run_dir / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / f"rank-{rank:05d}.log", encoding="utf-8")
+    path = directory / f"rank-{rank:05d}.log"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be written: {error.strerror}; choose a run_dir on a file system that "
+            "this job may write to",
+            key="run_dir",
+        ) from error
+    for earlier in [h for h in LOGGER.handlers if isinstance(h, _LogFile)]:
+        LOGGER.removeHandler(earlier)
+        earlier.close()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that gives up quietly when its disk is full: the terminal tells the same."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        LOGGER.removeHandler(self)
 
 
 def close_logs() -> None:

@@ -7,7 +7,16 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | <-- Assign(leases) ------------------------- |
       | -- Done(lease) or Failed(lease) -----------> |   kept by the worker ...
       | <-- Acknowledge(leases) -------------------- |   ... until it is in the journal
+      | -- Drain(reason) --------------------------> |   this rank was asked to end early
       | <-- Stop(reason) --------------------------- |
+      | -- GiveBack(leases) -----------------------> |   what was not begun before an early stop
+      | -- Beat(counters) -------------------------> |   again and again; the last one at the end
+      | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
+      | -- Ask(lease) -----------------------------> |   before a block is written that is late
+      | <-- Verdict(lease, may_write) -------------- |
+      | -- Gone(rank) -----------------------------> |   a process of the same machine has ended
+      | <-- Kill(rank) ----------------------------- |   one that hangs, on the same machine
+      | <-- Leave(code) ---------------------------- |   all have sent their last sign of life
 """
 
 from collections.abc import Mapping
@@ -16,6 +25,15 @@ from enum import IntEnum
 
 STAGES = ("read", "infer", "write")
 """The stages of a block whose wall seconds are measured."""
+
+FINISHED = "finished"
+"""Why a run stops: every block is done or failed."""
+
+DRAINED = "drained"
+"""Why a run stops: it was asked to; what is left is for the next start."""
+
+FAILURES = "failures"
+"""Why a run stops: going on would only make more blocks fail."""
 
 
 class State(IntEnum):
@@ -70,6 +88,9 @@ class Done:
     checksum: str
     """`algorithm:hex` over the core's czyx little-endian bytes as stored."""
 
+    batch_size: int | None = None
+    """Patches per forward, where the device had no memory for as many as were asked for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
@@ -94,6 +115,30 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """The rank was asked that the run end early; may be sent again."""
+
+    reason: str
+    """By whom or by what, for the user: "SIGTERM"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveBack:
+    """Leases that the worker had not begun to compute when it was told to stop early."""
+
+    leases: tuple[Lease, ...]
+    """No record of them will come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The rank is alive."""
+
+    counters: tuple[float, ...]
+    """What it has done since it started; `ended` among them when it has nothing more to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assign:
     """The coordinator leases blocks to the receiver."""
 
@@ -111,13 +156,75 @@ class Acknowledge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """No more blocks will come; finish what is leased, then end."""
+    """No more blocks will come; finish what is being computed or written, then end."""
 
     reason: str
-    """`finished`: every block is done or failed."""
+    """One of `FINISHED`, `DRAINED`, `FAILURES`."""
+
+    why: str = ""
+    """More about it in words, for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A block that was computed but not written, because another rank was quicker."""
+
+    lease: Lease
+    """What was not finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """The lease has taken longer than it may; may its block still be written?"""
+
+    lease: Lease
+    """What has been computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer to `Ask`."""
+
+    lease: Lease
+    """What was asked for."""
+
+    may_write: bool
+    """False when another rank has finished the block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """The answer to `Beat`."""
+
+    lease_seconds: float
+    """How long a lease may take by now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """The process of a rank has ended, and MPI has not said so."""
+
+    rank: int
+    """Whose process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """End the process of a rank that hangs."""
+
+    rank: int
+    """Whose process; it runs on the machine of the receiver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """Every rank has ended, or is not waited for: the last message that a rank receives."""
+
+    code: int | None = None
+    """Exit code of a job that must be aborted, as a rank can neither go on nor be ended."""
 
 
 Record = Done | Failed
-ToCoordinator = Record | Request
-ToWorker = Assign | Acknowledge | Stop
+ToCoordinator = Record | Request | Drain | GiveBack | Beat | Ask | Gone
+ToWorker = Assign | Acknowledge | Stop | Heard | Verdict | Kill | Leave
 Message = ToCoordinator | ToWorker

@@ -12,6 +12,7 @@ in, records come out.
 
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic
@@ -19,19 +20,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from mpichunk.checksum import checksum_of
 from mpichunk.config import Pad
 from mpichunk.errors import BlockError
 from mpichunk.geometry import Box
 from mpichunk.inference import BlockInference, Inferred
 from mpichunk.masking import BoolArray, MaskGrid
-from mpichunk.messages import Done, Failed, Lease, Record
+from mpichunk.messages import Done, Dropped, Failed, Lease, Record
 from mpichunk.padding import pad, source_box
 from mpichunk.plan import Block, Plan
 from mpichunk.volume import Reader, Writer
 
-Records = queue.SimpleQueue[Record | BaseException]
+Records = queue.SimpleQueue[Record | Dropped | BaseException]
 """Finished records; an exception in it is a crash that the main thread must raise."""
 
 NUM_IO_THREADS = 2
@@ -89,6 +90,7 @@ class Pipeline:
         dtype: np.dtype[Any],
         records: Records,
         wake: threading.Event,
+        may_write: Callable[[Lease], bool] = lambda lease: True,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -98,6 +100,9 @@ class Pipeline:
         self._dtype = dtype
         self._records = records
         self._wake = wake
+        self._may_write = may_write
+        self._num_steps = 0
+        self._is_abandoned = False
         self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
         self._loading = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="read")
@@ -116,8 +121,32 @@ class Pipeline:
         block = self._plan[lease.block]
         self._loading.put((lease, block, self._readers.submit(self._load, block)))
 
+    @property
+    def num_steps(self) -> int:
+        """Changes whenever a block comes forward: is read, infers a batch, is written."""
+        return self._num_steps + self._inference.num_batches
+
+    def drop_waiting(self) -> list[Lease]:
+        """Forget the blocks that are read, or about to be, but not yet computed; return them."""
+        dropped: list[Lease] = []
+        while not self._loading.empty():
+            try:
+                item = self._loading.get_nowait()
+            except queue.Empty:
+                break  # the compute thread was quicker
+            if item is not None:
+                item[2].cancel()
+                dropped.append(item[0])
+        return dropped
+
+    def abandon(self) -> None:
+        """End no threads when closed: they compute what nobody waits for."""
+        self._is_abandoned = True
+
     def close(self) -> None:
         """Finish what was submitted, then end the threads."""
+        if self._is_abandoned:
+            return
         self._loading.put(None)
         self._thread.join()
         self._readers.shutdown()
@@ -137,7 +166,8 @@ class Pipeline:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, record: Record | BaseException) -> None:
+    def _put(self, record: Record | Dropped | BaseException) -> None:
+        self._num_steps += 1
         self._records.put(record)
         self._wake.set()
 
@@ -152,6 +182,7 @@ class Pipeline:
             inside = source_box(block.input_box, domain)
             inside_czyx = self._source.volume.read(inside).result()
             nbytes_read = inside_czyx.nbytes
+            self._num_steps += 1
             source_czyx = pad(inside_czyx, inside, block.input_box, domain, self._source.pad)
         return Loaded(
             source_czyx=source_czyx,
@@ -194,6 +225,9 @@ class Pipeline:
         seconds: dict[str, float],
     ) -> None:
         """Store a core; report it only when its bytes are durable."""
+        if not self._may_write(lease):
+            self._put(Dropped(lease=lease))
+            return
         started = monotonic()
         written = self._writer.write(core, inferred.core_czyx)
         checksum = checksum_of(inferred.core_czyx)
@@ -207,11 +241,6 @@ class Pipeline:
                 nbytes_written=inferred.core_czyx.nbytes,
                 seconds=seconds | {"write": monotonic() - started},
                 checksum=checksum,
+                batch_size=inferred.batch_size,
             )
         )
-
-
-def checksum_of(core_czyx: npt.NDArray[Any]) -> str:
-    """Return `xxh3:` and 128 bits over the array's C-ordered little-endian bytes."""
-    little = core_czyx.astype(core_czyx.dtype.newbyteorder("<"), order="C", copy=False)
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(little.data)

@@ -4,6 +4,7 @@ Knows no MPI: counters are a vector of float64, and somebody else sums it over t
 """
 
 import logging
+import resource
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
@@ -25,7 +26,8 @@ COUNTERS = (
     "busy",  # 1 while the rank holds a block
     "held",  # blocks that the rank holds
     "ended",  # 1 once the rank has nothing more to do
-    "peak_bytes",  # of memory, set at the end
+    "peak_bytes",  # of memory
+    "steps",  # changes whenever a block comes forward
     *STAGES,  # seconds
 )
 Totals = Mapping[str, float]
@@ -45,6 +47,11 @@ class Counters:
     def __setitem__(self, name: str, value: float) -> None:
         self.vector[COUNTERS.index(name)] = value
 
+    def measure_memory(self) -> None:
+        """Note how much memory the process has taken at most."""
+        # Linux counts in KiB.
+        self["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def count(self, record: Record) -> None:
         """Add a finished or failed block."""
         if not isinstance(record, Done):
@@ -59,9 +66,9 @@ class Counters:
             self[stage] += record.seconds.get(stage, 0.0)
 
 
-def totals(vector: npt.NDArray[np.float64]) -> dict[str, float]:
+def totals(vector: npt.NDArray[np.float64] | tuple[float, ...]) -> dict[str, float]:
     """Return a vector of counters by their names."""
-    return dict(zip(COUNTERS, vector.tolist(), strict=True))
+    return dict(zip(COUNTERS, map(float, vector), strict=True))
 
 
 class Display(Protocol):
@@ -100,11 +107,14 @@ class Heartbeat:
         self._note = note
         self._interval = interval
         self._next = float("-inf")
+        self._has_begun = False
 
     def update(self, summed: Totals, now: float) -> None:
-        """Show the newest sums, and note them if it is time to."""
+        """Show the newest sums, and note them if it is time to, or when the first block is held."""
         self._display.update(summed, now)
-        if now >= self._next:
+        begins = bool(summed["held"]) and not self._has_begun
+        if now >= self._next or begins:
+            self._has_begun = bool(summed["held"])
             self._next = now + self._interval
             self._note({"num_held": int(summed["held"])})
 
@@ -214,7 +224,12 @@ def get_display(
 
 
 def summarise(
-    vectors: npt.NDArray[np.float64], *, num_blocks: int, num_before: int, seconds: float
+    vectors: npt.NDArray[np.float64],
+    *,
+    num_blocks: int,
+    num_before: int,
+    seconds: float,
+    num_done: int | None = None,
 ) -> str:
     """Return the last words of a run.
 
@@ -223,9 +238,10 @@ def summarise(
         num_blocks: Blocks of the plan.
         num_before: Blocks that were done before this run started.
         seconds: Wall time from the first lease to the end.
+        num_done: Blocks done since the start, where lost ranks can no longer tell.
     """
     summed = totals(vectors.sum(axis=0))
-    num_done = int(summed["blocks"])
+    num_done = int(summed["blocks"]) if num_done is None else num_done
     before = f", {num_before} before" if num_before else ""
     failures = f"; attempts that failed: {int(summed['failures'])}" if summed["failures"] else ""
     rate = summed["voxels"] / seconds / 1e6 if seconds else 0.0

@@ -13,13 +13,12 @@ Decides nothing itself:
 import logging
 import os
 import queue
-import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
@@ -27,33 +26,48 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.agreement import on_every_rank, on_rank_0
+from mpichunk.attendance import Attendance
 from mpichunk.backends import get_backend
 from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
+from mpichunk.breaker import Breaker
+from mpichunk.canary import find_sound_ranks
 from mpichunk.comm import Communicator, crash_guard, start_mpi
+from mpichunk.conclusion import conclude
+from mpichunk.config import Schedule
 from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.coordinator import Coordinator
+from mpichunk.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
-from mpichunk.inference import BlockInference, check_engine, scaling_for
+from mpichunk.history import read_tries
+from mpichunk.inference import BlockInference, scaling_for
 from mpichunk.journal import Journal, changed_versions
-from mpichunk.launcher import check_world_size
-from mpichunk.logs import close_logs, log_to_file, log_to_terminal
+from mpichunk.launcher import allocation_end, check_world_size
+from mpichunk.lock import RunLock, this_process
+from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
 from mpichunk.loop import Pulse, serve
-from mpichunk.messages import State
+from mpichunk.messages import FINISHED, State, Stop
+from mpichunk.neighbours import Neighbours
+from mpichunk.permits import Permits
 from mpichunk.pipeline import Pipeline, Source
 from mpichunk.progress import Counters, Heartbeat, get_display, summarise
+from mpichunk.recovery import Fuse, survive
 from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.sentry import Lead, Lookout
 from mpichunk.startup import (
     Job,
     check_sight,
     library_versions,
     open_journal,
     prepare,
+    refuse_lost_output,
+    sync_first,
     threads_of_earlier_start,
     write_run_files,
 )
-from mpichunk.status import MOST_FAILURES_SHOWN, QUIET_SECONDS, read_status
+from mpichunk.status import QUIET_SECONDS
+from mpichunk.vigil import Tempo, Vigil
 from mpichunk.volume import Reader, Writer, open_output
 from mpichunk.worker import Records, Worker
 
@@ -77,62 +91,139 @@ class Start:
     """A bit per block, packed: whether it is still to be computed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """What may end a run early."""
+
+    outside: Outside
+    """Signals, and the end of the allocation."""
+
+    fuse: Fuse
+    """Burns while ranks wait for one another."""
+
+    abandoned: list[bool] = field(default_factory=list)
+    """No longer empty when threads compute what nobody waits for."""
+
+
 def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
     """Run a config, or what an earlier run of it left; return the exit code.
 
     To be called by every rank.
     """
-    return run_on(start_mpi(), config_path, overrides, fresh=fresh)
+    fuse = Fuse(_start_timeout(config_path, overrides))
+    fuse.light()
+    comm = start_mpi()
+    if comm.size == 1:
+        fuse.put_out()
+        fuse = Fuse()
+    with Signals() as signals:
+        outside = Outside(signals=signals, end_time=allocation_end(os.environ))
+        code = run_on(comm, config_path, overrides, fresh=fresh, outside=outside, fuse=fuse)
+    comm.leave(code)
+    return code
 
 
 def run_on(
-    comm: Communicator, config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False
+    comm: Communicator,
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    outside: Outside | None = None,
+    fuse: Fuse | None = None,
 ) -> int:
     """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
+    ways = Ways(outside=outside or Outside(), fuse=fuse or Fuse())
+    begun: list[bool] = []
+
+    def attempt() -> int:
+        return _run(comm, config_path, overrides, fresh=fresh, begun=begun, ways=ways)
+
     log_to_terminal(comm.rank)
     with crash_guard(comm):
         try:
-            return _run(comm, config_path, overrides, fresh=fresh)
+            if not comm.is_fault_tolerant:  # as only a world of several ranks is
+                check_world_size(comm.size, os.environ)
+            code = survive(comm, attempt)
+            if ways.abandoned:
+                comm.leave(code, at_once=True)
+            return code
         except UserError as error:
-            if comm.rank == 0:
+            if comm.is_coordinator:
                 print(f"mpichunk: {error}", file=sys.stderr)
             return ExitCode.USER_ERROR
         finally:
             close_logs()
 
 
-def _run(comm: Communicator, config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
-    """Run it, or raise the same UserError on every rank."""
-    check_world_size(comm.size, os.environ)
+def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
+    """Return how long the start may take, before there are other ranks to read the config."""
+    try:
+        return load_config(config_path, overrides).config.schedule.start_timeout_seconds
+    except (UserError, OSError):
+        # It is told in good order once the ranks know one another.
+        return Schedule().start_timeout_seconds
+
+
+def _run(
+    comm: Communicator,
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    fresh: bool,
+    begun: list[bool],
+    ways: Ways,
+) -> int:
+    """Run it, or raise the same UserError on every rank.
+
+    `begun` is no longer empty once the run directory is this run's: then nothing is set aside any
+    more, should all of this be done again because a rank was lost.
+    """
     loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
     try:
-        return _run_config(comm, loaded, fresh=fresh)
+        if fresh and comm.is_fault_tolerant:
+            fresh = not any(comm.allgather(bool(begun)))
+        return _run_config(comm, loaded, fresh=fresh, begun=begun, ways=ways)
     except UserError as error:
         raise loaded.locate_error(error) from None
 
 
-def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int:
+def _run_config(
+    comm: Communicator, loaded: LoadedConfig, *, fresh: bool, begun: list[bool], ways: Ways
+) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     bindings = _bind(comm, job, fresh=fresh)
+    processes = comm.allgather(this_process())
+    neighbours = Neighbours(comm.rank, dict(zip(comm.alive, processes, strict=True)))
     with ExitStack() as stack:
-        ledger: list[Journal] = []  # the journal, on rank 0 only
+        ledger: list[Journal] = []  # the journal, on the coordinator only
+
+        def open_ledger(fresh: bool = False) -> Journal:
+            lock = RunLock.acquire(job.run_dir, processes=processes, job=comm.job)
+            stack.enter_context(lock)
+            opened = _open_journal(job, bindings, lock, fresh=fresh)
+            ledger.append(stack.enter_context(opened))
+            return opened
 
         def open_run() -> Start:
-            ledger.append(stack.enter_context(_open_journal(job, bindings, fresh=fresh)))
+            open_ledger(fresh)
+            clear_stop(job.run_dir)
+            refuse_lost_output(job, int(np.count_nonzero(ledger[0].states == State.DONE)))
             nonce = write_run_files(loaded.config, job)
             todo = ledger[0].states != State.DONE
             return Start(nonce=nonce, todo=np.packbits(todo).tobytes())
 
         start = on_rank_0(comm, open_run)
+        begun.append(True)
         on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
-        log_to_file(job.run_dir, comm.rank)
-        if comm.rank == 0:
-            _log_start(comm, loaded, job, bindings, ledger[0])
+        on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
+        on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings, ledger[0]))
         todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
+        ending: Stop | None = Stop(reason=FINISHED)
         if todo.any():
-            _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
-    return on_rank_0(comm, lambda: _conclude(job))
+            ending = _compute(comm, job, bindings, todo, ledger, open_ledger, neighbours, ways)
+        return on_rank_0(comm, lambda: conclude(ledger[0], ending, num_blocks=len(job.plan)))
 
 
 def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
@@ -159,7 +250,7 @@ def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
     )
 
 
-def _open_journal(job: Job, bindings: Bindings, *, fresh: bool) -> Journal:
+def _open_journal(job: Job, bindings: Bindings, lock: RunLock, *, fresh: bool) -> Journal:
     """Open the journal, on rank 0."""
     on_cpu = bindings.ranks[0].device == "cpu"
     return open_journal(
@@ -168,6 +259,7 @@ def _open_journal(job: Job, bindings: Bindings, *, fresh: bool) -> Journal:
         # On an accelerator the number of CPU threads does not touch the result.
         threads=bindings.ranks[0].threads if on_cpu else None,
         fresh=fresh,
+        guard=lock.check,
     )
 
 
@@ -190,7 +282,7 @@ def _log_start(
             "threads": bindings.ranks[0].threads,
         }
     )
-    journal.sync()
+    sync_first(journal)
 
 
 def _compute(
@@ -198,23 +290,22 @@ def _compute(
     job: Job,
     bindings: Bindings,
     todo: npt.NDArray[np.bool_],
-    journal: Journal | None,
-) -> None:
-    """Compute the blocks still to do: this rank's part of it, until all ranks have ended."""
+    ledger: Sequence[Journal],
+    open_ledger: Callable[[], Journal],
+    neighbours: Neighbours,
+    ways: Ways,
+) -> Stop | None:
+    """Compute the blocks still to do: this rank's part of it, until all ranks have ended.
+
+    Returns, on the coordinator, why they have ended.
+    """
     config = job.config
-    request = _request(job, bindings.ranks[comm.rank])
+    request = _request(job, bindings.of(comm.rank))
     source, writer, engine = on_every_rank(comm, lambda: _open_and_load(job, request))
+    sound = find_sound_ranks(comm, config.model, request, engine)
+    is_sound = comm.rank in sound
     if comm.rank == 0:
-        info = engine.info
-        log.info(
-            "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
-            info.backend,
-            info.version,
-            info.device,
-            info.device_kind,
-            info.precision,
-            info.threads,
-        )
+        _log_network(engine)
     inference = BlockInference(
         engine,
         request,
@@ -227,19 +318,10 @@ def _compute(
     wake = threading.Event()
     counters = Counters()
     started = time.monotonic()
-    display = get_display(
-        rank=comm.rank,
-        size=comm.size,
-        num_blocks=len(todo),
-        num_before=len(todo) - int(np.count_nonzero(todo)),
-        start=started,
-        stream=sys.stderr,
-    )
-    if journal is not None:
-        display = Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS)
     own_blocks: Iterable[int] = ()
-    if config.schedule.mode == "static":
-        own_blocks = static_blocks(todo, comm.size, comm.rank)
+    if config.schedule.mode == "static" and is_sound:
+        own_blocks = static_blocks(todo, len(sound), sound.index(comm.rank))
+    permits = Permits(wake)
     pipeline = Pipeline(
         plan=job.plan,
         source=source,
@@ -249,21 +331,69 @@ def _compute(
         dtype=job.output.dtype,
         records=records,
         wake=wake,
+        may_write=permits.may_write,
+    )
+
+    def take_over() -> Lead:
+        lead_terminal()
+        return _lead(comm, job, bindings, todo, open_ledger(), sound, started, is_first=False)
+
+    def conclude_now(lead: Lead) -> int:
+        lead.attendance.close()
+        _log_summary(lead, todo, time.monotonic() - started)
+        return conclude(ledger[0], lead.coordinator.ending, num_blocks=len(job.plan))
+
+    lead = None
+    if ledger:
+        lead = _lead(comm, job, bindings, todo, ledger[0], sound, started, is_first=True)
+    depth = BLOCKS_IN_FLIGHT if is_sound else 0  # who is not sound asks for no blocks
+    worker = Worker(
+        pipeline, records, counters, depth=depth, own_blocks=own_blocks, permits=permits
     )
     with pipeline:
-        serve(
+        lead = serve(
             comm,
-            Worker(pipeline, records, counters, depth=BLOCKS_IN_FLIGHT, own_blocks=own_blocks),
-            _coordinator(job, bindings, todo, journal) if journal is not None else None,
-            Pulse(comm, counters, display, interval=PROGRESS_SECONDS),
+            worker,
+            lead,
+            Pulse(counters, interval=PROGRESS_SECONDS),
             wake=wake,
+            watch=_watch(job, ways.outside),
+            lookout=Lookout(comm, neighbours),
+            take_over=take_over,
+            conclude=conclude_now,
+            fuse=ways.fuse,
         )
-    display.close()
-    # Linux counts in KiB.
-    counters["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    vectors = comm.gather(counters.vector)
-    if vectors is not None:
-        _log_summary(np.array(vectors), todo, time.monotonic() - started)
+        if worker.is_abandoning:
+            pipeline.abandon()
+            ways.abandoned.append(True)
+    if lead is None:
+        return None
+    lead.attendance.close()
+    _log_summary(lead, todo, time.monotonic() - started)
+    return lead.coordinator.ending
+
+
+def _log_network(engine: Engine) -> None:
+    """Tell what computes."""
+    info = engine.info
+    log.info(
+        "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
+        info.backend,
+        info.version,
+        info.device,
+        info.device_kind,
+        info.precision,
+        info.threads,
+    )
+
+
+def _watch(job: Job, outside: Outside) -> Watch:
+    """Return what says when the run should end early."""
+    return Watch(
+        outside,
+        stop_file=job.run_dir / STOP_NAME,
+        stop_before_seconds=job.config.schedule.stop_before_seconds,
+    )
 
 
 def _request(job: Job, binding: Binding) -> EngineRequest:
@@ -283,10 +413,10 @@ def _request(job: Job, binding: Binding) -> EngineRequest:
 
 
 def _open_and_load(job: Job, request: EngineRequest) -> tuple[Source, Writer, Engine]:
-    """Open the volumes as this rank sees them, load the network, and run one batch through it.
+    """Open the volumes as this rank sees them, and load the network.
 
     Raises:
-        UserError: this rank cannot open a volume, or the network does not load or does not fit.
+        UserError: this rank cannot open a volume, or the network does not load.
     """
     mask = None
     if job.mask_handle is not None:
@@ -299,49 +429,80 @@ def _open_and_load(job: Job, request: EngineRequest) -> tuple[Source, Writer, En
     )
     writer = open_output(job.output, num_threads=request.threads)
     engine = get_backend(job.config.model.backend).load(job.config.model, request)
-    check_engine(engine, request)
     return source, writer, engine
 
 
-def _coordinator(
-    job: Job, bindings: Bindings, todo: npt.NDArray[np.bool_], journal: Journal
-) -> Coordinator:
-    """Return rank 0's second role."""
+def _lead(
+    comm: Communicator,
+    job: Job,
+    bindings: Bindings,
+    todo: npt.NDArray[np.bool_],
+    journal: Journal,
+    sound: Sequence[int],
+    started: float,
+    *,
+    is_first: bool,
+) -> Lead:
+    """Return the second role of the coordinator: of the first one, or of one that takes over."""
+    num_before = len(todo) - int(np.count_nonzero(todo))
     schedule = job.config.schedule
     scheduler = Scheduler(
         len(job.plan),
-        size=len(bindings.ranks),
-        done=~todo,
-        mode=schedule.mode,
+        ranks=[rank for rank in comm.alive if rank in sound],
+        done=~todo if is_first else journal.states == State.DONE,
+        mode=schedule.mode if is_first else "dynamic",
         max_attempts=schedule.max_attempts,
     )
+    if not is_first:
+        scheduler.recall(*read_tries(journal.path))
+    display = get_display(
+        rank=0,
+        size=comm.size,
+        num_blocks=len(todo),
+        num_before=num_before,
+        start=started,
+        stream=sys.stderr,
+    )
+    tempo = Tempo(schedule.min_lease_seconds)
+    return Lead(
+        coordinator=_coordinator(job, bindings, journal, scheduler, tempo),
+        vigil=Vigil(comm.alive, tempo, time.monotonic()),
+        attendance=Attendance(
+            comm.alive,
+            Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),
+            num_done=lambda: scheduler.num_done - num_before,
+        ),
+    )
+
+
+def _coordinator(
+    job: Job, bindings: Bindings, journal: Journal, scheduler: Scheduler, tempo: Tempo
+) -> Coordinator:
+    """Return what leases and journals."""
+    schedule = job.config.schedule
     grid = job.plan.grid
-    hosts = [binding.host for binding in bindings.ranks]
-    return Coordinator(scheduler, journal, core_of=grid.__getitem__, hosts=hosts)
+    hosts = {binding.rank: binding.host for binding in bindings.ranks}
+    breaker = Breaker(
+        size=len(bindings.ranks), max_consecutive_failures=schedule.max_consecutive_failures
+    )
+    return Coordinator(
+        scheduler,
+        journal,
+        core_of=grid.__getitem__,
+        hosts=hosts,
+        breaker=breaker,
+        tempo=tempo,
+    )
 
 
-def _log_summary(
-    vectors: npt.NDArray[np.float64], todo: npt.NDArray[np.bool_], seconds: float
-) -> None:
+def _log_summary(lead: Lead, todo: npt.NDArray[np.bool_], seconds: float) -> None:
     """Tell what all ranks have done."""
-    num_before = len(todo) - int(np.count_nonzero(todo))
-    summary = summarise(vectors, num_blocks=len(todo), num_before=num_before, seconds=seconds)
+    summary = summarise(
+        lead.attendance.vectors,
+        num_blocks=len(todo),
+        num_before=len(todo) - int(np.count_nonzero(todo)),
+        num_done=lead.attendance.num_done,
+        seconds=seconds,
+    )
     for line in summary.splitlines():
         log.info("%s", line)
-
-
-def _conclude(job: Job) -> ExitCode:
-    """Read the journal once more, and let what it proves decide the exit code."""
-    found = read_status(job.run_dir, now=time.time())
-    if found.exit_code == ExitCode.ALL_DONE:
-        log.info("all %d blocks are done", found.num_blocks)
-    for failure in found.failures[:MOST_FAILURES_SHOWN]:
-        log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)
-    if found.num_failed:
-        log.error(
-            "%d of %d blocks failed; `python -m mpichunk status` lists them, running again tries "
-            "them again",
-            found.num_failed,
-            found.num_blocks,
-        )
-    return found.exit_code

@@ -5,11 +5,13 @@ Events in, decisions out. Knows no MPI, no clock (`now` is passed in), no files 
     pending --lease--> leased --finish--> done
        ^                 |
        '----- fail ------+----- fail, the last attempt -----> failed
+
+A block that takes long may be leased to a second rank as well: the first result wins.
 """
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +26,8 @@ WINDOW = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Holder:
-    """Who computes a leased block."""
+    """How a rank holds a block."""
 
-    rank: int
     attempt: int
     since: float
 
@@ -44,7 +45,8 @@ class Scheduler:
 
     Args:
         num_blocks: Length of the plan.
-        size: Number of ranks.
+        size: Number of ranks, 0 to size - 1.
+        ranks: Their numbers, in order, when some have been lost.
         done: (num_blocks,) True for blocks that need not be computed; default: none.
         mode: `dynamic` hands out blocks one by one; with `static` every rank holds from the start
             what `static_blocks` says, and only blocks that failed are handed out.
@@ -55,12 +57,13 @@ class Scheduler:
         self,
         num_blocks: int,
         *,
-        size: int,
+        size: int = 1,
+        ranks: Iterable[int] | None = None,
         done: npt.NDArray[np.bool_] | None = None,
         mode: str = "dynamic",
         max_attempts: int = 3,
     ) -> None:
-        self._size = size
+        self._ranks = tuple(range(size) if ranks is None else ranks)
         self._max_attempts = max_attempts
         self._states: npt.NDArray[np.uint8] = np.zeros(num_blocks, np.uint8)
         if done is not None:
@@ -68,8 +71,9 @@ class Scheduler:
         self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
 
         # In flight. Static runs are held without an entry: `_run_starts` tells whose they are.
-        self._holders: dict[int, _Holder] = {}
-        self._num_held = [0] * size
+        self._holders: dict[int, dict[int, _Holder]] = {}
+        self._num_held: Counter[int] = Counter()
+        self._given_up: set[int] = set()
         self._run_starts: list[int] = []
 
         # Blocks to lease: first those never tried, in plan order, then those that failed, by the
@@ -80,6 +84,11 @@ class Scheduler:
 
         if mode == "static":
             self._lease_runs()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that compute, in order."""
+        return self._ranks
 
     @property
     def is_finished(self) -> bool:
@@ -120,7 +129,7 @@ class Scheduler:
         A rank that holds a block is given no more than its equal share of what is unfinished, so
         that the ranks that happen to ask first do not take all of a short run, or of a run's end.
         """
-        share = max(1, (self.num_pending + self.num_leased) // self._size)
+        share = max(1, (self.num_pending + self.num_leased) // len(self._ranks))
         leases: list[Lease] = []
         while len(leases) < num_blocks and self._num_held[rank] < share:
             block = self._next_block(rank)
@@ -149,17 +158,111 @@ class Scheduler:
         """
         if not self._release(rank, lease) or self._states[lease.block] != State.LEASED:
             return None
-        if lease.attempt >= self._max_attempts:
+        num_tries = self._count_try(rank, lease)
+        if lease.block in self._holders:
+            return State.LEASED
+        if num_tries >= self._max_attempts:
             self._move(lease.block, State.FAILED)
             self._tries.pop(lease.block, None)
             return State.FAILED
-        self._try_again(rank, lease)
+        self._queue_again(lease.block)
         return State.PENDING
+
+    def late_blocks(self, now: float, seconds: float) -> list[int]:
+        """Return the blocks that one rank alone has held for long, those held longest first.
+
+        Args:
+            now: Seconds.
+            seconds: What is long for one block; a rank works on all that it holds.
+        """
+        found: list[tuple[float, int]] = []
+        for block, holders in self._holders.items():
+            ((rank, holder), *others) = holders.items()
+            is_late = now - holder.since > seconds * max(1, self._num_held[rank])
+            if is_late and not others and self._states[block] == State.LEASED:
+                found.append((holder.since, block))
+        return [block for _, block in sorted(found)]
+
+    def back_up(self, rank: int, block: int, now: float) -> Lease | None:
+        """Lease a block that another rank holds to a rank without one; None if it must not."""
+        tries = self._tries.get(block)
+        has_failed = tries is not None and rank in tries.ranks
+        if self._num_held[rank] or has_failed or rank in self._holders[block]:
+            return None
+        return self._hold(rank, block, now)
+
+    def give_up_rank(self, rank: int) -> None:
+        """Make pending what a rank alone holds; it may yet finish it."""
+        self._given_up.add(rank)
+        held = [block for block, holders in self._holders.items() if rank in holders]
+        for block in held:
+            del self._holders[block][rank]
+            if not self._holders[block]:
+                del self._holders[block]
+        self._num_held[rank] = 0
+        for block in [*held, *self._rest_of_run(rank)]:
+            if self._states[block] == State.LEASED and block not in self._holders:
+                self._make_pending(block)
+
+    def welcome_back(self, rank: int) -> None:
+        """Count on a rank that was given up."""
+        self._given_up.discard(rank)
+
+    def regroup(self, held: Mapping[int, Iterable[Lease]], now: float) -> None:
+        """Go on with other ranks: they hold what they say and no more; the rest is pending.
+
+        Args:
+            held: By rank, what it computes, or has finished without knowing whether it counts.
+            now: Seconds.
+        """
+        self._ranks = tuple(rank for rank in self._ranks if rank in held)
+        before = self._states == State.LEASED
+        self._states[before] = State.PENDING
+        self._holders.clear()
+        self._num_held.clear()
+        self._run_starts.clear()
+        for rank, leases in held.items():
+            for lease in leases:
+                if self._states[lease.block] in (State.PENDING, State.LEASED):
+                    self._states[lease.block] = State.LEASED
+                    holder = _Holder(attempt=lease.attempt, since=now)
+                    self._holders.setdefault(lease.block, {})[rank] = holder
+                    self._num_held[rank] += 1
+        self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
+        self._fresh = self._pending_blocks()
+        self._again.clear()
+        self._given_up.clear()
+        for block in self._tries:
+            if self._states[block] == State.PENDING:
+                self._queue_again(block)
+
+    def recall(self, tries: Mapping[int, Sequence[int]], given_up: Iterable[int]) -> None:
+        """Remember what an earlier scheduler of this run has seen fail; to be called first.
+
+        Args:
+            tries: By block the ranks that it has failed on, one entry a try.
+            given_up: Blocks tried as often as allowed.
+        """
+        for block, ranks in tries.items():
+            if self._states[block] == State.PENDING:
+                self._tries[block] = _Tries(num_tries=len(ranks), ranks=frozenset(ranks))
+                self._queue_again(block)
+        for block in given_up:
+            if self._states[block] == State.PENDING:
+                self._move(block, State.FAILED)
+                self._tries.pop(block, None)
+
+    def give_back(self, rank: int, lease: Lease) -> None:
+        """Take back a lease that was not begun, when no more will be leased: the run ends early."""
+        is_leased = self._release(rank, lease) and self._states[lease.block] == State.LEASED
+        if is_leased and lease.block not in self._holders:
+            self._move(lease.block, State.PENDING)
 
     def _lease_runs(self) -> None:
         """Give each rank its static run."""
         todo = np.flatnonzero(self._states == State.PENDING)
-        runs = [static_run(len(todo), self._size, rank) for rank in range(self._size)]
+        size = len(self._ranks)
+        runs = [static_run(len(todo), size, place) for place in range(size)]
         self._run_starts = [int(todo[run.start]) for run in runs if run]
         self._states[todo] = State.LEASED
         self._counts[State.PENDING] -= len(todo)
@@ -170,7 +273,9 @@ class Scheduler:
         """Yield the blocks never tried, in plan order; a block once passed does not come again."""
         for start in range(0, len(self._states), WINDOW):
             window = self._states[start : start + WINDOW]
-            yield from (np.flatnonzero(window == State.PENDING) + start).tolist()
+            for block in (np.flatnonzero(window == State.PENDING) + start).tolist():
+                if block not in self._tries:
+                    yield block
 
     def _next_block(self, rank: int) -> int | None:
         """Take the next block for `rank` off its queue."""
@@ -198,36 +303,68 @@ class Scheduler:
         """Make `rank` the holder of a pending block."""
         tries = self._tries.get(block)
         lease = Lease(block=block, attempt=tries.num_tries + 1 if tries else 1)
-        self._holders[block] = _Holder(rank=rank, attempt=lease.attempt, since=now)
+        self._holders.setdefault(block, {})[rank] = _Holder(attempt=lease.attempt, since=now)
         self._num_held[rank] += 1
         self._move(block, State.LEASED)
         return lease
 
     def _release(self, rank: int, lease: Lease) -> bool:
         """End a lease; return whether `rank` held it."""
-        holder = self._holders.get(lease.block)
-        if holder is None:
+        holders = self._holders.get(lease.block)
+        if holders is None:
             return lease.attempt == 1 and self._is_in_run(rank, lease.block)
-        if (holder.rank, holder.attempt) != (rank, lease.attempt):
+        if rank not in holders or holders[rank].attempt != lease.attempt:
             return False
-        del self._holders[lease.block]
+        del holders[rank]
+        if not holders:
+            del self._holders[lease.block]
         self._num_held[rank] -= 1
         return True
 
     def _is_in_run(self, rank: int, block: int) -> bool:
         """Return whether a leased block without an entry is part of the static run of `rank`."""
-        is_leased = self._states[block] == State.LEASED
-        return bool(is_leased) and bisect_right(self._run_starts, block) - 1 == rank
+        if self._states[block] != State.LEASED or rank not in self._ranks:
+            return False
+        return bisect_right(self._run_starts, block) - 1 == self._ranks.index(rank)
 
-    def _try_again(self, rank: int, lease: Lease) -> None:
-        """Queue a failed block for the ranks that have not failed on it, or for all if all have."""
+    def _count_try(self, rank: int, lease: Lease) -> int:
+        """Remember that a block has failed on a rank; return how often it has failed."""
         tries = self._tries.get(lease.block)
+        num_tries = max(lease.attempt, tries.num_tries + 1 if tries else 1)
         ranks = (tries.ranks if tries else frozenset()) | {rank}
-        if len(ranks) == self._size:
+        self._tries[lease.block] = _Tries(num_tries=num_tries, ranks=ranks)
+        return num_tries
+
+    def _rest_of_run(self, rank: int) -> list[int]:
+        """Return the blocks of a static run that have not been heard of."""
+        if not self._run_starts or rank not in self._ranks:
+            return []
+        place = self._ranks.index(rank)
+        ends = [*self._run_starts[1:], len(self._states)]
+        if place >= len(ends):
+            return []
+        start = self._run_starts[place]
+        leased = np.flatnonzero(self._states[start : ends[place]] == State.LEASED) + start
+        return [block for block in leased.tolist() if block not in self._holders]
+
+    def _make_pending(self, block: int) -> None:
+        """Take a block back that has not failed, or not now."""
+        if block in self._tries:
+            self._queue_again(block)
+        else:
+            self._again.setdefault(frozenset(), deque()).append(block)
+            self._move(block, State.PENDING)
+
+    def _queue_again(self, block: int) -> None:
+        """Make a block pending for the ranks that have not failed on it, or for all if all have."""
+        tries = self._tries[block]
+        others = set(self._ranks) - self._given_up
+        ranks = tries.ranks & others
+        if len(ranks) == len(others):
             ranks = frozenset()
-        self._tries[lease.block] = _Tries(num_tries=lease.attempt, ranks=ranks)
-        self._again.setdefault(ranks, deque()).append(lease.block)
-        self._move(lease.block, State.PENDING)
+        self._tries[block] = _Tries(num_tries=tries.num_tries, ranks=ranks)
+        self._again.setdefault(ranks, deque()).append(block)
+        self._move(block, State.PENDING)
 
     def _move(self, block: int, state: State) -> None:
         """Change the state of a block."""

@@ -20,7 +20,7 @@ from mpichunk import __version__, journal
 from mpichunk.backends import get_backend
 from mpichunk.config import Config
 from mpichunk.configfile import dump_config
-from mpichunk.errors import JournalError, LaunchError
+from mpichunk.errors import JournalError, LaunchError, VolumeError
 from mpichunk.estimate import Estimate, estimate
 from mpichunk.fingerprint import make_fingerprint
 from mpichunk.geometry import Box
@@ -28,7 +28,7 @@ from mpichunk.journal import Journal
 from mpichunk.masking import MaskGrid
 from mpichunk.plan import Plan
 from mpichunk.planreport import plan_json
-from mpichunk.volume import OutputSpec, Reader, create_output, open_input
+from mpichunk.volume import OutputSpec, Reader, check_output, create_output, open_input
 from mpichunk.volumeinfo import VolumeInfo
 
 NONCE_NAME = ".nonce"
@@ -161,7 +161,12 @@ def threads_of_earlier_start(run_dir: Path) -> int | None:
 
 
 def open_journal(
-    job: Job, *, device_kinds: Sequence[str], threads: int | None, fresh: bool
+    job: Job,
+    *,
+    device_kinds: Sequence[str],
+    threads: int | None,
+    fresh: bool,
+    guard: Callable[[], None] = lambda: None,
 ) -> Journal:
     """Open or begin the journal of this run.
 
@@ -183,7 +188,24 @@ def open_journal(
         fingerprint=fingerprint,
         versions=library_versions(),
         fresh=fresh,
+        guard=guard,
     )
+
+
+def sync_first(journal: Journal) -> None:
+    """Make the first lines of a start durable.
+
+    Raises:
+        JournalError: that cannot be done; nothing has been computed yet.
+    """
+    try:
+        journal.sync()
+    except OSError as error:
+        raise JournalError(
+            f"{journal.path}: the journal cannot be written: {error.strerror}; make room, or "
+            "choose another run_dir",
+            key="run_dir",
+        ) from error
 
 
 def library_versions() -> dict[str, str]:
@@ -215,6 +237,20 @@ def write_run_files(config: Config, job: Job) -> str:
             key="run_dir",
         ) from error
     return nonce
+
+
+def refuse_lost_output(job: Job, num_done: int) -> None:
+    """Refuse to go on with a run whose output is gone: what is done would never be written.
+
+    Raises:
+        VolumeError: blocks are done, but there is no output.
+    """
+    if num_done and not check_output(job.output, sources=job.sources):
+        raise VolumeError(
+            f"{job.output.volume} is gone, but by the journal {num_done} blocks of it are done; "
+            "bring it back, or let `verify --repair` mark them undone, or start over with --fresh",
+            key="output.volume",
+        )
 
 
 def check_sight(

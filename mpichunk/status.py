@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk import journal
+from mpichunk import drain, history, journal
 from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.messages import State
+from mpichunk.messages import DRAINED, FAILURES, State
 
 WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
@@ -58,7 +58,13 @@ class RunStatus:
     seconds_left: float | None
     """What is left at that pace; None when it is not known or not running."""
 
-    failures: tuple[journal.Failure, ...]
+    end_reason: str | None
+    """How the latest start ended: `finished`, `drained`, `failures`; None: it runs or was lost."""
+
+    end_why: str
+    """More about it in words, e.g. the error that stopped it."""
+
+    failures: tuple[history.Failure, ...]
     """The failed blocks, with causes."""
 
     @property
@@ -67,7 +73,8 @@ class RunStatus:
         if self.num_done == self.num_blocks:
             return ExitCode.ALL_DONE
         is_over = self.num_done + self.num_failed == self.num_blocks
-        return ExitCode.BLOCKS_FAILED if is_over else ExitCode.DRAINED
+        is_stopped = self.end_reason == FAILURES
+        return ExitCode.BLOCKS_FAILED if is_over or is_stopped else ExitCode.DRAINED
 
 
 def status(
@@ -85,6 +92,27 @@ def status(
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
+
+
+def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
+    """Ask the job that runs a config to end early, and say what is known of it.
+
+    Raises:
+        UserError: the config cannot be read, the run has never been started, or its directory
+            cannot be written.
+    """
+    run_dir = Path(load_config(config_path, overrides).config.run_dir)
+    found = read_status(run_dir, now=time.time())
+    if found.end_reason is not None or found.exit_code == ExitCode.ALL_DONE:
+        print(f"{run_dir}: the run has ended, there is nothing to stop: {_state(found)}")
+        return ExitCode.ALL_DONE
+    try:
+        drain.request_stop(run_dir)
+    except OSError as error:
+        raise JournalError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    doubt = "" if found.is_alive else f"; but it gave no sign of life for {QUIET_SECONDS:.0f} s"
+    print(f"{run_dir}: asked to finish the blocks that are being computed, and end{doubt}")
+    return ExitCode.ALL_DONE
 
 
 def read_status(run_dir: Path, *, now: float) -> RunStatus:
@@ -105,11 +133,12 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
     journal.scan(path, states)
     counts = np.bincount(states, minlength=len(State))
     num_done, num_failed = int(counts[State.DONE]), int(counts[State.FAILED])
-    start = (journal.read_starts(path) or [{}])[-1]
-    beat = journal.read_last_beat(path)
+    events = history.read_events(path)
+    start = events.starts[-1] if events.starts else {}
+    beat, end = events.last_beat, events.end
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
-    is_over = num_done + num_failed == header["num_blocks"]
-    is_alive = not is_over and now - last_time < QUIET_SECONDS
+    is_complete = num_done == header["num_blocks"]
+    is_alive = not is_complete and not end and now - last_time < QUIET_SECONDS
     num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)
     return RunStatus(
@@ -122,7 +151,9 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
         is_alive=is_alive,
         blocks_per_second=pace,
         seconds_left=(header["num_blocks"] - num_done) / pace if pace and is_alive else None,
-        failures=tuple(journal.read_failures(path, states)),
+        end_reason=end.get("reason"),
+        end_why=end.get("why", ""),
+        failures=tuple(history.read_failures(path, states)),
     )
 
 
@@ -168,8 +199,12 @@ def _state(found: RunStatus) -> str:
         return "running"
     if found.exit_code == ExitCode.ALL_DONE:
         return "complete"
+    if found.end_reason == FAILURES:
+        return f"stopped early: {found.end_why}; mend that and run it again"
     if found.exit_code == ExitCode.BLOCKS_FAILED:
         return "ended with failed blocks; run it again to try those"
+    if found.end_reason == DRAINED:
+        return f"ended early as asked ({found.end_why}); run it again to go on where it stopped"
     return "not running; run it again to go on where it stopped"
 
 

@@ -219,8 +219,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 MAY_SKIP: Mapping[str, Callable[[], bool]] = {
     "real data is not here": lambda: not REAL_DATA.is_dir(),
     "no accelerator": lambda: not any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")),
+    "no small disk": lambda: not _can_mount(),
 }
 """How the reason of a skip may begin in CI, and what must then really be so."""
+
+
+def _can_mount() -> bool:
+    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return (
+        shutil.which("unshare") is not None and not subprocess.run(command, check=False).returncode
+    )
 
 
 @pytest.hookimpl(wrapper=True)

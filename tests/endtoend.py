@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import yaml
 
-from mpichunk import journal
+from mpichunk import history, journal
 from mpichunk.geometry import Box
 from mpichunk.volume import open_input
 
@@ -54,7 +54,7 @@ def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
 
 def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return what the journal notes at each start."""
-    return journal.read_starts(run_dir / journal.NAME)
+    return history.read_starts(run_dir / journal.NAME)
 
 
 def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:

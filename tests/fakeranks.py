@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpichunk.attendance import Attendance
 from mpichunk.coordinator import Coordinator
 from mpichunk.geometry import Box
 from mpichunk.journal import Journal
@@ -15,6 +16,8 @@ from mpichunk.loop import Pulse, serve
 from mpichunk.messages import Done, Failed, Lease
 from mpichunk.progress import Counters, NullDisplay
 from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.sentry import Lead
+from mpichunk.vigil import Tempo, Vigil
 from mpichunk.worker import Worker
 
 
@@ -29,6 +32,14 @@ class SleepingPipeline:
 
     def submit(self, lease):
         self._leases.put(lease)
+
+    num_steps = 0
+
+    def drop_waiting(self):
+        dropped = []
+        while not self._leases.empty():
+            dropped.append(self._leases.get())
+        return dropped
 
     def _run(self):
         while True:
@@ -76,8 +87,8 @@ def run(
 ):
     """Compute `num_blocks` blocks on the ranks of `comm`; called on every rank."""
     todo = np.ones(num_blocks, bool) if done is None else ~done
-    scheduler, coordinator = None, None
-    if comm.rank == 0:
+    scheduler, lead = None, None
+    if comm.is_coordinator:
         scheduler = Scheduler(
             num_blocks, size=comm.size, done=done, mode=mode, max_attempts=max_attempts
         )
@@ -85,16 +96,24 @@ def run(
             scheduler,
             journal or NullJournal(),
             core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
-            hosts=[comm.host] * comm.size,
+            hosts=dict.fromkeys(comm.alive, comm.host),
         )
+        num_before = scheduler.num_done
+        attendance = Attendance(
+            comm.alive,
+            display or NullDisplay(),
+            num_done=lambda: scheduler.num_done - num_before,
+        )
+        vigil = Vigil(comm.alive, Tempo(300.0), time.monotonic())
+        lead = Lead(coordinator=coordinator, attendance=attendance, vigil=vigil)
     wake, counters = threading.Event(), Counters()
     pipeline = SleepingPipeline(compute, wake)
     own = static_blocks(todo, comm.size, comm.rank).tolist() if mode == "static" else ()
     worker = Worker(pipeline, pipeline.records, counters, own_blocks=own, depth=depth)
-    pulse = Pulse(comm, counters, display or NullDisplay(), interval=interval)
+    pulse = Pulse(counters, interval=interval)
     comm.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
-    serve(comm, worker, coordinator, pulse, wake=wake)
+    serve(comm, worker, lead, pulse, wake=wake)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.config import Config
+from mpichunk.config import Config, Schedule
 from mpichunk.configfile import LoadedConfig, dump_config, json_schema, load_config
 from mpichunk.configtext import parse, render
 from mpichunk.errors import ConfigError
+
+SCHEDULE_KEYS = ", ".join(f"`{name}`" for name in Schedule.model_fields)
 
 GOOD = """\
 input:
@@ -173,12 +175,12 @@ MISTAKES = [
     ),
     (
         GOOD + "schedule: {qqqq: 1}\n",
-        "config.yaml:11: schedule.qqqq: unknown key; `schedule` has `mode`, `max_attempts`",
+        f"config.yaml:11: schedule.qqqq: unknown key; `schedule` has {SCHEDULE_KEYS}",
     ),
     (
         GOOD + "schedule: static\n",
         "config.yaml:11: schedule: 'static' must be a section with keys of its own: "
-        "`mode`, `max_attempts`",
+        f"{SCHEDULE_KEYS}",
     ),
     (
         GOOD + "compute: {device: GPU 1}\n",

@@ -8,7 +8,8 @@ import pytest
 
 from mpichunk.coordinator import Coordinator
 from mpichunk.geometry import Box
-from mpichunk.journal import Journal, read_failures, scan
+from mpichunk.history import read_failures
+from mpichunk.journal import Journal, scan
 from mpichunk.messages import (
     Acknowledge,
     Assign,
@@ -48,7 +49,7 @@ class FakeJournal:
 def start(num_blocks, size=2, **kwargs):
     journal = FakeJournal()
     scheduler = Scheduler(num_blocks, size=size, **kwargs)
-    hosts = [f"node{rank}" for rank in range(size)]
+    hosts = {rank: f"node{rank}" for rank in range(size)}
     return Coordinator(scheduler, journal, core_of=core_of, hosts=hosts), journal
 
 
@@ -153,7 +154,7 @@ class Network:
             )
             for rank, pipeline in enumerate(self.pipelines)
         ]
-        hosts = ["host"] * size
+        hosts = dict.fromkeys(range(size), "host")
         self.coordinator = Coordinator(scheduler, journal, core_of=core_of, hosts=hosts)
         self.mail = defaultdict(deque)
         self.computed = defaultdict(list)

@@ -7,12 +7,11 @@ import pytest
 from mpichunk import journal as journals
 from mpichunk.errors import JournalError
 from mpichunk.geometry import Box
+from mpichunk.history import read_failures, read_starts
 from mpichunk.journal import (
     Journal,
     changed_versions,
-    read_failures,
     read_header,
-    read_starts,
     scan,
 )
 from mpichunk.messages import Done, Failed, Lease, State

@@ -10,12 +10,19 @@ from mpichunk.worker import Worker
 class FakePipeline:
     """Remembers what was submitted; blocks finish when the test says so."""
 
+    num_steps = 0
+
     def __init__(self):
         self.submitted = []
         self.records = queue.SimpleQueue()
 
     def submit(self, lease):
         self.submitted.append(lease)
+
+    def drop_waiting(self):
+        dropped = self.submitted[1:]
+        del self.submitted[1:]
+        return dropped
 
     def finish(self, lease):
         record = done(lease)

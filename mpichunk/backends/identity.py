@@ -76,6 +76,10 @@ class IdentityEngine:
         repeated: npt.NDArray[Any] = inner[:, self._channels]
         return repeated
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Return whether the host had no memory left."""
+        return isinstance(error, MemoryError)
+
     def explain(self, error: Exception) -> UserError:
         """Return the error in a user's words; there is no network to blame."""
         return ModelError(f"the identity backend failed: {error}", key="model.backend")

@@ -133,6 +133,10 @@ class NumpyArrays:
         """Return the array itself, C contiguous."""
         return np.ascontiguousarray(array)
 
+    def release(self) -> None:
+        """Forget the buffers."""
+        self._buffers.clear()
+
     def _buffer(self, name: str, shape: tuple[int, ...]) -> Array:
         """Return float32 memory that is kept for the next call of the same name."""
         num_values = int(np.prod(shape))

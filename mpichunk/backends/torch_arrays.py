@@ -127,6 +127,12 @@ class TorchArrays:
         host: npt.NDArray[Any] = array.contiguous().cpu().numpy()
         return host
 
+    def release(self) -> None:
+        """Forget the buffers, and give the allocator's idle memory back to the device."""
+        self._buffers.clear()
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).empty_cache()
+
     def _vector(self, vector: npt.NDArray[np.float32]) -> Tensor:
         """Return a copy of a small host vector on the device."""
         return torch.tensor(vector, device=self._device)

@@ -20,6 +20,9 @@ from mpichunk.engine import EngineInfo, EngineRequest
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry import Triple, add, subtract, triple
 
+_OUT_OF_MEMORY = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
+"""What torch, cuDNN and cuBLAS say where they raise no OutOfMemoryError."""
+
 
 def prepare_torch(request: EngineRequest) -> None:
     """Set what is global in torch: threads, exact float32, deterministic algorithms.
@@ -88,13 +91,18 @@ class TorchEngine:
     def infer(self, batch_nczyx: Tensor) -> Tensor:
         """Run the network; see `Engine.infer`."""
         output_nczyx = _only_tensor(self._forward(batch_nczyx))
-        return self._cut(output_nczyx).float()
+        return self._cut(output_nczyx, len(batch_nczyx)).float()
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Return whether the device had no memory left; TorchScript and cuDNN tell it in words."""
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        return known or any(words in str(error) for words in _OUT_OF_MEMORY)
 
     def explain(self, error: Exception) -> UserError:
         """Say what can be done about a forward that failed; see `Engine.explain`."""
         shape = tuple(self._batch_shape(self._request.patch_shape))
         text = _gist(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if self.is_out_of_memory(error):
             return ModelError(
                 f"a batch of shape {shape} does not fit into the memory of {self._device}: {text}; "
                 "reduce patch.batch_size or patch.shape",
@@ -147,15 +155,15 @@ class TorchEngine:
         size = batch_size or self._request.batch_size
         return size, self._request.in_channels, *patch_shape
 
-    def _cut(self, output_nczyx: Tensor) -> Tensor:
+    def _cut(self, output_nczyx: Tensor, batch_size: int) -> Tensor:
         """Return (n, out_channels, *Q) of what the network returned, or refuse it."""
         request = self._request
         found = tuple(output_nczyx.shape)
-        if len(found) != 5 or found[0] != request.batch_size:
+        if len(found) != 5 or found[0] != batch_size:
             raise ModelError(
                 f"the network returned shape {found} for a batch of shape "
-                f"{self._batch_shape(request.patch_shape)}; expected "
-                f"({request.batch_size}, {request.out_channels}, z, y, x)",
+                f"{self._batch_shape(request.patch_shape, batch_size)}; expected "
+                f"({batch_size}, {request.out_channels}, z, y, x)",
                 key="model.path",
             )
         if found[1] != request.out_channels:

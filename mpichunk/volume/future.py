@@ -3,13 +3,18 @@
 Knows TensorStore only as something with `force`, `done` and `result`.
 """
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from mpichunk.errors import BlockError
+from mpichunk.errors import BlockError, DiskFullError
 
 T = TypeVar("T")
+
+# The words of ENOSPC and EDQUOT: TensorStore tells them in its message only.
+_DISK_FULL = re.compile("|".join(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)))
 
 _NOTES = re.compile(r"\s*\[(tensorstore_spec|source locations)=.*", re.DOTALL)
 
@@ -35,7 +40,8 @@ class BlockFuture(Generic[T]):
         """Wait for the operation and return what it gives.
 
         Raises:
-            BlockError: it failed; the message names volume, box and cause.
+            BlockError: it failed; the message names volume, box and cause. DiskFullError when
+                there is no space or no quota left.
             TimeoutError: it is not done after `timeout` seconds.
         """
         try:
@@ -43,7 +49,8 @@ class BlockFuture(Generic[T]):
         except Exception as error:
             if isinstance(error, TimeoutError) and not self._future.done():
                 raise
-            raise BlockError(f"could not {self._task}: {cause(error)}") from error
+            kind = DiskFullError if _DISK_FULL.search(str(error)) else BlockError
+            raise kind(f"could not {self._task}: {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:

@@ -69,15 +69,11 @@ def test_a_message_counts_until_it_is_received(comm):
     comm.barrier()
 
 
-def test_sums_run_beside_messages_and_copy_their_argument(comm):
-    vector = np.array([1.0, comm.rank])
-    total = [comm.size, sum(range(comm.size))]
-    pending = comm.start_sum(vector)
-    vector[:] = -1
-    comm.send((comm.rank + 1) % comm.size, "beside")
-    receive(comm, 1)
-    until(lambda: (summed := pending.test()) is not None and list(summed) == total)
-    comm.barrier()
+def test_ranks_that_are_all_well_agree_and_stay(comm):
+    assert comm.agree(True)
+    assert comm.alive == tuple(range(comm.size))
+    assert len(set(comm.allgather(comm.job))) == 1
+    assert comm.allgather(comm.is_coordinator) == [True] + [False] * (comm.size - 1)
 
 
 def test_mpi_is_started_once(world):

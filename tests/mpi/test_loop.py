@@ -91,7 +91,7 @@ def test_the_end_does_not_wait_for_the_next_progress_round(comm):
     assert ran.seconds < 10.0
 
 
-def test_every_rank_sees_the_same_sums_up_to_the_last(comm):
+def test_the_coordinator_sees_the_sums_of_all_ranks_up_to_the_last(comm):
     class Recorder(NullDisplay):
         def __init__(self):
             self.seen = []
@@ -106,10 +106,12 @@ def test_every_rank_sees_the_same_sums_up_to_the_last(comm):
         return True
 
     run(comm, num_blocks=40, compute=compute, display=recorder, interval=0.01)
-    assert len(set(map(str, comm.allgather(recorder.seen)))) == 1
-    assert recorder.seen[-1]["blocks"] == 40
-    assert recorder.seen[-1]["ended"] == comm.size
-    assert all(s["ended"] < comm.size for s in recorder.seen[:-1])
+    assert bool(recorder.seen) == comm.is_coordinator
+    if comm.is_coordinator:
+        assert recorder.seen[-1]["blocks"] == 40
+        assert recorder.seen[-1]["patches"] == 40
+        assert recorder.seen[-1]["ended"] == comm.size
+        assert all(s["ended"] < comm.size for s in recorder.seen[:-1])
 
 
 def test_a_crash_without_other_ranks_is_an_exception():

@@ -1,0 +1,62 @@
+"""How a run ends: the journal's last line, the proof that no block is missing, the exit code.
+
+Knows the journal alone: neither ranks nor volumes.
+"""
+
+import logging
+import time
+
+from mpichunk.errors import ExitCode
+from mpichunk.journal import Journal
+from mpichunk.messages import FAILURES, Stop
+from mpichunk.status import MOST_FAILURES_SHOWN, RunStatus, read_status
+
+log = logging.getLogger(__name__)
+
+
+def conclude(journal: Journal, ending: Stop | None, *, num_blocks: int) -> ExitCode:
+    """Note the end, read the journal once more, and let what it proves decide the exit code.
+
+    "Every block done" is read off one state per block of the plan, filled from the file and not
+    from what this process believes.
+
+    Args:
+        journal: Open for writing.
+        ending: Why no more blocks were leased.
+        num_blocks: Length of the plan.
+    """
+    if ending is not None:
+        journal.append_end({"reason": ending.reason, "why": ending.why})
+        try:
+            journal.sync()
+        except OSError as error:
+            journal.give_up()
+            log.error("%s: how the run ends cannot be noted: %s", journal.path, error.strerror)
+    found = read_status(journal.path.parent, now=time.time())
+    assert found.num_blocks == num_blocks, f"{found.num_blocks} in the journal, not {num_blocks}"
+    _tell(found)
+    if ending is not None and ending.reason == FAILURES and found.num_done < num_blocks:
+        return ExitCode.BLOCKS_FAILED
+    return found.exit_code
+
+
+def _tell(found: RunStatus) -> None:
+    """Tell what has become of the blocks."""
+    if found.exit_code == ExitCode.ALL_DONE:
+        log.info("all %d blocks are done", found.num_blocks)
+    for failure in found.failures[:MOST_FAILURES_SHOWN]:
+        log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)
+    if found.num_failed:
+        log.error(
+            "%d of %d blocks failed; `python -m mpichunk status` lists them, running again tries "
+            "them again",
+            found.num_failed,
+            found.num_blocks,
+        )
+    num_left = found.num_blocks - found.num_done - found.num_failed
+    if num_left:
+        log.warning(
+            "%d of %d blocks are still to be computed; run it again to go on",
+            num_left,
+            found.num_blocks,
+        )

@@ -1,0 +1,88 @@
+"""Whether a block may still be written: a rank that is late asks first.
+
+Between the writer threads of the pipeline, which wait, and the main thread, which sends and
+receives. Knows neither what is written nor who answers.
+
+    writer thread    may_write(lease) ---.                    .--> True or False
+                                         v                    |
+    main thread           questions() -> Ask       Verdict -> answer(lease)
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from mpichunk.messages import Lease
+
+
+class Permits:
+    """The leases of one rank, each from its beginning to its record.
+
+    Args:
+        wake: Set when there is a question.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, wake: threading.Event, clock: Callable[[], float] = time.monotonic) -> None:
+        self._wake = wake
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._since: dict[Lease, float] = {}
+        self._writing: set[Lease] = set()
+        self._asked: list[Lease] = []
+        self._open: set[Lease] = set()
+        self._answers: dict[Lease, bool] = {}
+        self._is_closed = False
+
+        self.lease_seconds = float("inf")
+        """A lease is late after so long."""
+
+    def begin(self, lease: Lease) -> None:
+        """Note that a lease begins."""
+        with self._changed:
+            self._since[lease] = self._clock()
+
+    def end(self, lease: Lease) -> None:
+        """Note that there is a record of a lease."""
+        with self._changed:
+            self._since.pop(lease, None)
+            self._writing.discard(lease)
+
+    def may_write(self, lease: Lease) -> bool:
+        """Return whether a block is to be written; waits for an answer when it is late."""
+        with self._changed:
+            is_late = self._clock() - self._since.get(lease, self._clock()) > self.lease_seconds
+            if is_late and not self._is_closed:
+                self._asked.append(lease)
+                self._open.add(lease)
+                self._wake.set()
+                self._changed.wait_for(lambda: self._is_closed or lease in self._answers)
+                self._open.discard(lease)
+            if self._is_closed or not self._answers.pop(lease, True):
+                return False
+            self._writing.add(lease)
+            return True
+
+    def questions(self) -> list[Lease]:
+        """Return the late leases that have not been asked for yet."""
+        with self._changed:
+            asked, self._asked = self._asked, []
+            return asked
+
+    def ask_again(self) -> None:
+        """Ask again for all that has not been answered: who was asked is lost."""
+        with self._changed:
+            self._asked = [lease for lease in self._open if lease not in self._answers]
+
+    def answer(self, lease: Lease, may_write: bool) -> None:
+        """Let a writer thread go on."""
+        with self._changed:
+            self._answers[lease] = may_write
+            self._changed.notify_all()
+
+    def close(self, held: Iterable[Lease]) -> set[Lease]:
+        """Let nothing more be written than is being written; return what of `held` that is."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+            return self._writing.intersection(held)

@@ -1,0 +1,72 @@
+"""Ranks find out, by collectives, who of them is off."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mpichunk.canary import find_off_ranks
+from mpichunk.errors import DeviceError, ModelError
+
+RIGHT = np.linspace(-2, 4, 200_000, dtype=np.float32).reshape(2, 100_000)
+HOW = {"device": "some device", "precision": "float32"}
+
+
+def golden(comm, bad, factor=1.5):
+    return lambda: RIGHT * np.float32(factor if comm.rank in bad else 1)
+
+
+@pytest.mark.mpi(min_ranks=2)
+@pytest.mark.parametrize("bad", [(), (0,), (1,)])
+def test_by_the_cpu_of_the_coordinator(world, bad):
+    off = find_off_ranks(world, golden(world, bad), reference=lambda: RIGHT, **HOW)
+    assert tuple(off) == bad
+
+
+@pytest.mark.mpi(min_ranks=2)
+def test_by_what_the_coordinator_has_computed(world):
+    off = find_off_ranks(world, golden(world, (1,)), reference=None, **HOW)
+    assert tuple(off) == (1,)
+    assert f"rank 1 on {world.host} (some device) computes wrongly" in off[1]
+
+
+@pytest.mark.mpi(min_ranks=3)
+@pytest.mark.parametrize("bad", [(0,), (2,)])
+def test_by_the_median(world, bad):
+    def no_cpu():
+        raise ModelError("made for one device only")
+
+    off = find_off_ranks(world, golden(world, bad), reference=no_cpu, **HOW)
+    assert tuple(off) == bad
+
+
+@pytest.mark.mpi(min_ranks=2)
+def test_a_rank_that_cannot_run_it_is_off(world):
+    def run():
+        if world.rank == world.size - 1:
+            raise ModelError("CUDA error")
+        return RIGHT
+
+    off = find_off_ranks(world, run, reference=None, **HOW)
+    assert tuple(off) == (world.size - 1,)
+
+
+def test_all_off(comm):
+    with pytest.raises(DeviceError, match="rank 0 on"):
+        find_off_ranks(comm, lambda: RIGHT * 2, reference=lambda: RIGHT, **HOW)
+
+
+def test_all_refuse(comm):
+    def refuse():
+        raise ModelError("wrong channels", key="model.path")
+
+    with pytest.raises(ModelError, match=r"^wrong channels$") as caught:
+        find_off_ranks(comm, refuse, reference=None, **HOW)
+    assert caught.value.key == "model.path"
+
+
+def test_small_differences_are_no_fault(comm, caplog):
+    caplog.set_level(logging.WARNING, logger="mpichunk")
+    output = RIGHT * np.float32(1 + 1e-6 * comm.rank)
+    assert find_off_ranks(comm, lambda: output, reference=lambda: RIGHT, **HOW) == {}
+    assert caplog.records == []

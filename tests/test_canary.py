@@ -1,0 +1,89 @@
+"""Which ranks compute wrongly, by their deviation from a reference; see also tests/mpi."""
+
+import numpy as np
+import pytest
+
+from mpichunk.canary import TOLERANCES, Finding, deviation, find_off_ranks, judge, median_of
+from mpichunk.comm import SerialCommunicator
+from mpichunk.errors import DeviceError, ModelError
+from mpichunk.inference import check_engine
+from tests.test_inference import ENGINES, make_plan, make_request
+
+RIGHT = np.linspace(-2, 4, 60, dtype=np.float32).reshape(3, 4, 5)
+
+
+def test_deviation_is_a_share_of_the_largest_value():
+    off = RIGHT.copy()
+    off[1, 2, 3] += 0.4
+    assert deviation(off, RIGHT) == pytest.approx(0.1)
+    assert deviation(RIGHT, RIGHT) == 0
+    assert deviation(np.zeros(3, np.float32), np.zeros(3, np.float32)) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_off(value):
+    off = RIGHT.copy()
+    off[0, 0, 0] = value
+    assert deviation(off, RIGHT) == np.inf
+    assert deviation(RIGHT[:2], RIGHT) == np.inf
+
+
+def finding(rank, **what):
+    return Finding(rank=rank, host=f"node{rank}", device="cuda:0 X", **what)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_judge_names_who_is_off(precision):
+    tolerance = TOLERANCES[precision]
+    findings = [
+        finding(0, deviation=tolerance / 2),
+        finding(1, deviation=tolerance * 2),
+        finding(2, error=ModelError("CUDA error: misaligned address")),
+        finding(3, deviation=np.inf),
+        finding(4, deviation=np.nan),
+    ]
+    off = judge(findings, precision)
+    assert list(off) == [1, 2, 3, 4]
+    assert off[1].startswith("rank 1 on node1 (cuda:0 X) computes wrongly")
+    assert "misaligned address" in off[2]
+
+
+def test_one_bad_rank_of_three_does_not_move_the_median():
+    np.testing.assert_array_equal(median_of([RIGHT, RIGHT * 1e9, RIGHT]), RIGHT)
+
+
+def test_alone_on_the_cpu_there_is_nothing_to_compare():
+    comm = SerialCommunicator()
+    how = {"device": "cpu", "precision": "float32"}
+    assert find_off_ranks(comm, lambda: RIGHT, reference=None, **how) == {}
+
+
+def test_alone_and_off():
+    comm = SerialCommunicator()
+    how = {"device": "cuda:0 X", "precision": "float32"}
+    assert find_off_ranks(comm, lambda: RIGHT * 1.0001, reference=lambda: RIGHT, **how) == {}
+    with pytest.raises(DeviceError, match=r"computes wrongly: a test patch is off by 0.5"):
+        find_off_ranks(comm, lambda: RIGHT * 0.5, reference=lambda: RIGHT, **how)
+
+
+def test_a_network_that_runs_nowhere_is_the_users_mistake():
+    def refuse():
+        raise ModelError("the network takes 3 input channels", key="model.path")
+
+    with pytest.raises(ModelError, match="takes 3 input channels"):
+        find_off_ranks(
+            SerialCommunicator(), refuse, reference=None, device="cpu", precision="float32"
+        )
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_golden_output_is_repeatable_and_belongs_to_the_caller(name):
+    request = make_request(make_plan())
+    engine = ENGINES[name][0](request)
+    first = check_engine(engine, request)
+    assert first.shape[0] == 3
+    assert first.dtype == np.float32
+    second = check_engine(ENGINES[name][0](request), request)
+    np.testing.assert_array_equal(first, second)
+    first[:] = 7
+    np.testing.assert_array_equal(check_engine(engine, request), second)

@@ -1,0 +1,262 @@
+"""How a run ends early, in the roles alone: drained, stopped by failures, a full disk."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from mpichunk.breaker import Breaker
+from mpichunk.conclusion import conclude
+from mpichunk.coordinator import Coordinator
+from mpichunk.errors import ExitCode, JournalError
+from mpichunk.geometry import Box
+from mpichunk.history import read_events, read_failures
+from mpichunk.journal import Journal, scan
+from mpichunk.messages import (
+    DRAINED,
+    FAILURES,
+    FINISHED,
+    Acknowledge,
+    Drain,
+    Failed,
+    GiveBack,
+    Lease,
+    Request,
+    State,
+    Stop,
+)
+from mpichunk.scheduler import Scheduler
+from mpichunk.status import read_status
+from tests.test_worker import done, leases
+from tests.test_worker import start as start_worker
+
+NUM_BLOCKS = 40
+
+
+def core_of(block):
+    return Box.from_shape((block, 0, 0), (1, 4, 4))
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with Journal.open(tmp_path, num_blocks=NUM_BLOCKS, fingerprint={}, versions={}) as journal:
+        journal.append_start({"num_ranks": 2})
+        yield journal
+
+
+def start(journal, **kwargs):
+    scheduler = Scheduler(NUM_BLOCKS, size=2, **kwargs)
+    breaker = Breaker(size=2, max_consecutive_failures=4)
+    hosts = {0: "node0", 1: "node1"}
+    coordinator = Coordinator(scheduler, journal, core_of=core_of, hosts=hosts, breaker=breaker)
+    return coordinator, scheduler
+
+
+def lease_to(coordinator, rank, num_blocks):
+    coordinator.handle(rank, Request(num_blocks=num_blocks))
+    ((_, assign),) = coordinator.assign(0.0)
+    return assign.leases
+
+
+def states_of(journal):
+    states = np.zeros(NUM_BLOCKS, np.uint8)
+    scan(journal.path, states)
+    return states
+
+
+def failed(lease, message="no such chunk"):
+    return Failed(lease=lease, error="BlockError", message=message)
+
+
+# ---- Drained ----------------------------------------------------------------------------------
+
+
+def test_a_drained_run_leases_nothing_more_but_takes_what_is_in_flight(journal, caplog):
+    coordinator, scheduler = start(journal)
+    first, second, third = lease_to(coordinator, 1, 3)
+    coordinator.handle(1, Request(num_blocks=2))
+    coordinator.handle(1, Drain(reason="SIGUSR2"))
+    coordinator.handle(0, Drain(reason="SIGUSR2"))
+    assert coordinator.assign(0.0) == []
+    stop = Stop(reason=DRAINED, why="SIGUSR2 on rank 1 (node1)")
+    assert coordinator.commit(0.0) == [(0, stop), (1, stop)]
+    assert caplog.text.count("ending early: SIGUSR2 on rank 1") == 1
+
+    coordinator.handle(1, done(first))
+    coordinator.handle(1, failed(second))
+    coordinator.handle(1, GiveBack(leases=(third,)))
+    assert coordinator.commit(1.0) == [(1, Acknowledge(leases=(first, second)))]
+    assert coordinator.assign(2.0) == []
+    assert states_of(journal)[:3].tolist() == [State.DONE, State.PENDING, State.PENDING]
+    assert (scheduler.num_leased, scheduler.num_done) == (0, 1)
+
+    assert conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
+    found = read_status(journal.path.parent, now=1e10)
+    assert (found.end_reason, found.exit_code) == (DRAINED, ExitCode.DRAINED)
+    assert not found.is_alive
+
+
+def test_what_a_static_rank_gives_back_is_pending(journal):
+    coordinator, scheduler = start(journal, mode="static")
+    coordinator.handle(1, GiveBack(leases=leases(20, 21)))
+    assert [scheduler.state(block) for block in (20, 21)] == [State.PENDING, State.PENDING]
+    assert scheduler.num_leased == NUM_BLOCKS - 2
+
+
+def test_a_worker_that_is_drained_gives_back_what_it_has_not_begun():
+    worker, pipeline, _ = start_worker(own_blocks=[3, 4, 5, 6])
+    worker.step()
+    assert pipeline.submitted == list(leases(3, 4, 5))
+    worker.handle(Stop(reason=DRAINED, why="SIGTERM"))
+    assert worker.step() == [GiveBack(leases=leases(4, 5))]
+    assert pipeline.submitted == list(leases(3))
+    record = pipeline.finish(*leases(3))
+    assert worker.step() == [record]
+    assert not worker.is_ended
+    worker.handle(Acknowledge(leases=leases(3)))
+    assert worker.is_ended
+
+
+def test_a_worker_that_has_finished_keeps_what_it_computes():
+    worker, pipeline, _ = start_worker(own_blocks=[3, 4])
+    worker.step()
+    worker.handle(Stop(reason=FINISHED))
+    assert worker.step() == []
+    assert pipeline.submitted == list(leases(3, 4))
+
+
+# ---- Stopped by failures ----------------------------------------------------------------------
+
+
+def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
+    coordinator, _ = start(journal)
+    ours, theirs = lease_to(coordinator, 0, 3), lease_to(coordinator, 1, 3)
+    coordinator.handle(0, failed(ours[0]))
+    coordinator.handle(1, failed(theirs[0]))
+    assert coordinator.ending is not None
+    assert coordinator.ending.reason == FAILURES
+    assert "first blocks of 2 ranks failed alike" in coordinator.ending.why
+    outgoing = coordinator.commit(0.0)
+    assert [message for _, message in outgoing[-2:]] == [coordinator.ending] * 2
+
+    # What comes after counts as always: done, or failed for this start.
+    coordinator.handle(0, done(ours[1]))
+    coordinator.handle(1, failed(theirs[1]))
+    coordinator.commit(1.0)
+    code = conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
+    assert code == ExitCode.BLOCKS_FAILED
+    states = states_of(journal)
+    failures = read_failures(journal.path, states)
+    assert [(f.block, f.message) for f in failures] == [
+        (ours[0].block, "no such chunk"),
+        (theirs[0].block, "no such chunk"),
+        (theirs[1].block, "no such chunk"),
+    ]
+    found = read_status(journal.path.parent, now=1e10)
+    assert (found.end_reason, found.exit_code) == (FAILURES, ExitCode.BLOCKS_FAILED)
+    assert "first blocks of 2 ranks" in found.end_why
+    assert caplog.text.count("ending early") == 1
+
+
+def test_a_new_start_forgets_how_the_last_one_ended(journal):
+    conclude(journal, Stop(reason=FAILURES, why="a bug"), num_blocks=NUM_BLOCKS)
+    assert read_events(journal.path).end["why"] == "a bug"
+    journal.append_start({"num_ranks": 1})
+    journal.append_beat({"num_held": 1})
+    journal.sync()
+    assert read_events(journal.path).end == {}
+    found = read_status(journal.path.parent, now=journal.path.stat().st_mtime)
+    assert found.is_alive
+    assert found.exit_code == ExitCode.DRAINED
+
+
+# ---- A journal that cannot be written -----------------------------------------------------------
+
+
+class FullDisk:
+    """A file that takes a few bytes more, then none."""
+
+    def __init__(self, file, num_free):
+        self._file, self._num_free = file, num_free
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, text):
+        text = bytes(text)[: self._num_free]
+        if not text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._num_free -= len(text)
+        return self._file.write(text)
+
+
+def test_a_full_disk_under_the_journal_ends_the_run_in_good_order(journal, caplog):
+    journal.sync()
+    before = journal.path.read_bytes()
+    coordinator, _ = start(journal)
+    first, second = lease_to(coordinator, 0, 2)
+    journal._file = FullDisk(journal._file, 100)
+    coordinator.handle(0, done(first))
+    outgoing = coordinator.commit(0.0)
+    assert outgoing[0] == (0, Acknowledge(leases=(first,)))
+    assert coordinator.ending is not None
+    assert coordinator.ending.reason == FAILURES
+    assert str(journal.path) in coordinator.ending.why
+    assert "No space left on device" in coordinator.ending.why
+    # What does not fit is not there in part either.
+    assert journal.path.read_bytes() == before
+    coordinator.handle(0, done(second))
+    assert coordinator.commit(1.0) == [(0, Acknowledge(leases=(second,)))]
+    code = conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
+    assert code == ExitCode.BLOCKS_FAILED
+    assert journal.path.read_bytes() == before
+    assert caplog.text.count("ending early") == 1
+
+
+def test_a_journal_that_was_lost_to_another_job_is_not_written(tmp_path):
+    lost = []
+
+    def guard():
+        if lost:
+            raise JournalError("another job")
+
+    with Journal.open(
+        tmp_path, num_blocks=NUM_BLOCKS, fingerprint={}, versions={}, guard=guard
+    ) as journal:
+        journal.append_start({})
+        journal.sync()
+        before = journal.path.read_bytes()
+        lost.append(True)
+        journal.append_beat({})
+        with pytest.raises(JournalError, match="another job"):
+            journal.sync()
+        lost.clear()
+        journal._lines.clear()
+    assert journal.path.read_bytes() == before
+
+
+# ---- The proof --------------------------------------------------------------------------------
+
+
+def test_lines_that_are_there_twice_do_not_make_up_for_one_that_is_missing(journal):
+    for block in [*range(NUM_BLOCKS - 1), 0, 1, 1]:
+        record = done(Lease(block=block, attempt=1))
+        journal.append(record, "done", core=core_of(block), rank=0, host="node0")
+    code = conclude(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
+    assert code == ExitCode.DRAINED
+    record = done(Lease(block=NUM_BLOCKS - 1, attempt=1))
+    journal.append(record, "done", core=core_of(NUM_BLOCKS - 1), rank=0, host="node0")
+    assert conclude(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
+    journal.sync()
+    assert conclude(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.ALL_DONE
+
+
+def test_a_done_block_that_later_failed_is_not_done(journal):
+    for block in range(NUM_BLOCKS):
+        record = done(Lease(block=block, attempt=1))
+        journal.append(record, "done", core=core_of(block), rank=0, host="node0")
+    lease = Lease(block=7, attempt=1)
+    journal.append(failed(lease), "undone", core=core_of(7), rank=0, host="node0")
+    code = conclude(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
+    assert code == ExitCode.DRAINED
