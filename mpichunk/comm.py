@@ -11,11 +11,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 from mpichunk.errors import ExitCode, LaunchError, RankLost, UserError
 
@@ -26,6 +27,13 @@ T = TypeVar("T")
 
 _FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 """What `mpirun --with-ft ulfm` puts into the environment of the ranks."""
+
+
+_MESSAGE, _COLLECTIVE = 0, 1
+"""Tags."""
+
+DYING_SECONDS = 2.0
+"""How long the last of several ranks that die of the same bug waits to find that it is the last."""
 
 
 class Communicator(Protocol):
@@ -241,27 +249,30 @@ class MpiCommunicator(_Ranks):
 
     def bcast(self, value: T, root: int | None = None) -> T:
         """Return the value of rank `root`, or of the coordinator."""
-        place = 0 if root is None else self.alive.index(root)
+        root = self.coordinator if root is None else root
         with self._losses():
-            result: T = self._comm.bcast(value, root=place)
-        return result
+            if self.is_fault_tolerant:
+                return self._spread(value, root)
+            result: T = self._comm.bcast(value, root=self.alive.index(root))
+            return result
 
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks on the coordinator, None elsewhere."""
         with self._losses():
-            values: list[T] | None = self._comm.gather(value, root=0)
-        return values
+            if self.is_fault_tolerant:
+                return self._collect(value)
+            return self._comm.gather(value, root=0)
 
     def allgather(self, value: T) -> list[T]:
         """Return the values of all ranks."""
         with self._losses():
-            values: list[T] = self._comm.allgather(value)
-        return values
+            if self.is_fault_tolerant:
+                return cast(list[T], self._spread(self._collect(value), self.coordinator))
+            return self._comm.allgather(value)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        with self._losses():
-            self._comm.Barrier()
+        self.allgather(None)
 
     def send(self, dest: int, message: object) -> None:
         """Send a picklable value to a rank; a synchronous send completes when it is received."""
@@ -270,7 +281,7 @@ class MpiCommunicator(_Ranks):
             return
         place = self.alive.index(dest)
         with self._losses():
-            self._outbox.append((dest, self._comm.issend(message, dest=place)))
+            self._outbox.append((dest, self._comm.issend(message, dest=place, tag=_MESSAGE)))
 
     def receive(self) -> list[tuple[int, Any]]:
         """Return what has arrived, this rank's own messages first."""
@@ -278,7 +289,7 @@ class MpiCommunicator(_Ranks):
         self._inbox.clear()
         status = self._mpi.Status()
         with self._losses():
-            while (arrived := self._comm.improbe(status=status)) is not None:
+            while (arrived := self._comm.improbe(tag=_MESSAGE, status=status)) is not None:
                 messages.append((self.alive[status.Get_source()], arrived.recv()))
         return messages
 
@@ -325,11 +336,28 @@ class MpiCommunicator(_Ranks):
         os._exit(code)
 
     def die(self, code: int) -> NoReturn:
-        """End this process so that MPI notices: it takes an exit code for a decent end."""
-        if self.is_fault_tolerant and self.size > 1:
-            _flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+        """End this process so that MPI notices: it does not when a process exits by itself.
+
+        To mpirun a job of which every rank was killed is a success, so the last one is to abort.
+        """
+        started = time.monotonic()
+        while self.is_fault_tolerant and self._others_left():
+            seconds = time.monotonic() - started
+            is_lowest = self.rank < min(self._others_left(), default=self.rank)
+            if seconds > (DYING_SECONDS if is_lowest else DYING_SECONDS / 5):
+                _flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
         self.abort(code)
+
+    def _others_left(self) -> list[int]:
+        """Return the other ranks that MPI does not know to be dead."""
+        with suppress(self._mpi.Exception):
+            # Lets MPI look.
+            self._comm.Iprobe(tag=_MESSAGE)
+        failed = self._comm.Get_failed()
+        places = failed.Translate_ranks(list(range(failed.Get_size())), self._started)
+        return [rank for rank in self.alive if rank != self.rank and rank not in places]
 
     def abort(self, code: int) -> NoReturn:
         """End every rank of the job at once."""
@@ -338,6 +366,35 @@ class MpiCommunicator(_Ranks):
             self._mpi.COMM_WORLD.Abort(code)
         finally:
             os._exit(code)
+
+    # Collectives made of messages. When a rank dies in the middle of one of Open MPI's, the others
+    # were seen to return garbage without an error.
+
+    def _collect(self, value: T) -> list[T] | None:
+        """Return the values of all ranks on the coordinator, None elsewhere."""
+        if not self.is_coordinator:
+            self._comm.send(value, dest=0, tag=_COLLECTIVE)
+            return None
+        return [value, *(self._take(place) for place in range(1, self.size))]
+
+    def _spread(self, value: T, root: int) -> T:
+        """Return the value of `root`."""
+        place = self.alive.index(root)
+        if self.rank != root:
+            result: T = self._take(place)
+            return result
+        for dest in range(self.size):
+            if dest != place:
+                self._comm.send(value, dest=dest, tag=_COLLECTIVE)
+        return value
+
+    def _take(self, source: int) -> Any:
+        """Wait for the next message of a collective."""
+        nap = 0.0001
+        while (arrived := self._comm.improbe(source=source, tag=_COLLECTIVE)) is None:
+            time.sleep(nap)
+            nap = min(1.5 * nap, 0.01)
+        return arrived.recv()
 
     def _begin(self) -> bool:
         """Make what needs all ranks; return whether none was lost meanwhile."""
@@ -348,11 +405,11 @@ class MpiCommunicator(_Ranks):
                 self.local_rank: int = local.Get_rank()
                 self.local_size: int = local.Get_size()
                 local.Free()
-                self.hosts = dict(comm.allgather((self.rank, self.host)))
-                self.job: str = comm.bcast(secrets.token_hex(8), root=0)
+                self._comm = comm
+                self.hosts = dict(self.allgather((self.rank, self.host)))
+                self.job: str = self.bcast(secrets.token_hex(8))
         except RankLost:
             return False
-        self._comm = comm
         return True
 
     def _agreed(self, is_well: bool) -> bool:

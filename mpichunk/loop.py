@@ -250,7 +250,7 @@ class _Turns:
                 self._pulse.is_over = True
                 self._pulse.abort_code = code
             case Heard():
-                self._lookout.hear(message, now)
+                self._lookout.hear(now)
                 self._worker.handle(message)
             case Kill(rank=rank):
                 self._lookout.kill(rank)
@@ -266,7 +266,7 @@ class _Turns:
             case Beat():
                 note_beat(lead, source, message, now)
             case Gone(rank=rank):
-                lead.vigil.condemn(rank, now)
+                lead.vigil.condemn(rank)
             case Ask(lease=lease):
                 may_write = lead.coordinator.may_write(lease)
                 _send(self._comm, [(source, Verdict(lease=lease, may_write=may_write))])

@@ -12,6 +12,7 @@ message or in a collective is sent here by an error.
 
 import faulthandler
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,13 +40,18 @@ class Fuse:
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = seconds
 
+        self.lit_since: float | None = None
+        """Monotonic seconds; None while it is out."""
+
     def light(self) -> None:
         """Begin to count, anew if it has begun already."""
+        self.lit_since = time.monotonic()
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds, exit=True)
 
     def put_out(self) -> None:
         """All is well."""
+        self.lit_since = None
         if self._seconds is not None:
             faulthandler.cancel_dump_traceback_later()
 

@@ -54,7 +54,7 @@ from mpichunk.pipeline import Pipeline, Source
 from mpichunk.progress import Counters, Heartbeat, get_display, summarise
 from mpichunk.recovery import Fuse, survive
 from mpichunk.scheduler import Scheduler, static_blocks
-from mpichunk.sentry import Lead, Lookout
+from mpichunk.sentry import Lead, Lookout, watch_stopped
 from mpichunk.startup import (
     Job,
     check_sight,
@@ -196,6 +196,9 @@ def _run_config(
     bindings = _bind(comm, job, fresh=fresh)
     processes = comm.allgather(this_process())
     neighbours = Neighbours(comm.rank, dict(zip(comm.alive, processes, strict=True)))
+    if comm.size > 1:
+        patience = loaded.config.schedule.min_lease_seconds
+        watch_stopped(neighbours, ways.fuse, seconds=patience, rank=comm.rank)
     with ExitStack() as stack:
         ledger: list[Journal] = []  # the journal, on the coordinator only
 
@@ -321,6 +324,7 @@ def _compute(
     own_blocks: Iterable[int] = ()
     if config.schedule.mode == "static" and is_sound:
         own_blocks = static_blocks(todo, len(sound), sound.index(comm.rank))
+    interval = min(PROGRESS_SECONDS, config.schedule.min_lease_seconds / 4)
     permits = Permits(wake)
     pipeline = Pipeline(
         plan=job.plan,
@@ -355,10 +359,15 @@ def _compute(
             comm,
             worker,
             lead,
-            Pulse(counters, interval=PROGRESS_SECONDS),
+            Pulse(counters, interval=interval),
             wake=wake,
             watch=_watch(job, ways.outside),
-            lookout=Lookout(comm, neighbours),
+            lookout=Lookout(
+                comm,
+                neighbours,
+                silence_seconds=config.schedule.min_lease_seconds,
+                interval=interval,
+            ),
             take_over=take_over,
             conclude=conclude_now,
             fuse=ways.fuse,

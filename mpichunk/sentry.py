@@ -7,6 +7,8 @@ Decides by `vigil`; sends through the loop. Knows no blocks.
 """
 
 import logging
+import threading
+import time
 from dataclasses import dataclass
 
 from mpichunk.attendance import Attendance
@@ -16,7 +18,8 @@ from mpichunk.errors import ExitCode, MpichunkError
 from mpichunk.messages import Beat, Gone, Heard, Kill, Message
 from mpichunk.neighbours import Neighbours
 from mpichunk.progress import totals
-from mpichunk.vigil import Vigil
+from mpichunk.recovery import Fuse
+from mpichunk.vigil import KILL_SECONDS, Vigil
 
 LOOK_SECONDS = 1.0
 """How often the ranks are looked after."""
@@ -58,31 +61,38 @@ class Lookout:
     Args:
         comm: The ranks.
         neighbours: Their processes, as far as they can be seen from here; None: nobody is watched.
-        interval: Seconds between signs of life of the coordinator.
+        silence_seconds: How long the coordinator may be silent.
+        interval: How often at least the coordinator gives a sign of life.
     """
 
     def __init__(
-        self, comm: Communicator, neighbours: Neighbours | None = None, *, interval: float = 5.0
+        self,
+        comm: Communicator,
+        neighbours: Neighbours | None = None,
+        *,
+        silence_seconds: float = float("inf"),
+        interval: float = 5.0,
     ) -> None:
         self._comm = comm
         self._neighbours = neighbours
+        self._silence_seconds = silence_seconds
         self._interval = interval
         self._next_look = float("-inf")
         self._next_word = float("-inf")
         self._last_turn = float("inf")
         self._gone: tuple[int, float] | None = None
-        self._heard = float("inf")
+        self._heard: float | None = None
         self._lease_seconds = float("inf")
         self._has_killed = False
 
     def again(self) -> None:
         """Begin anew with the ranks that are left."""
-        self._gone, self._heard, self._has_killed = None, float("inf"), False
+        self._gone, self._heard, self._has_killed = None, None, False
+        self._next_word = float("-inf")
 
-    def hear(self, heard: Heard, now: float) -> None:
+    def hear(self, now: float) -> None:
         """Take in the coordinator's sign of life."""
-        self._heard, self._lease_seconds = now, heard.lease_seconds
-        self._has_killed = False
+        self._heard, self._has_killed = now, False
 
     def kill(self, rank: int) -> None:
         """End the process of a rank of this machine, perhaps this one, which hangs."""
@@ -108,7 +118,7 @@ class Lookout:
         # Launchers ask the others to end when a rank dies, and kill them a moment later.
         if now < self._next_look and not is_asked_to_end:
             return []
-        self._next_look = now + LOOK_SECONDS
+        self._next_look = now + min(LOOK_SECONDS, self._interval)
         outgoing: list[tuple[int, Message]] = [
             (self._comm.coordinator, gone) for gone in self._look_beside(now)
         ]
@@ -147,15 +157,17 @@ class Lookout:
 
     def _look_up(self, now: float) -> None:
         """Look whether the coordinator is heard of; end it if not, and if that can be."""
-        comm, seconds = self._comm, now - self._heard
-        if seconds <= self._lease_seconds:
+        comm = self._comm
+        self._heard = now if self._heard is None else self._heard
+        seconds = now - self._heard
+        if seconds <= self._silence_seconds:
             return
         can_kill = self._neighbours is not None and self._neighbours.see(comm.coordinator)
         if can_kill and comm.is_fault_tolerant and not self._has_killed:
             self._has_killed = True
             self._tell_hung(comm.coordinator, seconds)
             self.kill(comm.coordinator)
-        if seconds > 2 * self._lease_seconds:
+        if seconds > self._silence_seconds + KILL_SECONDS:
             raise MustEnd(
                 f"{self._name(comm.coordinator)}, the coordinator, has not been heard of for "
                 f"{seconds:.0f} s; run the same again to resume",
@@ -177,9 +189,10 @@ class Lookout:
             )
             lead.coordinator.give_up_rank(rank)
             lead.attendance.excuse(rank)
-        if now >= self._next_word:
+        word = Heard(lease_seconds=lead.vigil.tempo.lease_seconds)
+        if now >= self._next_word or word.lease_seconds != self._lease_seconds:
             self._next_word = now + self._interval
-            word = Heard(lease_seconds=lead.vigil.tempo.lease_seconds)
+            self._lease_seconds = word.lease_seconds
             others = set(comm.alive) - lead.vigil.given_up - {comm.rank}
             outgoing += [(rank, word) for rank in sorted(others)]
         return outgoing
@@ -199,6 +212,40 @@ class Lookout:
         host = self._comm.hosts.get(rank, "an unknown host")
         process = "" if self._neighbours is None else f" (process {self._neighbours.pid(rank)})"
         return f"rank {rank} on {host}{process}"
+
+
+def watch_stopped(
+    neighbours: Neighbours, fuse: Fuse, *, seconds: float, rank: int
+) -> threading.Thread:
+    """Kill ranks of this machine that a signal has stopped while others wait for them for long.
+
+    In a thread, since the main thread waits in a collective.
+
+    Args:
+        neighbours: The processes.
+        fuse: Lit while ranks wait for one another.
+        seconds: What is long.
+        rank: This rank.
+    """
+
+    def watch() -> None:
+        suspects: set[int] = set()
+        while True:
+            time.sleep(min(LOOK_SECONDS, seconds / 2))
+            since = fuse.lit_since
+            if since is None or time.monotonic() - since < seconds:
+                suspects = set()
+                continue
+            # Twice: when the whole job was stopped, the others are about to go on, too.
+            stopped = set(neighbours.stopped())
+            for other in stopped & suspects:
+                log.error("rank %d is stopped (process %d)", other, neighbours.pid(other))
+                neighbours.kill(other)
+            suspects = stopped
+
+    thread = threading.Thread(target=watch, name=f"watch-{rank}", daemon=True)
+    thread.start()
+    return thread
 
 
 def note_beat(lead: Lead, rank: int, beat: Beat, now: float) -> None:

@@ -143,10 +143,10 @@ class Vigil:
         self._hung |= dict.fromkeys(found, now)
         return found
 
-    def condemn(self, rank: int, now: float) -> None:
+    def condemn(self, rank: int) -> None:
         """Take a rank for hung, whatever its signs: its process is gone."""
         if rank not in self.given_up:
-            self._hung.setdefault(rank, now)
+            self._hung[rank] = float("-inf")
 
     def new_given_up(self, now: float, *, can_die: bool) -> list[int]:
         """Return, once, each hung rank that has not died in time, or could not be left behind.

@@ -1,8 +1,23 @@
 import queue
+import threading
 
 import pytest
 
-from mpichunk.messages import Acknowledge, Assign, Done, Failed, Lease, Request, Stop
+from mpichunk.messages import (
+    Acknowledge,
+    Ask,
+    Assign,
+    Done,
+    Dropped,
+    Failed,
+    GiveBack,
+    Heard,
+    Lease,
+    Request,
+    Stop,
+    Verdict,
+)
+from mpichunk.permits import Permits
 from mpichunk.progress import Counters
 from mpichunk.worker import Worker
 
@@ -102,13 +117,74 @@ def test_it_ends_when_stopped_with_nothing_held_and_all_acknowledged():
     worker, pipeline, _ = start()
     worker.step()
     worker.handle(Assign(leases=leases(0)))
-    worker.handle(Stop(reason="finished"))
-    assert not worker.is_ended
     record = pipeline.finish(pipeline.submitted[0])
-    assert worker.step() == [record]
+    assert worker.step()[0] == record
+    worker.handle(Stop(reason="finished"))
     assert not worker.is_ended
     worker.handle(Acknowledge(leases=leases(0)))
     assert worker.is_ended
+    assert not worker.is_abandoning
+
+
+def test_it_does_not_wait_for_a_block_that_another_rank_has_finished():
+    permits = Permits(threading.Event())
+    worker, pipeline, _ = start(permits=permits)
+    worker.step()
+    worker.handle(Assign(leases=leases(0, 1)))
+    assert permits.may_write(leases(1)[0])
+    worker.handle(Stop(reason="finished"))
+    assert not worker.is_ended, "block 1 is being written"
+    assert worker.is_abandoning
+    assert not permits.may_write(leases(0)[0])
+    pipeline.finish(leases(1)[0])
+    worker.step()
+    worker.handle(Acknowledge(leases=leases(1)))
+    assert worker.is_ended
+
+
+def test_a_late_block_is_written_only_when_the_coordinator_allows_it():
+    now, answers = [0.0], {}
+    permits = Permits(threading.Event(), clock=lambda: now[0])
+    worker, pipeline, _ = start(permits=permits)
+    worker.step()
+    worker.handle(Assign(leases=leases(0, 1)))
+    worker.handle(Heard(lease_seconds=10.0))
+    now[0] = 9.0
+    assert permits.may_write(leases(1)[0])
+    now[0] = 11.0
+    writers = [
+        threading.Thread(target=lambda n=n: answers.update({n: permits.may_write(leases(n)[0])}))
+        for n in (0, 1)
+    ]
+    for writer in writers:
+        writer.start()
+    asked = []
+    while len(asked) < 2:
+        asked += [message.lease for message in worker.step() if isinstance(message, Ask)]
+    assert set(asked) == set(leases(0, 1))
+    # Whoever was asked is lost: the same is asked again.
+    worker.rejoin()
+    assert {m.lease for m in worker.step() if isinstance(m, Ask)} == set(leases(0, 1))
+    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
+    worker.handle(Verdict(lease=leases(1)[0], may_write=True))
+    for writer in writers:
+        writer.join()
+    assert answers == {0: False, 1: True}
+    pipeline.records.put(Dropped(lease=leases(0)[0]))
+    assert GiveBack(leases=leases(0)) in worker.step()
+
+
+def test_what_is_at_hand_goes_on_with_another_coordinator():
+    worker, pipeline, _ = start(depth=3, own_blocks=[7, 8, 9, 10])
+    worker.step()
+    record = pipeline.finish(leases(7)[0])
+    assert worker.step() == [record]
+    assert set(worker.rejoin().leases) == set(leases(7, 8, 9, 10))
+    # Blocks that were not begun are asked for like any others.
+    assert worker.step() == [record]
+    pipeline.finish(leases(8)[0])
+    assert Request(num_blocks=1) in worker.step()
+    assert pipeline.submitted == list(leases(7, 8, 9, 10))
 
 
 def test_its_own_static_blocks_come_first_and_without_a_message():

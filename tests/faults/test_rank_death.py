@@ -1,0 +1,219 @@
+"""Ranks that die or hang under a real mpirun, each at a moment that is told or drawn from a seed.
+
+Where MPI is fault tolerant one start must be enough: exit code 0 and the bytes of an undisturbed
+run, as long as one rank is left. Elsewhere the job ends at once, and says how to go on.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mpichunk import cli
+from mpichunk.recovery import Fuse
+from tests.conftest import REPOSITORY
+from tests.endtoend import assert_same_files, kill_tree, wait_until_done
+from tests.faults.harness import NUM_BLOCKS, Bench, Run, _clean_environment, _mpirun_command
+from tests.faults.program import VARIABLE
+from tests.faults.scenario import POINTS, Attempt, Fault, Scenario
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, mpirun):
+    # `mpirun` skips where there is none.
+    return Bench(tmp_path_factory.mktemp("deaths"))
+
+
+class Job:
+    """A job that is watched from outside, with files of its own."""
+
+    def __init__(self, bench, name, num_ranks, *, mode="dynamic", tolerant=True, **schedule):
+        self.bench, self.num_ranks = bench, num_ranks
+        self.folder = bench.folder / name
+        self.config = bench.write_config(self.folder, mode=mode, **schedule)
+        self.run_dir = self.folder / "runs/v"
+        self.command = _mpirun_command(num_ranks, self.config)
+        if not tolerant:
+            self.command = [w for w in self.command if w not in ("--with-ft", "ulfm")]
+        self.log = self.folder / "start.log"
+
+    def start(self):
+        told = {
+            "folder": str(self.folder),
+            "faults": [],
+            "nan_blocks": [],
+            "bad_ranks": [],
+            "seconds_per_block": 0.02,
+        }
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                env=_clean_environment() | {VARIABLE: json.dumps(told)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self, timeout=60):
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {timeout} s\n{self.log.read_text()}")
+        finally:
+            kill_tree(self.process)
+
+    def until(self, num_blocks):
+        wait_until_done(self.process, self.run_dir, num_blocks)
+
+    def pids(self):
+        """Return the process of each rank."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            rank = process.environ().get("OMPI_COMM_WORLD_RANK")
+            if rank is not None and "python" in process.name():
+                found[int(rank)] = process.pid
+        return found
+
+    def check(self):
+        assert cli.main(["status", str(self.config), "--check"]) == 0
+        for leftover in (self.folder / "out/v.zarr").rglob("*.__lock"):
+            leftover.unlink()  # what a killed process was writing; no reader takes it for a chunk
+        assert_same_files(self.folder / "out/v.zarr", self.bench.expected)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_ranks_may_die_at_any_moment_as_long_as_one_is_left(bench, mode, seed):
+    draw = random.Random(f"{mode} {seed}")
+    num_ranks = draw.randint(3, 5)
+    victims = draw.sample(range(num_ranks), draw.randint(1, min(3, num_ranks - 1)))
+    points = sorted(set(POINTS) - {"sync"})
+    faults = []
+    for rank in victims:
+        point = draw.choice(points)
+        after = draw.randint(1, POINTS[point])
+        faults.append(Fault(kind="kill", rank=rank, point=point, after=after))
+    attempt = Attempt(num_ranks=num_ranks, mode=mode, faults=tuple(faults))
+    scenario = Scenario(kind=f"death-{mode}", seed=seed, attempts=(attempt,))
+    outcome = Run(bench, scenario).finish()
+    assert outcome.codes == (0,)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_all_but_one_die_at_the_same_moment(bench, mode):
+    job = Job(bench, f"all-but-one-{mode}", 4, mode=mode).start()
+    job.until(NUM_BLOCKS // 4)
+    pids = job.pids()
+    for rank in (0, 1, 3):
+        os.kill(pids[rank], signal.SIGKILL)
+    assert job.wait() == 0
+    job.check()
+    text = job.log.read_text()
+    assert "rank 0 on " in text
+    assert "has died" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_die_while_the_others_recover(bench, seed):
+    draw = random.Random(seed)
+    job = Job(bench, f"recovering-{seed}", 5).start()
+    job.until(NUM_BLOCKS // 5)
+    pids = job.pids()
+    for rank in draw.sample([0, 1, 2, 3], 4):
+        os.kill(pids[rank], signal.SIGKILL)
+        time.sleep(draw.choice([0.0, 0.001, 0.005, 0.02, 0.1]))
+    assert job.wait() == 0
+    job.check()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3])
+def test_the_coordinator_dies_before_anything_is_computed(bench, seconds):
+    job = Job(bench, f"early-{seconds}", 3).start()
+    end = time.monotonic() + 30
+    while not list(job.run_dir.glob("lock.*")):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(job.pids()[0], signal.SIGKILL)
+    assert job.wait() == 0
+    job.check()
+
+
+def test_a_stopped_coordinator_is_killed_and_named(bench):
+    job = Job(bench, "stopped", 3, min_lease_seconds=2).start()
+    job.until(NUM_BLOCKS // 4)
+    os.kill(job.pids()[0], signal.SIGSTOP)
+    assert job.wait() == 0
+    job.check()
+    assert "rank 0 on " in job.log.read_text()
+    assert "hangs: no step for" in job.log.read_text()
+
+
+def test_without_fault_tolerance_the_others_finish_for_a_stopped_rank(bench):
+    job = Job(bench, "stopped-plain", 3, tolerant=False, min_lease_seconds=2).start()
+    job.until(NUM_BLOCKS // 4)
+    os.kill(job.pids()[1], signal.SIGSTOP)
+    job.wait()
+    job.check()
+    assert "rank 1 on " in job.log.read_text()
+    assert "cannot be left behind" in job.log.read_text()
+
+
+def test_without_fault_tolerance_a_death_ends_the_job_and_tells_how_to_resume(bench):
+    job = Job(bench, "plain", 3, tolerant=False).start()
+    job.until(NUM_BLOCKS // 4)
+    os.kill(job.pids()[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert job.wait() not in (0, 2, 3, 75)
+    assert time.monotonic() - killed < 15
+    (told,) = [line for line in job.log.read_text().splitlines() if "has died" in line]
+    assert "mpichunk: rank 1 on " in told
+    assert "run the same again to resume" in told
+    assert job.start().wait() == 0
+    job.check()
+
+
+def test_a_start_that_does_not_complete_ends_by_itself(bench):
+    job = Job(bench, "late", 2, start_timeout_seconds=4)
+    script = (
+        "import os, runpy, time\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': time.sleep(90)\n"
+        "runpy.run_module('tests.faults.program', run_name='__main__')\n"
+    )
+    place = job.command.index("-m")
+    job.command[place : place + 2] = ["-c", script]
+    started = time.monotonic()
+    job.start()
+    assert job.wait(40) != 0
+    assert time.monotonic() - started < 30
+    assert "Timeout" in job.log.read_text()
+
+
+def test_the_fuse_burns_only_while_it_is_lit():
+    script = (
+        "import time; from mpichunk.recovery import Fuse; f = Fuse(0.5); f.light(); f.put_out();"
+        "time.sleep(1); print('here', flush=True); f.light(); time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == "here\n"
+    assert "Timeout" in done.stderr
+    Fuse().light()
