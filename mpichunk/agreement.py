@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from mpichunk.comm import Communicator
+from mpichunk.communicator import Communicator
 from mpichunk.errors import UserError
 
 T = TypeVar("T")

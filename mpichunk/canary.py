@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mpichunk.backends import get_backend
 from mpichunk.checksum import digest_of
-from mpichunk.comm import Communicator
+from mpichunk.communicator import Communicator
 from mpichunk.config import Model
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.errors import DeviceError, UserError

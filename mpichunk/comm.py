@@ -1,27 +1,25 @@
 """All that mpichunk asks of MPI: point-to-point messages and collectives, nothing one-sided.
 
 The only module that imports mpi4py, and only when MPI is started. Knows nothing of what is sent.
-Only the main thread may call a communicator (MPI_THREAD_FUNNELED); `abort` alone may come from
-any thread, since nothing comes after it.
 """
 
 import os
 import secrets
 import signal
 import socket
-import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from mpichunk.errors import ExitCode, LaunchError, RankLost, UserError
+from mpichunk.communicator import Communicator, Ranks, SerialCommunicator, flush
+from mpichunk.errors import LaunchError, RankLost
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+__all__ = ["Communicator", "MpiCommunicator", "SerialCommunicator", "start_mpi"]
 
 T = TypeVar("T")
 
@@ -36,188 +34,7 @@ DYING_SECONDS = 2.0
 """How long the last of several ranks that die of the same bug waits to find that it is the last."""
 
 
-class Communicator(Protocol):
-    """The ranks of a run. Collectives must be called by every rank, in the same order.
-
-    A rank keeps its number for its whole life, also when others are lost. Where MPI is fault
-    tolerant any call may raise RankLost; then all survivors must call `agree(False)`.
-    """
-
-    rank: int
-    """This process, 0 to the number of ranks that were started - 1."""
-
-    alive: tuple[int, ...]
-    """The ranks that are still there, in order; the first one is the coordinator."""
-
-    is_fault_tolerant: bool
-    """Whether the others can go on when a rank dies."""
-
-    host: str
-    """Name of the machine."""
-
-    hosts: Mapping[int, str]
-    """Name of the machine of each rank, lost ones included."""
-
-    local_rank: int
-    """Place among the ranks of this machine."""
-
-    local_size: int
-    """Ranks of this machine."""
-
-    library: str
-    """What MPI this is, for the log; why there is none, if there is none."""
-
-    job: str
-    """A name that no other job has, the same on every rank."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that are still there."""
-
-    @property
-    def coordinator(self) -> int:
-        """The rank that has the second role: the lowest one."""
-
-    @property
-    def is_coordinator(self) -> bool:
-        """Whether this rank has the second role."""
-
-    def bcast(self, value: T, root: int | None = None) -> T:
-        """Return the value of rank `root`; default: that of the coordinator."""
-
-    def gather(self, value: T) -> list[T] | None:
-        """Return the values of all ranks, in their order, on the coordinator, None elsewhere."""
-
-    def allgather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in their order."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
-    def send(self, dest: int, message: object) -> None:
-        """Send a picklable value to a rank, possibly this one; never waits."""
-
-    def receive(self) -> list[tuple[int, Any]]:
-        """Return what has arrived, each with the rank that sent it; never waits."""
-
-    def num_unreceived(self) -> int:
-        """Return how many messages of this rank their receivers have not yet taken."""
-
-    def unreceived_by(self) -> set[int]:
-        """Return the ranks that have not yet taken a message of this rank."""
-
-    def agree(self, is_well: bool) -> bool:
-        """Return, alike on every rank, whether all are well; else leave the lost ranks behind.
-
-        The one collective that ranks may meet in from different places. Where it returns False,
-        what was on its way is gone, and `alive` is who is left.
-        """
-
-    def leave(self, code: int, *, at_once: bool = False) -> None:
-        """End this process in good order; returns where the interpreter can do that itself.
-
-        Args:
-            code: Exit code.
-            at_once: Not to wait for threads: nobody needs what they do.
-        """
-
-    def die(self, code: int) -> NoReturn:
-        """End this process at once, and the others where they cannot go on without it."""
-
-    def abort(self, code: int) -> NoReturn:
-        """End every rank at once."""
-
-
-class _Ranks:
-    """What follows from who is there."""
-
-    rank: int
-    alive: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that are still there."""
-        return len(self.alive)
-
-    @property
-    def coordinator(self) -> int:
-        """The rank that has the second role: the lowest one."""
-        return self.alive[0]
-
-    @property
-    def is_coordinator(self) -> bool:
-        """Whether this rank has the second role."""
-        return self.rank == self.alive[0]
-
-
-class SerialCommunicator(_Ranks):
-    """One rank without MPI: the specification of the other."""
-
-    def __init__(self, library: str = "none") -> None:
-        self.rank = 0
-        self.alive = (0,)
-        self.is_fault_tolerant = False
-        self.host = socket.gethostname()
-        self.hosts: Mapping[int, str] = {0: self.host}
-        self.local_rank = 0
-        self.local_size = 1
-        self.library = library
-        self.job = secrets.token_hex(8)
-        self._inbox: deque[object] = deque()
-
-    def bcast(self, value: T, root: int | None = None) -> T:
-        """Return the value."""
-        return value
-
-    def gather(self, value: T) -> list[T] | None:
-        """Return the value in a list."""
-        return [value]
-
-    def allgather(self, value: T) -> list[T]:
-        """Return the value in a list."""
-        return [value]
-
-    def barrier(self) -> None:
-        """Do nothing."""
-
-    def send(self, dest: int, message: object) -> None:
-        """Keep the message for `receive`."""
-        self._inbox.append(message)
-
-    def receive(self) -> list[tuple[int, Any]]:
-        """Return what was sent since the last call."""
-        messages = [(self.rank, message) for message in self._inbox]
-        self._inbox.clear()
-        return messages
-
-    def num_unreceived(self) -> int:
-        """Return how many messages `receive` has not yet returned."""
-        return len(self._inbox)
-
-    def unreceived_by(self) -> set[int]:
-        """Return this rank while there is a message that `receive` has not yet returned."""
-        return {self.rank} if self._inbox else set()
-
-    def agree(self, is_well: bool) -> bool:
-        """Return whether this rank is well."""
-        return is_well
-
-    def leave(self, code: int, *, at_once: bool = False) -> None:
-        """Return, unless it is to be at once."""
-        if at_once:
-            self.abort(code)
-
-    def die(self, code: int) -> NoReturn:
-        """End the process at once."""
-        self.abort(code)
-
-    def abort(self, code: int) -> NoReturn:
-        """End the process at once."""
-        _flush()
-        os._exit(code)
-
-
-class MpiCommunicator(_Ranks):
+class MpiCommunicator(Ranks):
     """Ranks over MPI, on a duplicate of the given communicator so that nobody else's mail mixes in.
 
     Args:
@@ -332,7 +149,7 @@ class MpiCommunicator(_Ranks):
             self._mpi.Finalize()
         else:
             return
-        _flush()
+        flush()
         os._exit(code)
 
     def die(self, code: int) -> NoReturn:
@@ -345,7 +162,7 @@ class MpiCommunicator(_Ranks):
             seconds = time.monotonic() - started
             is_lowest = self.rank < min(self._others_left(), default=self.rank)
             if seconds > (DYING_SECONDS if is_lowest else DYING_SECONDS / 5):
-                _flush()
+                flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.01)
         self.abort(code)
@@ -361,7 +178,7 @@ class MpiCommunicator(_Ranks):
 
     def abort(self, code: int) -> NoReturn:
         """End every rank of the job at once."""
-        _flush()
+        flush()
         try:
             self._mpi.COMM_WORLD.Abort(code)
         finally:
@@ -430,12 +247,6 @@ class MpiCommunicator(_Ranks):
             raise
 
 
-def _flush() -> None:
-    """Show what was printed before the process ends without cleaning up."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-
-
 def start_mpi() -> Communicator:
     """Start MPI and return all its ranks, or one rank without MPI when there is no MPI library.
 
@@ -465,51 +276,3 @@ def start_mpi() -> Communicator:
         MPI.COMM_WORLD,
         is_fault_tolerant=is_enabled and is_open_mpi and MPI.COMM_WORLD.Get_size() > 1,
     )
-
-
-@contextmanager
-def crash_guard(comm: Communicator) -> Iterator[None]:
-    """End this rank at once when any of its threads meets an unexpected exception.
-
-    Otherwise the other ranks would wait for it for ever. They end with it where MPI is not fault
-    tolerant. What goes past: SystemExit, and UserError, which must then be raised on every rank
-    alike.
-    """
-    before = sys.excepthook, threading.excepthook
-    sys.excepthook = lambda kind, error, trace: crash(comm, error)
-    threading.excepthook = lambda args: _crash_in_thread(comm, args)
-    try:
-        yield
-    except (UserError, SystemExit):
-        raise
-    except BaseException as error:
-        # With no other rank to end, the exception takes its usual way through open files and locks.
-        if comm.size == 1 and not comm.is_fault_tolerant:
-            raise
-        crash(comm, error)
-    finally:
-        sys.excepthook, threading.excepthook = before
-
-
-def crash(comm: Communicator, error: BaseException) -> NoReturn:
-    """Say on which rank what went wrong and end it at once, the job too if need be; any thread."""
-    code = ExitCode.UNEXPECTED
-    text = "".join(traceback.format_exception(error))
-    if isinstance(error, UserError):
-        code, text = ExitCode.USER_ERROR, f"{error}\n"
-    if isinstance(error, RankLost):
-        # Here nobody goes on without it; every survivor comes here.
-        sys.stderr.write("mpichunk: a rank has died, and all are needed here; run it again\n")
-        comm.abort(code)
-    thread = threading.current_thread().name
-    sys.stderr.write(f"mpichunk: rank {comm.rank} on {comm.host}, {thread}: {text}")
-    goes_on = comm.is_fault_tolerant and comm.size > 1
-    end = "dies of it; the others go on" if goes_on else "ends the job"
-    sys.stderr.write(f"mpichunk: rank {comm.rank} on {comm.host} {end}\n")
-    comm.die(code)
-
-
-def _crash_in_thread(comm: Communicator, args: Any) -> None:
-    """Do for `threading.excepthook` what `crash` does; a thread may leave by SystemExit."""
-    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
-        crash(comm, args.exc_value)

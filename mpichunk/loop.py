@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from mpichunk.comm import Communicator, crash
+from mpichunk.communicator import Communicator
+from mpichunk.crash import crash
 from mpichunk.drain import Watch
 from mpichunk.errors import ExitCode, RankLost
 from mpichunk.messages import (

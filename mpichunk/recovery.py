@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from mpichunk.comm import Communicator
+from mpichunk.communicator import Communicator
 from mpichunk.errors import MpichunkError, RankLost, UserError
 
 T = TypeVar("T")

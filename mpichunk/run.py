@@ -31,11 +31,12 @@ from mpichunk.backends import get_backend
 from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
 from mpichunk.breaker import Breaker
 from mpichunk.canary import find_sound_ranks
-from mpichunk.comm import Communicator, crash_guard, start_mpi
+from mpichunk.comm import Communicator, start_mpi
 from mpichunk.conclusion import conclude
 from mpichunk.config import Schedule
 from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.coordinator import Coordinator
+from mpichunk.crash import crash_guard
 from mpichunk.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.errors import ExitCode, UserError

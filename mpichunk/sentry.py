@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from mpichunk.attendance import Attendance
-from mpichunk.comm import Communicator
+from mpichunk.communicator import Communicator
 from mpichunk.coordinator import Coordinator
 from mpichunk.errors import ExitCode, MpichunkError
 from mpichunk.messages import Beat, Gone, Heard, Kill, Message

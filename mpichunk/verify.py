@@ -30,8 +30,9 @@ import numpy.typing as npt
 from mpichunk import journal
 from mpichunk.agreement import on_rank_0
 from mpichunk.checksum import digest_of
-from mpichunk.comm import Communicator, SerialCommunicator, crash_guard, start_mpi
+from mpichunk.comm import Communicator, SerialCommunicator, start_mpi
 from mpichunk.configfile import LoadedConfig, load_config
+from mpichunk.crash import crash_guard
 from mpichunk.digests import Digests, read_digests
 from mpichunk.errors import BlockError, ExitCode, JournalError, UserError
 from mpichunk.fingerprint import make_fingerprint

@@ -4,18 +4,18 @@ import sys
 import threading
 import time
 
-from mpichunk.comm import crash_guard, start_mpi
+from mpichunk.comm import start_mpi
+from mpichunk.crash import crash_guard
 from mpichunk.errors import UserError
-from mpichunk.progress import NullDisplay
 from tests.fakeranks import run
 
 VICTIM = 1
 
 
-class Bomb(NullDisplay):
+class Bomb:
     """Raises in the main thread."""
 
-    def update(self, summed, now):
+    def poll(self, now, *, is_leader):
         raise ZeroDivisionError("in the main thread")
 
 
@@ -51,7 +51,7 @@ def main(way):
                 comm,
                 num_blocks=100_000,
                 compute=lambda lease: compute(lease, is_victim=is_victim, way=way),
-                display=Bomb() if is_victim and way == "main" else None,
+                watch=Bomb() if is_victim and way == "main" else None,
             )
 
 

@@ -84,6 +84,7 @@ def run(
     interval=0.05,
     display=None,
     depth=3,
+    watch=None,
 ):
     """Compute `num_blocks` blocks on the ranks of `comm`; called on every rank."""
     todo = np.ones(num_blocks, bool) if done is None else ~done
@@ -113,7 +114,7 @@ def run(
     pulse = Pulse(counters, interval=interval)
     comm.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
-    serve(comm, worker, lead, pulse, wake=wake)
+    serve(comm, worker, lead, pulse, wake=wake, watch=watch)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)
 
