@@ -4,7 +4,7 @@ Knows the journal alone: neither ranks nor volumes.
 """
 
 import logging
-import time
+from pathlib import Path
 
 from mpichunk.errors import ExitCode
 from mpichunk.journal import Journal
@@ -14,25 +14,28 @@ from mpichunk.status import MOST_FAILURES_SHOWN, RunStatus, read_status
 log = logging.getLogger(__name__)
 
 
-def conclude(journal: Journal, ending: Stop | None, *, num_blocks: int) -> ExitCode:
-    """Note the end, read the journal once more, and let what it proves decide the exit code.
+def note_end(journal: Journal, ending: Stop) -> None:
+    """Note why no more blocks were leased; on a full disk it is only told."""
+    journal.append_end({"reason": ending.reason, "why": ending.why})
+    try:
+        journal.sync()
+    except OSError as error:
+        journal.give_up()
+        log.error("%s: how the run ends cannot be noted: %s", journal.path, error.strerror)
+
+
+def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode:
+    """Read the journal once more, and let what it proves decide the exit code.
 
     "Every block done" is read off one state per block of the plan, filled from the file and not
     from what this process believes.
 
     Args:
-        journal: Open for writing.
-        ending: Why no more blocks were leased.
+        run_dir: Where the journal is.
+        ending: Why no more blocks were leased, None if none was to be computed.
         num_blocks: Length of the plan.
     """
-    if ending is not None:
-        journal.append_end({"reason": ending.reason, "why": ending.why})
-        try:
-            journal.sync()
-        except OSError as error:
-            journal.give_up()
-            log.error("%s: how the run ends cannot be noted: %s", journal.path, error.strerror)
-    found = read_status(journal.path.parent, now=time.time())
+    found = read_status(run_dir)
     assert found.num_blocks == num_blocks, f"{found.num_blocks} in the journal, not {num_blocks}"
     _tell(found)
     if ending is not None and ending.reason == FAILURES and found.num_done < num_blocks:

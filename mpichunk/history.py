@@ -14,33 +14,7 @@ import numpy.typing as npt
 
 from mpichunk.geometry import Box, triple
 from mpichunk.journal import whole_lines
-from mpichunk.messages import State
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A block that has been tried as often as allowed."""
-
-    block: int
-    """Index in the plan."""
-
-    core: Box
-    """What it would have written."""
-
-    rank: int
-    """Where it was tried last."""
-
-    host: str
-    """Where that rank ran."""
-
-    attempt: int
-    """How often it was tried."""
-
-    error: str
-    """Kind of error."""
-
-    message: str
-    """What the user is told."""
+from mpichunk.messages import Failure, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

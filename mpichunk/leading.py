@@ -1,11 +1,13 @@
 """The coordinator's part of a run, put together: of the first one, and of one that takes over.
 
-Knows the parts, decides nothing and calls no collective.
+Lock and journal, scheduler, breaker, vigil. Decides nothing and calls no collective.
 """
 
 import logging
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,20 +17,56 @@ from mpichunk.attendance import Attendance
 from mpichunk.breaker import Breaker
 from mpichunk.communicator import Communicator
 from mpichunk.coordinator import Coordinator
+from mpichunk.fingerprint import Fingerprint
 from mpichunk.history import read_tries
 from mpichunk.journal import Journal
+from mpichunk.lock import Process, RunLock
 from mpichunk.messages import State
 from mpichunk.progress import Heartbeat, get_display, summarise
-from mpichunk.scheduler import Scheduler
+from mpichunk.scheduler import Scheduler, static_blocks
 from mpichunk.sentry import Lead
-from mpichunk.startup import Job
-from mpichunk.status import QUIET_SECONDS
+from mpichunk.startup import Job, open_journal
 from mpichunk.vigil import Tempo, Vigil
 
-BEAT_SECONDS = QUIET_SECONDS / 5
+BEAT_SECONDS = 30.0
 """How often the journal notes that the run is alive."""
 
 log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Holds the lock and the journal, on the coordinator; both are let go with the stack."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        job: Job,
+        fingerprint: Fingerprint,
+        processes: Iterable[Process],
+        stack: ExitStack,
+    ) -> None:
+        self.job = job
+        """What is computed."""
+
+        self.journal: Journal | None = None
+        """Open for writing, on the coordinator only."""
+
+        self._comm = comm
+        self._fingerprint = fingerprint
+        self._processes = tuple(processes)
+        self._stack = stack
+
+    def lock(self) -> RunLock:
+        """Take the run directory."""
+        run_dir, job = self.job.run_dir, self._comm.job
+        lock = RunLock.acquire(run_dir, processes=self._processes, job=job)
+        return self._stack.enter_context(lock)
+
+    def open(self, lock: RunLock, *, fresh: bool = False) -> Journal:
+        """Begin the journal, or go on with it."""
+        journal = open_journal(self.job, self._fingerprint, fresh=fresh, guard=lock.check)
+        self.journal = self._stack.enter_context(journal)
+        return journal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +93,13 @@ class Leading:
         """Blocks that earlier runs have done."""
         return len(self.todo) - int(np.count_nonzero(self.todo))
 
+    @property
+    def own_blocks(self) -> Iterable[int]:
+        """With static scheduling, the blocks that are this rank's without asking."""
+        if self.job.config.schedule.mode != "static" or self.comm.rank not in self.sound:
+            return ()
+        return static_blocks(self.todo, len(self.sound), self.sound.index(self.comm.rank))
+
     def begin(self, journal: Journal) -> Lead:
         """Return the second role of the first coordinator."""
         schedule = self.job.config.schedule
@@ -78,7 +123,7 @@ class Leading:
         scheduler.recall(*read_tries(journal.path))
         return self._lead(journal, scheduler)
 
-    def end(self, lead: Lead) -> None:
+    def tell(self, lead: Lead) -> None:
         """Tell what all ranks have done."""
         lead.attendance.close()
         summary = summarise(

@@ -5,12 +5,16 @@ Knows no MPI: rank and host are parameters.
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from mpichunk.errors import JournalError
 
 LOGGER = logging.getLogger("mpichunk")
 """The one logger of the package."""
+
+EARLY_LINES = 1000
+"""Lines that are kept for the file until there is a run directory."""
 
 
 def log_to_terminal(rank: int) -> None:
@@ -20,6 +24,7 @@ def log_to_terminal(rank: int) -> None:
     prefix = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"mpichunk: {prefix}%(message)s"))
     LOGGER.addHandler(handler)
+    LOGGER.addHandler(MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
 
@@ -52,6 +57,10 @@ def log_to_file(run_dir: Path, rank: int) -> None:
         earlier.close()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
+    for early in [known for known in LOGGER.handlers if isinstance(known, MemoryHandler)]:
+        early.setTarget(handler)
+        LOGGER.removeHandler(early)
+        early.close()
 
 
 class _LogFile(logging.FileHandler):

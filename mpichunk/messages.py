@@ -19,9 +19,12 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | <-- Leave(code) ---------------------------- |   all have sent their last sign of life
 """
 
+import queue
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+
+from mpichunk.geometry import Box
 
 STAGES = ("read", "infer", "write")
 """The stages of a block whose wall seconds are measured."""
@@ -101,6 +104,32 @@ class Failed:
 
     error: str
     """Kind of error: the name of the exception's class."""
+
+    message: str
+    """What the user is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A block that has been tried as often as allowed."""
+
+    block: int
+    """Index in the plan."""
+
+    core: Box
+    """What it would have written."""
+
+    rank: int
+    """Where it was tried last."""
+
+    host: str
+    """Where that rank ran."""
+
+    attempt: int
+    """How often it was tried."""
+
+    error: str
+    """Kind of error."""
 
     message: str
     """What the user is told."""
@@ -225,6 +254,9 @@ class Leave:
 
 
 Record = Done | Failed
+Records = queue.SimpleQueue[Record | Dropped | BaseException]
+"""What a pipeline's threads have finished; an exception in it is a crash for the main thread."""
+
 ToCoordinator = Record | Request | Drain | GiveBack | Beat | Ask | Gone
 ToWorker = Assign | Acknowledge | Stop | Heard | Verdict | Kill | Leave
 Message = ToCoordinator | ToWorker

@@ -27,13 +27,10 @@ from mpichunk.errors import BlockError
 from mpichunk.geometry import Box
 from mpichunk.inference import BlockInference, Inferred
 from mpichunk.masking import BoolArray, MaskGrid
-from mpichunk.messages import Done, Dropped, Failed, Lease, Record
+from mpichunk.messages import Done, Dropped, Failed, Lease, Record, Records
 from mpichunk.padding import pad, source_box
 from mpichunk.plan import Block, Plan
 from mpichunk.volume import Reader, Writer
-
-Records = queue.SimpleQueue[Record | Dropped | BaseException]
-"""Finished records; an exception in it is a crash that the main thread must raise."""
 
 NUM_IO_THREADS = 2
 """Blocks read, and blocks written, at the same time."""
@@ -163,6 +160,9 @@ class Pipeline:
             step(lease, *arguments)
         except BLOCK_FAILURES as error:
             self._put(Failed(lease=lease, error=type(error).__name__, message=str(error)))
+        except SystemExit as error:
+            # A network that calls sys.exit would end the run as if all were well.
+            self._put(RuntimeError(f"something called sys.exit({error.code}) in a block"))
         except BaseException as error:
             self._put(error)
 

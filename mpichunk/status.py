@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from mpichunk import drain, history, journal
+from mpichunk.config import Config
 from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.messages import DRAINED, FAILURES, State
+from mpichunk.fingerprint import differing_keys
+from mpichunk.lock import is_held
+from mpichunk.messages import DRAINED, FAILURES, Failure, State
+from mpichunk.words import duration
 
 WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
-
-QUIET_SECONDS = 150.0
-"""A run that has written nothing for so long is taken not to run; `run` beats five times in it."""
 
 MOST_FAILURES_SHOWN = 20
 """Failed blocks that the text lists; JSON lists all."""
@@ -64,7 +65,7 @@ class RunStatus:
     end_why: str
     """More about it in words, e.g. the error that stopped it."""
 
-    failures: tuple[history.Failure, ...]
+    failures: tuple[Failure, ...]
     """The failed blocks, with causes."""
 
     @property
@@ -83,15 +84,32 @@ def status(
     """Print how far the run of a config is.
 
     Raises:
-        UserError: the config cannot be read, or the run has never been started.
+        UserError: the config cannot be read, its run has never been started, or it was started
+            with another config.
     """
-    run_dir = Path(load_config(config_path, overrides).config.run_dir)
+    config = load_config(config_path, overrides).config
+    run_dir = Path(config.run_dir)
+    _check_same_config(config, run_dir)
     while True:
-        found = read_status(run_dir, now=time.time())
+        found = read_status(run_dir)
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
+
+
+def _check_same_config(config: Config, run_dir: Path) -> None:
+    """Refuse to report on blocks that `run` would not take for those of this config."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    differing = differing_keys(load_config(path).config, config)
+    if differing:
+        raise JournalError(
+            f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; take that "
+            "back, choose another run_dir, or start over with `run --fresh`",
+            key="run_dir",
+        )
 
 
 def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
@@ -102,21 +120,20 @@ def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
             cannot be written.
     """
     run_dir = Path(load_config(config_path, overrides).config.run_dir)
-    found = read_status(run_dir, now=time.time())
-    if found.end_reason is not None or found.exit_code == ExitCode.ALL_DONE:
-        print(f"{run_dir}: the run has ended, there is nothing to stop: {_state(found)}")
+    found = read_status(run_dir)
+    if not found.is_alive:
+        print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
         return ExitCode.ALL_DONE
     try:
         drain.request_stop(run_dir)
     except OSError as error:
         raise JournalError(f"{error.filename}: cannot be written: {error.strerror}") from error
-    doubt = "" if found.is_alive else f"; but it gave no sign of life for {QUIET_SECONDS:.0f} s"
-    print(f"{run_dir}: asked to finish the blocks that are being computed, and end{doubt}")
+    print(f"{run_dir}: asked to finish the blocks that are being computed, and end")
     return ExitCode.ALL_DONE
 
 
-def read_status(run_dir: Path, *, now: float) -> RunStatus:
-    """Read the journal of a run directory; `now` in seconds since the epoch.
+def read_status(run_dir: Path) -> RunStatus:
+    """Read the journal of a run directory, and whether a job holds it.
 
     Raises:
         JournalError: there is no journal, or the file is none.
@@ -138,7 +155,7 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
     beat, end = events.last_beat, events.end
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
     is_complete = num_done == header["num_blocks"]
-    is_alive = not is_complete and not end and now - last_time < QUIET_SECONDS
+    is_alive = not is_complete and not end and is_held(run_dir)
     num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)
     return RunStatus(
@@ -181,7 +198,7 @@ def _text(found: RunStatus) -> str:
     if found.blocks_per_second:
         lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
     if found.seconds_left is not None:
-        lines.append(f"left     {_duration(found.seconds_left)}")
+        lines.append(f"left     {duration(found.seconds_left)}")
     lines.append(f"state    {_state(found)}")
     for failure in found.failures[:MOST_FAILURES_SHOWN]:
         lines.append(
@@ -206,10 +223,3 @@ def _state(found: RunStatus) -> str:
     if found.end_reason == DRAINED:
         return f"ended early as asked ({found.end_why}); run it again to go on where it stopped"
     return "not running; run it again to go on where it stopped"
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds as hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -198,7 +198,12 @@ def check_same_config(header: dict[str, Any], job: Job, path: Path) -> None:
         threads=old.get("compute.threads"),
     )
     new |= {key: value for key, value in old.items() if key.startswith("model.files.")}
-    journal.check_same_run(path, header, len(job.plan), new)
+    if not journal.belongs(path, len(job.plan), new):
+        raise JournalError(
+            f"{path} belongs to a run with other settings, of which no block is done: there is "
+            "nothing to compare with",
+            key="run_dir",
+        )
 
 
 def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:

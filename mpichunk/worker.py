@@ -4,7 +4,6 @@ Messages in, messages out, so that it can be tested without ranks. Knows no MPI,
 nothing of how a block is computed.
 """
 
-import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mpichunk.messages import (
     Heard,
     Lease,
     Record,
+    Records,
     Request,
     Stop,
     ToCoordinator,
@@ -28,9 +28,6 @@ from mpichunk.messages import (
 )
 from mpichunk.permits import Permits
 from mpichunk.progress import Counters
-
-Records = queue.SimpleQueue[Record | Dropped | BaseException]
-"""What the pipeline's threads have finished; an exception in it is a crash."""
 
 
 class Pipeline(Protocol):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mpichunk.breaker import Breaker
-from mpichunk.conclusion import conclude
+from mpichunk.conclusion import conclude, note_end
 from mpichunk.coordinator import Coordinator
 from mpichunk.errors import ExitCode, JournalError
 from mpichunk.geometry import Box
 from mpichunk.history import read_events, read_failures
 from mpichunk.journal import Journal, scan
+from mpichunk.lock import RunLock
 from mpichunk.messages import (
     DRAINED,
     FAILURES,
@@ -65,6 +66,13 @@ def states_of(journal):
     return states
 
 
+def end(journal, ending, *, num_blocks):
+    """End as `run` does: note why, then prove."""
+    if ending is not None:
+        note_end(journal, ending)
+    return conclude(journal.path.parent, ending, num_blocks=num_blocks)
+
+
 def failed(lease, message="no such chunk"):
     return Failed(lease=lease, error="BlockError", message=message)
 
@@ -91,8 +99,8 @@ def test_a_drained_run_leases_nothing_more_but_takes_what_is_in_flight(journal, 
     assert states_of(journal)[:3].tolist() == [State.DONE, State.PENDING, State.PENDING]
     assert (scheduler.num_leased, scheduler.num_done) == (0, 1)
 
-    assert conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
-    found = read_status(journal.path.parent, now=1e10)
+    assert end(journal, coordinator.ending, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
+    found = read_status(journal.path.parent)
     assert (found.end_reason, found.exit_code) == (DRAINED, ExitCode.DRAINED)
     assert not found.is_alive
 
@@ -144,7 +152,7 @@ def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
     coordinator.handle(0, done(ours[1]))
     coordinator.handle(1, failed(theirs[1]))
     coordinator.commit(1.0)
-    code = conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
+    code = end(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
     assert code == ExitCode.BLOCKS_FAILED
     states = states_of(journal)
     failures = read_failures(journal.path, states)
@@ -153,20 +161,21 @@ def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
         (theirs[0].block, "no such chunk"),
         (theirs[1].block, "no such chunk"),
     ]
-    found = read_status(journal.path.parent, now=1e10)
+    found = read_status(journal.path.parent)
     assert (found.end_reason, found.exit_code) == (FAILURES, ExitCode.BLOCKS_FAILED)
     assert "first blocks of 2 ranks" in found.end_why
     assert caplog.text.count("ending early") == 1
 
 
 def test_a_new_start_forgets_how_the_last_one_ended(journal):
-    conclude(journal, Stop(reason=FAILURES, why="a bug"), num_blocks=NUM_BLOCKS)
+    end(journal, Stop(reason=FAILURES, why="a bug"), num_blocks=NUM_BLOCKS)
     assert read_events(journal.path).end["why"] == "a bug"
     journal.append_start({"num_ranks": 1})
     journal.append_beat({"num_held": 1})
     journal.sync()
     assert read_events(journal.path).end == {}
-    found = read_status(journal.path.parent, now=journal.path.stat().st_mtime)
+    with RunLock.acquire(journal.path.parent):
+        found = read_status(journal.path.parent)
     assert found.is_alive
     assert found.exit_code == ExitCode.DRAINED
 
@@ -208,7 +217,7 @@ def test_a_full_disk_under_the_journal_ends_the_run_in_good_order(journal, caplo
     assert journal.path.read_bytes() == before
     coordinator.handle(0, done(second))
     assert coordinator.commit(1.0) == [(0, Acknowledge(leases=(second,)))]
-    code = conclude(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
+    code = end(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
     assert code == ExitCode.BLOCKS_FAILED
     assert journal.path.read_bytes() == before
     assert caplog.text.count("ending early") == 1
@@ -243,13 +252,13 @@ def test_lines_that_are_there_twice_do_not_make_up_for_one_that_is_missing(journ
     for block in [*range(NUM_BLOCKS - 1), 0, 1, 1]:
         record = done(Lease(block=block, attempt=1))
         journal.append(record, "done", core=core_of(block), rank=0, host="node0")
-    code = conclude(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
+    code = end(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
     assert code == ExitCode.DRAINED
     record = done(Lease(block=NUM_BLOCKS - 1, attempt=1))
     journal.append(record, "done", core=core_of(NUM_BLOCKS - 1), rank=0, host="node0")
-    assert conclude(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
+    assert end(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
     journal.sync()
-    assert conclude(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.ALL_DONE
+    assert end(journal, None, num_blocks=NUM_BLOCKS) == ExitCode.ALL_DONE
 
 
 def test_a_done_block_that_later_failed_is_not_done(journal):
@@ -258,5 +267,5 @@ def test_a_done_block_that_later_failed_is_not_done(journal):
         journal.append(record, "done", core=core_of(block), rank=0, host="node0")
     lease = Lease(block=7, attempt=1)
     journal.append(failed(lease), "undone", core=core_of(7), rank=0, host="node0")
-    code = conclude(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
+    code = end(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
     assert code == ExitCode.DRAINED

@@ -1,5 +1,6 @@
 """What a user can get wrong: one clear message with file, line and cure, and exit code 2."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ MISTAKES = {
     "overlap of a patch": ({"patch": {"overlap": [8, 4, 4]}}, "patch.overlap", "(8, 12, 12)"),
     "block off the write unit": ({"block": {"shape": [8, 16, 20]}}, "block.shape", "(4, 8, 8)"),
     "roi outside": ({"roi": {"start": [0, 0, 0], "stop": [17, 24, 24]}}, "roi", "[16, 24, 24)"),
+    "too many blocks": (
+        {
+            "input": {"volume": "synthetic://membranes?shape=100000,100000,100000"},
+            "block": {"shape": [4, 8, 8]},
+        },
+        "block.shape",
+        "larger blocks",
+    ),
     "empty roi": ({"roi": {"start": [4, 0, 0], "stop": [4, 24, 24]}}, "roi", ""),
     "no such backend": ({"model": {"backend": "tensorflow"}}, "model.backend", "pytorch"),
     "no model file": ({"model": TORCH | {"path": "lost.pt"}}, "model.path", "lost.pt"),
@@ -140,6 +149,45 @@ def test_an_output_that_differs_is_refused_with_the_fields(attempt):
     assert "output.volume" in said
     for field in ("float32", "uint8", "8, 8, 8", "4, 8, 8"):
         assert field in said
+
+
+def test_an_output_that_is_gone_is_not_called_done(attempt, tmp_path):
+    assert attempt()[0] == 0
+    shutil.rmtree(tmp_path / "out.zarr")
+    code, said = attempt()
+    assert code == 2
+    assert "gone" in said
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_mistake_in_the_network_leaves_nothing_behind(attempt, tmp_path):
+    code, _ = attempt(model=TORCH | {"out_channels": 3})
+    assert code == 2
+    assert not (tmp_path / "out.zarr").exists()
+    assert not (tmp_path / "runs").exists()
+    assert attempt(model=TORCH)[0] == 0
+
+
+def test_status_refuses_another_config(attempt):
+    assert attempt()[0] == 0
+    code, said = attempt("status", patch={"overlap": [1, 1, 1]})
+    assert code == 2
+    assert "patch.overlap" in said
+
+
+def test_a_network_that_leaves_is_no_success(attempt, tmp_path):
+    leaver = NETS.replace("self.cut\n", "self.cut\n        self.leave_on_third_call()\n")
+    leaver += """
+    calls = 0
+
+    def leave_on_third_call(self):
+        self.calls += 1
+        if self.calls > 2:
+            raise SystemExit(0)
+"""
+    (tmp_path / "net.py").write_text(leaver)
+    with pytest.raises(RuntimeError, match=r"sys\.exit"):
+        attempt(model=TORCH)
 
 
 def test_another_fingerprint_is_refused_with_the_keys(attempt):

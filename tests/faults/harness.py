@@ -205,7 +205,7 @@ class Run:
     def _status(self) -> RunStatus | None:
         """Return what the journal proves, None if there is none yet."""
         header = journal.read_header(self.run_dir / journal.NAME)
-        return None if header is None else read_status(self.run_dir, now=time.time())
+        return None if header is None else read_status(self.run_dir)
 
     def _check_truth(self, code: int, attempt: Attempt) -> None:
         """Compare an exit code with what the journal proves."""
