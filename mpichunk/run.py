@@ -44,7 +44,7 @@ from mpichunk.launcher import allocation_end, check_world_size
 from mpichunk.leading import Keeper, Leading
 from mpichunk.lock import this_process
 from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
-from mpichunk.loop import Pulse, serve
+from mpichunk.loop import Loop, Pulse
 from mpichunk.messages import Records, Stop
 from mpichunk.neighbours import Neighbours
 from mpichunk.permits import Permits
@@ -283,28 +283,19 @@ def _compute(
     Returns, on the coordinator, why they have ended.
     """
     job, schedule = leading.job, leading.job.config.schedule
-    records: Records = queue.SimpleQueue()
     wake = threading.Event()
-    counters = Counters()
     permits = Permits(wake)
-    interval = min(PROGRESS_SECONDS, schedule.min_lease_seconds / 4)
-    pipeline = Pipeline(
-        plan=job.plan,
-        source=part.source,
-        inference=part.inference,
-        writer=part.writer,
-        num_channels=job.config.model.out_channels,
-        dtype=job.output.dtype,
-        records=records,
-        wake=wake,
-        may_write=permits.may_write,
-    )
+    records: Records = queue.SimpleQueue()
+    pipeline = _pipeline(job, part, records, permits, wake)
+    counters = Counters()
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
     own_blocks = leading.own_blocks
     worker = Worker(
         pipeline, records, counters, depth=depth, own_blocks=own_blocks, permits=permits
     )
+    interval = min(PROGRESS_SECONDS, schedule.min_lease_seconds / 4)
+    silence = schedule.min_lease_seconds
 
     def take_over() -> Lead:
         lead_terminal()
@@ -316,29 +307,47 @@ def _compute(
         note_end(keeper.journal, lead.coordinator.ending)
         return lead.coordinator.ending
 
+    loop = Loop(
+        comm=comm,
+        worker=worker,
+        lead=leading.begin(keeper.journal) if keeper.journal is not None else None,
+        pulse=Pulse(counters, interval=interval),
+        wake=wake,
+        lookout=Lookout(comm, part.neighbours, silence_seconds=silence, interval=interval),
+        watch=_watch(job, life.outside),
+        take_over=take_over,
+        conclude=lambda lead: conclude(job.run_dir, end(lead), num_blocks=len(job.plan)),
+        fuse=life.fuse,
+    )
     with pipeline:
-        lead = serve(
-            comm,
-            worker,
-            leading.begin(keeper.journal) if keeper.journal is not None else None,
-            Pulse(counters, interval=interval),
-            wake=wake,
-            watch=Watch(
-                life.outside,
-                stop_file=job.run_dir / STOP_NAME,
-                stop_before_seconds=schedule.stop_before_seconds,
-            ),
-            lookout=Lookout(
-                comm,
-                part.neighbours,
-                silence_seconds=schedule.min_lease_seconds,
-                interval=interval,
-            ),
-            take_over=take_over,
-            conclude=lambda lead: conclude(job.run_dir, end(lead), num_blocks=len(job.plan)),
-            fuse=life.fuse,
-        )
+        lead = loop.serve()
         if worker.is_abandoning:
             pipeline.abandon()
             life.is_abandoning = True
     return None if lead is None else end(lead)
+
+
+def _pipeline(
+    job: Job, part: Part, records: Records, permits: Permits, wake: threading.Event
+) -> Pipeline:
+    """Return what computes this rank's blocks."""
+    return Pipeline(
+        plan=job.plan,
+        source=part.source,
+        inference=part.inference,
+        writer=part.writer,
+        num_channels=job.config.model.out_channels,
+        dtype=job.output.dtype,
+        records=records,
+        wake=wake,
+        may_write=permits.may_write,
+    )
+
+
+def _watch(job: Job, outside: Outside) -> Watch:
+    """Return what says when the run should end early."""
+    return Watch(
+        outside,
+        stop_file=job.run_dir / STOP_NAME,
+        stop_before_seconds=job.config.schedule.stop_before_seconds,
+    )

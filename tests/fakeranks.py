@@ -12,11 +12,11 @@ from mpichunk.attendance import Attendance
 from mpichunk.coordinator import Coordinator
 from mpichunk.geometry import Box
 from mpichunk.journal import Journal
-from mpichunk.loop import Pulse, serve
+from mpichunk.loop import Loop, Pulse
 from mpichunk.messages import Done, Failed, Lease
 from mpichunk.progress import Counters, NullDisplay
 from mpichunk.scheduler import Scheduler, static_blocks
-from mpichunk.sentry import Lead
+from mpichunk.sentry import Lead, Lookout
 from mpichunk.vigil import Tempo, Vigil
 from mpichunk.worker import Worker
 
@@ -114,7 +114,15 @@ def run(
     pulse = Pulse(counters, interval=interval)
     comm.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
-    serve(comm, worker, lead, pulse, wake=wake, watch=watch)
+    Loop(
+        comm=comm,
+        worker=worker,
+        lead=lead,
+        pulse=pulse,
+        wake=wake,
+        lookout=Lookout(comm),
+        watch=watch,
+    ).serve()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)
 

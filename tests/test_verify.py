@@ -126,7 +126,7 @@ def test_an_output_that_is_gone(tmp_path, capsys):
     config = finished(tmp_path)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert run_on(SerialCommunicator(), config) == 2
-    assert "12 blocks of it are done" in capsys.readouterr().err
+    assert "12 finished blocks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     found = verify(config, capsys, "--repair")
     assert found["num_missing"] == NUM_BLOCKS
