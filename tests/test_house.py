@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.launch import REPOSITORY
 
 MODULES = sorted((REPOSITORY / "mpichunk").rglob("*.py"))
 MOST_LINES_OF_A_FILE = 400

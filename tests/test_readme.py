@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpichunk.configfile import load_config
-from tests.conftest import REPOSITORY
+from tests.launch import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 CI = (REPOSITORY / ".ci/run").read_text()

@@ -25,10 +25,10 @@ from mpichunk.errors import ExitCode
 from mpichunk.geometry import Box
 from mpichunk.status import RunStatus, read_status
 from mpichunk.volume import OutputSpec, create_output, open_output
-from tests.conftest import _clean_environment, _find_mpirun, _mpirun_options
 from tests.endtoend import assert_same_files, block_lines, kill_tree
 from tests.faults.program import VARIABLE
 from tests.faults.scenario import MOST_RANKS, Attempt, Scenario
+from tests.launch import find_mpirun, launch_environment, mpirun_options
 
 DOMAIN = Box(start=(3, -5, 7), stop=(27, 91, 103))
 BLOCK_SHAPE = (8, 16, 16)
@@ -45,7 +45,7 @@ MOST_STARTS = 8
 JOB_VARIABLE = "MPICHUNK_TEST_JOB"
 
 SURVIVES_DEATHS = hasattr(comm, "RankLost")
-MAY_HANG = ("stop", "exit")
+MAY_HANG: tuple[str, ...] = ()
 """Kinds of faults that no rank is told of: the job is ended after a while, and started again."""
 
 HANGING_SECONDS = 20
@@ -86,7 +86,7 @@ class Bench:
         config = self.write_config(folder / "undisturbed")
         done = subprocess.run(
             [sys.executable, "-m", "mpichunk", "run", str(config)],
-            env=_clean_environment(),
+            env=launch_environment(folder),
             capture_output=True,
             text=True,
             check=False,
@@ -164,7 +164,8 @@ class Run:
         with HURDLES[attempt.hurdle](self), log.open("wb") as out:
             process = subprocess.Popen(
                 _mpirun_command(attempt.num_ranks, self._config_for(attempt)),
-                env=_clean_environment() | {VARIABLE: json.dumps(told), JOB_VARIABLE: mark},
+                env=launch_environment(self.folder)
+                | {VARIABLE: json.dumps(told), JOB_VARIABLE: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -333,11 +334,11 @@ def _num_done(path: Path) -> int:
 
 
 def _mpirun_command(num_ranks: int, config: Path) -> list[str]:
-    program = _find_mpirun()
+    program = find_mpirun()
     assert program is not None, "no mpirun here"
     tolerant = ["--with-ft", "ulfm"] if SURVIVES_DEATHS else []
     python = [sys.executable, "-m", "tests.faults.program", str(config)]
-    return [program, *_mpirun_options(program), *tolerant, "-n", str(num_ranks), *python]
+    return [program, *mpirun_options(program), *tolerant, "-n", str(num_ranks), *python]
 
 
 def _end_leftovers(mark: str) -> list[str]:

@@ -17,11 +17,11 @@ import pytest
 
 from mpichunk import cli
 from mpichunk.recovery import Fuse
-from tests.conftest import REPOSITORY
 from tests.endtoend import assert_same_files, kill_tree, wait_until_done
-from tests.faults.harness import NUM_BLOCKS, Bench, Run, _clean_environment, _mpirun_command
+from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
 from tests.faults.program import VARIABLE
 from tests.faults.scenario import POINTS, Attempt, Fault, Scenario
+from tests.launch import REPOSITORY, launch_environment
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class Job:
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 self.command,
-                env=_clean_environment() | {VARIABLE: json.dumps(told)},
+                env=launch_environment(self.folder) | {VARIABLE: json.dumps(told)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
