@@ -105,7 +105,8 @@ class Heartbeat:
         """Show the newest sums, and note them if it is time to."""
         self._display.update(summed, now)
         if now >= self._next:
-            self._next = now + self._interval
+            # The first sum comes before the first block: let the next one say how many are held.
+            self._next = now + self._interval if summed["held"] else now
             self._note({"num_held": int(summed["held"])})
 
     def close(self) -> None:

@@ -51,10 +51,11 @@ from mpichunk.startup import (
     open_journal,
     prepare,
     threads_of_earlier_start,
+    time_of_start,
     write_run_files,
 )
 from mpichunk.status import MOST_FAILURES_SHOWN, QUIET_SECONDS, read_status
-from mpichunk.volume import Reader, Writer, open_output
+from mpichunk.volume import Reader, Writer, create_output, open_output, tidy_output
 from mpichunk.worker import Records, Worker
 
 PROGRESS_SECONDS = 5.0
@@ -75,6 +76,9 @@ class Start:
 
     todo: bytes
     """A bit per block, packed: whether it is still to be computed."""
+
+    is_output_new: bool
+    """Whether this start has created the output."""
 
 
 def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
@@ -120,9 +124,10 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int
 
         def open_run() -> Start:
             ledger.append(stack.enter_context(_open_journal(job, bindings, fresh=fresh)))
+            is_new = create_output(job.output, sources=job.sources)
             nonce = write_run_files(loaded.config, job)
-            todo = ledger[0].states != State.DONE
-            return Start(nonce=nonce, todo=np.packbits(todo).tobytes())
+            todo = np.packbits(ledger[0].states != State.DONE).tobytes()
+            return Start(nonce=nonce, todo=todo, is_output_new=is_new)
 
         start = on_rank_0(comm, open_run)
         on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
@@ -132,7 +137,8 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int
         todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
         if todo.any():
             _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
-    return on_rank_0(comm, lambda: _conclude(job))
+    may_have_leftovers = bool(todo.any()) and not start.is_output_new
+    return on_rank_0(comm, lambda: _conclude(job, may_have_leftovers))
 
 
 def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
@@ -330,10 +336,13 @@ def _log_summary(
         log.info("%s", line)
 
 
-def _conclude(job: Job) -> ExitCode:
+def _conclude(job: Job, may_have_leftovers: bool) -> ExitCode:
     """Read the journal once more, and let what it proves decide the exit code."""
     found = read_status(job.run_dir, now=time.time())
     if found.exit_code == ExitCode.ALL_DONE:
+        if may_have_leftovers:
+            num_files = tidy_output(job.output, before=time_of_start(job.run_dir))
+            log.info("removed %d temporary files of earlier, interrupted starts", num_files)
         log.info("all %d blocks are done", found.num_blocks)
     for failure in found.failures[:MOST_FAILURES_SHOWN]:
         log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)

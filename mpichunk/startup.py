@@ -28,7 +28,7 @@ from mpichunk.journal import Journal
 from mpichunk.masking import MaskGrid
 from mpichunk.plan import Plan
 from mpichunk.planreport import plan_json
-from mpichunk.volume import OutputSpec, Reader, create_output, open_input
+from mpichunk.volume import OutputSpec, Reader, open_input
 from mpichunk.volumeinfo import VolumeInfo
 
 NONCE_NAME = ".nonce"
@@ -195,13 +195,11 @@ def library_versions() -> dict[str, str]:
 
 
 def write_run_files(config: Config, job: Job) -> str:
-    """Create the output and write the run directory's files; return the nonce in it.
+    """Write the run directory's files; return the nonce in it.
 
     Raises:
-        VolumeError: the output exists and differs, or cannot be created.
         JournalError: the run directory cannot be written.
     """
-    create_output(job.output, sources=job.sources)
     nonce = secrets.token_hex(16)
     try:
         _replace(job.run_dir / "config.yaml", dump_config(config))
@@ -215,6 +213,11 @@ def write_run_files(config: Config, job: Job) -> str:
             key="run_dir",
         ) from error
     return nonce
+
+
+def time_of_start(run_dir: Path) -> float:
+    """Return when this start wrote the nonce, in seconds since the epoch of the file system."""
+    return (run_dir / NONCE_NAME).stat().st_mtime
 
 
 def check_sight(

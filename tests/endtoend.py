@@ -1,9 +1,10 @@
-"""What tests of whole runs share: configs as files, outputs as files and as arrays, journals as lines."""
+"""What tests of whole runs share: configs and outputs as files, journals as lines, jobs killed."""
 
 import json
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,30 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
     for member in reversed(family):
         _signal(member.kill)
     process.wait()
-    psutil.wait_procs(family, timeout=10)
+    end = time.monotonic() + 10
+    while any(_is_alive(member) for member in family):
+        assert time.monotonic() < end, "a killed process is still there"
+        time.sleep(0.01)
+
+
+def kill_one_rank(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL one rank of an mpirun, and leave it to mpirun to end the others."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = [member for member in family if "mpichunk" in member.cmdline()]
+    ranks[-1].kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Return whether a process still runs; nobody may be there to bury one whose parent is dead."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(send: Any) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         send()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def trap(folder: Path, *modules: str) -> dict[str, str]:

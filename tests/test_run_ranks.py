@@ -1,7 +1,7 @@
 """Whole runs under real `mpirun`: who computes what, and what interrupts it, changes no byte."""
 
 import json
-import shutil
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,22 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import yaml
 
 from mpichunk import cli, journal
+from mpichunk.comm import SerialCommunicator
 from mpichunk.configfile import load_config
 from mpichunk.errors import LaunchError
 from mpichunk.geometry import Box
 from mpichunk.plan import Plan
 from mpichunk.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
 from mpichunk.volume import OutputSpec, create_output, open_output
+from mpichunk.volume.leftover import remove_leftovers
 from tests.endtoend import (
     TRAPPED,
     assert_same_files,
     block_lines,
     files_of,
+    kill_one_rank,
     kill_tree,
     read_volume,
     start_lines,
@@ -196,14 +198,15 @@ def slow_config(folder: Path) -> Path:
     """Write a config that takes a while: its input is computed, and read again and again."""
     return write_config(
         folder,
-        input={"volume": "synthetic://membranes?shape=48,120,120&seed=4"},
+        input={"volume": "synthetic://membranes?shape=64,168,168&seed=4"},
         model={"backend": "identity"},
-        patch={"shape": [12, 24, 24], "overlap": [4, 8, 8]},
-        block={"shape": [8, 16, 16], "stitch": "seamless"},
-        output={"volume": "out.zarr", "dtype": "uint8", "chunk_shape": [8, 16, 16]},
+        patch={"shape": [16, 32, 32], "overlap": [8, 16, 16]},
+        block={"shape": [16, 24, 24], "stitch": "seamless"},
+        output={"volume": "out.zarr", "dtype": "uint8", "chunk_shape": [16, 24, 24]},
     )
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, python, capsys):
     undisturbed = slow_config(tmp_path / "undisturbed")
     done = mpirun(2, *RUN, undisturbed)
@@ -216,29 +219,36 @@ def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, pyt
     assert "has not been run yet" in capsys.readouterr().err
 
     # The first start, of one rank, has all cores: the others keep its number of threads.
-    for num_ranks, mode, num_done in ((1, "dynamic", 50), (3, "static", 110), (2, "dynamic", 170)):
+    for num_ranks, mode, num_done, kill in (
+        (1, "dynamic", 10, kill_tree),
+        (3, "static", 30, kill_tree),
+        (2, "dynamic", 50, kill_one_rank),
+    ):
         start = python if num_ranks == 1 else partial(mpirun, num_ranks)
         seen: list[dict[str, Any]] = []
 
-        def watch_and_kill(process, num_done=num_done, seen=seen):
-            wait_until_done(process, run_dir, num_done - 10)
+        def watch_and_kill(process, num_done=num_done, kill=kill, seen=seen):
+            wait_until_done(process, run_dir, num_done - 5)
             seen.append(status_json(config, capsys))
             wait_until_done(process, run_dir, num_done)
-            kill_tree(process)
+            kill(process)
 
         done = start(*RUN, config, "--set", f"schedule.mode={mode}", meanwhile=watch_and_kill)
         assert done.returncode != 0
         assert seen[0]["is_alive"]
         assert seen[0]["num_ranks"] == num_ranks
-        assert seen[0]["num_running"] > 0
-        assert num_done - 10 <= seen[0]["num_done"] < num_blocks == seen[0]["num_blocks"]
+        assert num_done - 5 <= seen[0]["num_done"] < num_blocks == seen[0]["num_blocks"]
         assert check(config) == 75
         # What is lost: the blocks that ranks held, and what they reported at the very end.
         num_journaled = len(block_lines(run_dir))
         num_written = sum(path.suffix == "" for path in output.glob("c/*/*/*/*"))
-        assert num_done <= num_journaled < num_blocks
         print(f"{num_ranks} ranks: {num_journaled} blocks journaled, {num_written} written")
+        assert num_done <= num_journaled < num_blocks
         assert 0 <= num_written - num_journaled <= (DEPTH + 1) * num_ranks
+    # What a kill leaves now and then.
+    leftover = output / "c/0/0/0/0_ec3970eed89698c6.__lock"
+    leftover.write_bytes(b"half a chunk")
+    os.utime(leftover, (1e9, 1e9))
     done = mpirun(5, *RUN, config, "--set", "schedule.mode=static")
     assert done.returncode == 0, done.stderr
     assert check(config) == 0
@@ -264,3 +274,214 @@ def status_json(config: Path, capsys: Any) -> dict[str, Any]:
     capsys.readouterr()
     assert cli.main(["status", str(config), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_temporary_files_of_killed_ranks_are_told_from_others(tmp_path):
+    names = ["0_ec3970eed89698c6.__lock", "c/0/1_f.__lock", "c/0/1", "c/0/x.__lock", "zarr.json"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (1000, 1000))
+    os.utime(tmp_path / "c/0/1_f.__lock", (3000, 3000))
+    assert remove_leftovers(tmp_path, before=2000) == 1
+    assert sorted(files_of(tmp_path)) == sorted(names[1:])
+
+
+# ---- Started again ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch, capfd):
+    """Return `alone(*arguments) -> (exit code, stderr)`: the program in this process, no MPI."""
+    monkeypatch.setattr("mpichunk.run.start_mpi", SerialCommunicator)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        return cli.main([str(argument) for argument in arguments]), capfd.readouterr().err
+
+    return run
+
+
+def test_a_finished_run_is_left_alone_then_computed_afresh(tmp_path, mpirun, alone, identity):
+    config = identity_config(tmp_path, identity.raw)
+    output, run_dir = tmp_path / "out/a", tmp_path / "runs/config"
+    assert alone("run", config)[0] == 0
+    times = modification_times(output)
+    first = block_lines(run_dir)
+
+    # At another number of ranks, with which it would have had another number of threads.
+    done = mpirun(2, *RUN, config)
+    assert done.returncode == 0, done.stderr
+    assert "are done" in done.stderr
+    assert modification_times(output) == times
+    assert block_lines(run_dir) == first
+    assert len(start_lines(run_dir)) == 2
+
+    code, told = alone("run", config, "--set", "patch.window=hann")
+    assert code == 2
+    assert "patch.window" in told
+    assert '"bump" then, "hann" now' in told
+    assert "Traceback" not in told
+    assert modification_times(output) == times
+
+    # A shard that is not as it was shows whether it is written again.
+    shard = max(output.rglob("c/*/*/*/*"), key=lambda path: path.stat().st_size)
+    shard.write_bytes(b"broken")
+    done = mpirun(3, *RUN, config, "--fresh")
+    assert done.returncode == 0, done.stderr
+    assert_same_files(output, identity.output)
+    assert sorted(line["block"] for line in block_lines(run_dir)) == list(range(len(first)))
+    assert len(start_lines(run_dir)) == 1
+    assert (run_dir / "journal.1.jsonl").exists()
+    assert check(config) == 0
+
+
+def modification_times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_block_that_fails_is_listed_and_alone_computed_again(tmp_path, mpirun, identity, capsys):
+    chunk_shape = (8, 32, 32)
+    spec = OutputSpec(
+        volume=str(tmp_path / "raw.zarr"),
+        domain=DOMAIN,
+        num_channels=1,
+        dtype=np.dtype(np.uint8),
+        chunk_shape=chunk_shape,
+        shard_shape=None,
+        voxel_size=None,
+    )
+    create_output(spec)
+    open_output(spec).write(DOMAIN, texture()[None]).result()
+    chunk = tmp_path / "raw.zarr/c/0/2/1/1"
+    damaged = Box.from_shape((OFFSET[0] + 16, OFFSET[1] + 32, OFFSET[2] + 32), chunk_shape)
+    config = identity_config(tmp_path, tmp_path / "raw.zarr")
+    run_dir = tmp_path / "runs/config"
+    plan = plan_of(config)
+    victims = [b.index for b in plan if not b.input_box.intersect(damaged).is_empty]
+    assert 0 < len(victims) < len(plan) / 2
+
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: len(whole) // 2])
+    done = mpirun(3, *RUN, config)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"{len(victims)} of {len(plan)} blocks failed" in done.stderr
+    assert sorted({line["block"] for line in block_lines(run_dir, "failed")}) == victims
+    assert len(block_lines(run_dir, "retry")) == 2 * len(victims)
+    others = sorted(set(range(len(plan))) - set(victims))
+    assert sorted(line["block"] for line in block_lines(run_dir)) == others
+    assert check(config) == 3
+    told = capsys.readouterr().out
+    assert f"failed   block {victims[0]}, {plan[victims[0]].core}: could not read " in told
+    assert "raw.zarr" in told
+    failures = status_json(config, capsys)["failures"]
+    assert [failure["block"] for failure in failures] == victims
+    assert {failure["attempt"] for failure in failures} == {3}
+
+    chunk.write_bytes(whole)
+    done = mpirun(2, *RUN, config)
+    assert done.returncode == 0, done.stderr
+    lines = block_lines(run_dir)
+    assert sorted(line["block"] for line in lines[len(others) :]) == victims
+    assert_same_files(tmp_path / "out/a", identity.output)
+    assert check(config) == 0
+
+
+# ---- Without MPI, and with the wrong one ------------------------------------------------------
+
+NO_MPI = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+
+
+def test_without_an_mpi_library_it_runs_alone_and_says_so(tmp_path, python, identity):
+    config = identity_config(tmp_path, identity.raw)
+    done = python(*RUN, config, env=NO_MPI)
+    assert done.returncode == 0, done.stderr
+    assert "1 rank, MPI: no MPI library" in done.stderr
+    assert_same_files(tmp_path / "out/a", identity.output)
+
+
+@pytest.mark.parametrize(
+    ("variable", "environment"),
+    [
+        # MPICH's mpiexec and Open MPI's library: the library starts, as a world of one.
+        pytest.param("PMI_SIZE", {}, id="another-mpi"),
+        pytest.param("OMPI_COMM_WORLD_SIZE", NO_MPI, id="no-mpi"),
+        pytest.param("SLURM_STEP_NUM_TASKS", NO_MPI, id="no-mpi-srun"),
+    ],
+)
+def test_tasks_that_do_not_see_each_other_are_refused(
+    tmp_path, python, identity, variable, environment
+):
+    config = identity_config(tmp_path, identity.raw)
+    done = python(*RUN, config, env=environment | {variable: 4})
+    assert done.returncode == 2
+    assert f"started 4 tasks ({variable}=4)" in done.stderr
+    assert "srun --mpi=list" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- What is not imported ---------------------------------------------------------------------
+
+
+def test_identity_imports_no_torch_and_the_other_verbs_no_mpi(tmp_path, python, identity):
+    without_torch = trap(tmp_path / "torch", "torch")
+    config = identity_config(tmp_path, identity.raw)
+    done = python(*RUN, config, env=without_torch)
+    assert done.returncode == 0, done.stderr
+
+    # The traps work.
+    environment = trap(tmp_path / "both", "torch", "mpi4py")
+    assert python("-c", "import torch", env=environment).returncode == TRAPPED
+    assert python(*RUN, config, env=environment).returncode == TRAPPED
+
+    network = network_config(tmp_path / "network", identity)
+    for arguments in (["--help"], ["plan", network], ["status", config], ["run", "--help"]):
+        done = python("-m", "mpichunk", *arguments, env=environment)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+
+
+# ---- Ranks that do not see the run directory ---------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps; at some of them something happens."""
+
+    def __init__(self, **happenings: Any) -> None:
+        self.now, self.happenings = 0.0, happenings
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for name, happening in self.happenings.items():
+            if self.now >= float(name.removeprefix("at_")):
+                happening()
+
+
+def test_a_run_directory_may_come_late(tmp_path):
+    def appear() -> None:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / NONCE_NAME).write_text("abc")
+
+    clock = Clock(at_20=appear)
+    check_sight(tmp_path / "run", "abc", host="node7", clock=clock, sleep=clock.sleep)
+    assert 20 <= clock.now < 21
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [(None, "it is not there"), ("another run's", "another one is there")]
+)
+def test_a_run_directory_of_another_node_is_refused(tmp_path, content, found):
+    if content is not None:
+        (tmp_path / NONCE_NAME).write_text(content)
+    clock = Clock()
+    with pytest.raises(LaunchError, match="host node7 does not see the run directory") as refused:
+        check_sight(tmp_path, "abc", host="node7", clock=clock, sleep=clock.sleep)
+    assert found in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    assert refused.value.key == "run_dir"
+    assert SIGHT_SECONDS < clock.now < SIGHT_SECONDS + 1
