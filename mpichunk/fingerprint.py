@@ -6,7 +6,7 @@ what differs. Reads the model's files; knows no network and no volume.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def make_fingerprint(
         "roi": config.roi and config.roi.model_dump(mode="json"),
         "mask": mask and _identity(mask) | {"invert": config.mask and config.mask.invert},
         "model": config.model.model_dump(mode="json")
-        | {"files": {path.name: file_hash(path) for path in model_files}},
+        | {"files": {f"{i}:{path.name}": file_hash(path) for i, path in enumerate(model_files)}},
         "patch": config.patch.model_dump(mode="json") | {"overlap": config.overlap},
         "block": config.block.model_dump(mode="json") | {"margin": _effective_margin(config)},
         "output": config.output.model_dump(mode="json") | {"chunk_shape": config.chunk_shape},
@@ -62,6 +62,30 @@ def make_fingerprint(
     # Through JSON once, so that a fresh fingerprint equals one read back from a journal.
     result: Fingerprint = json.loads(json.dumps(flat, sort_keys=True))
     return result
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key in which two fingerprints differ, sorted by key."""
+    return [
+        f"{key}: {_short(old.get(key))} then, {_short(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """Return the keys in which two configs differ that their results depend on.
+
+    What a volume or a file holds is not looked at; the fingerprints of their runs tell more.
+    """
+    settings = [dict(_flatten("", config.model_dump(mode="json"))) for config in (old, new)]
+    keys = settings[0].keys() | settings[1].keys()
+    return sorted(
+        key
+        for key in keys
+        if settings[0].get(key) != settings[1].get(key)
+        and not key.startswith(("schedule.", "run_dir", "compute."))
+    )
 
 
 def file_hash(path: Path) -> str:
@@ -99,3 +123,9 @@ def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     for key, inner in value.items():
         leaves += _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
     return leaves
+
+
+def _short(value: Any) -> str:
+    """Return a value as few enough words to be told."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

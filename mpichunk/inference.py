@@ -174,7 +174,7 @@ class BlockInference:
                 arrays.apply_mask(total, mask_zyx[slab.slices()])
             if not arrays.is_finite(total):
                 raise BlockError(
-                    f"block {block.index}, {block.core}: the result holds NaN or inf near "
+                    "the result holds NaN or inf near "
                     f"{slab.translate(block.core.start)}; look at the input there, and at whether "
                     "the network is sound for it"
                 )

@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import JournalError
+from mpichunk.fingerprint import differences
 from mpichunk.geometry import Box, triple
-from mpichunk.messages import Done, Failed, Record, State
+from mpichunk.messages import Done, Failed, Failure, Record, State
 
 NAME = "journal.jsonl"
 FORMAT = "mpichunk-journal-1"
@@ -36,33 +37,8 @@ CHUNK_NBYTES = 16 << 20
 # Stage, block and state come first so that a resume need not parse the rest: 10 million lines take
 # 8 s this way and over a minute as JSON.
 _LINE = re.compile(rb'\{"stage":"blocks","block":(\d+),"state":"(\w+)"[^\n]*\}\n')
+_HEADER = frozenset({"format", "fingerprint", "num_blocks", "versions"})
 _STATES = {b"done": State.DONE, b"failed": State.FAILED}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A block that has been tried as often as allowed."""
-
-    block: int
-    """Index in the plan."""
-
-    core: Box
-    """What it would have written."""
-
-    rank: int
-    """Where it was tried last."""
-
-    host: str
-    """Where that rank ran."""
-
-    attempt: int
-    """How often it was tried."""
-
-    error: str
-    """Kind of error."""
-
-    message: str
-    """What the user is told."""
 
 
 class Journal:
@@ -113,12 +89,11 @@ class Journal:
         path = run_dir / NAME
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if fresh:
+            if fresh or not _belongs(path, num_blocks, fingerprint):
                 set_aside(path)
             header = read_header(path)
             if header is None:
                 header = _write_header(path, num_blocks, fingerprint, versions, clock())
-            _check_same_run(path, header, num_blocks, fingerprint)
             states = np.zeros(num_blocks, np.uint8)
             end = scan(path, states)
             file = path.open("r+b", buffering=0)
@@ -136,11 +111,11 @@ class Journal:
     def append_start(self, facts: Mapping[str, Any]) -> None:
         """Note that the run starts here; `facts` are JSON values such as num_ranks and hosts."""
         num_done = int(np.count_nonzero(self.states == State.DONE))
-        self._append({"start": {"time": self._time, "num_done": num_done, **facts}})
+        self._lines.append(_encode({"start": {"time": self._time, "num_done": num_done, **facts}}))
 
     def append_beat(self, facts: Mapping[str, Any]) -> None:
         """Note that the run is alive; `facts` are JSON values such as num_held."""
-        self._append({"beat": {"time": self._time, **facts}})
+        self._lines.append(_encode({"beat": {"time": self._time, **facts}}))
 
     def append(self, record: Record, state: str, *, core: Box, rank: int, host: str) -> None:
         """Note what has become of a block: `done`, `failed`, or `retry` if it is tried again."""
@@ -162,7 +137,7 @@ class Journal:
             case Failed():
                 line["error"] = record.error
                 line["message"] = record.message
-        self._append(line)
+        self._lines.append(_encode(line))
 
     def sync(self) -> None:
         """Make every line appended so far durable.
@@ -196,27 +171,47 @@ class Journal:
     def _time(self) -> float:
         return round(self._clock(), 3)
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        self._lines.append(_encode(line))
+
+def read_states(
+    run_dir: Path, *, num_blocks: int, fingerprint: Mapping[str, Any]
+) -> npt.NDArray[np.uint8]:
+    """Return (num_blocks,) the `State` of each block that `Journal.open` would find.
+
+    Writes nothing.
+
+    Raises:
+        JournalError: the journal belongs to a run of another fingerprint, or cannot be read.
+    """
+    path = run_dir / NAME
+    states = np.zeros(num_blocks, np.uint8)
+    if read_header(path) is not None and _belongs(path, num_blocks, fingerprint):
+        scan(path, states)
+    return states
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """Return the first line, or None if there is no journal or its first line was torn.
 
     Raises:
-        JournalError: the file is something else.
+        JournalError: the file is something else, or cannot be read.
     """
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
         return None
-    with path.open("rb") as file:
-        line = file.readline()
+    except OSError as error:
+        raise JournalError(
+            f"{path} cannot be read: {error.strerror}; choose a run_dir that you may read",
+            key="run_dir",
+        ) from error
     if not line.endswith(b"\n"):
         return None
-    try:
-        header = json.loads(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    header: dict[str, Any] = {}
+    with suppress(ValueError):
+        found = json.loads(line)
+        header = found if isinstance(found, dict) else {}
+    if not _HEADER.issubset(header) or header["format"] != FORMAT:
         raise JournalError(
             f"{path}: its first line is not that of a journal of format {FORMAT}; "
             "choose another run_dir, or set the file aside with --fresh",
@@ -284,15 +279,6 @@ def set_aside(path: Path) -> Path | None:
     return path.rename(target)
 
 
-def changed_versions(header: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
-    """Return a line for each library whose version is not that of the journal's header."""
-    return [
-        f"{name} {old} when the run began, now {versions[name]}"
-        for name, old in header["versions"].items()
-        if name in versions and versions[name] != old
-    ]
-
-
 def _write_header(
     path: Path,
     num_blocks: int,
@@ -319,24 +305,32 @@ def _write_header(
     return header
 
 
-def _check_same_run(
-    path: Path, header: Mapping[str, Any], num_blocks: int, fingerprint: Mapping[str, Any]
-) -> None:
-    """Refuse a journal whose blocks would not hold the same values."""
+def _belongs(path: Path, num_blocks: int, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether a journal, if there is one, is of this run.
+
+    One of another run in which no block is done may be set aside.
+
+    Raises:
+        JournalError: it is of another run, and its blocks would not hold the same values.
+    """
+    header = read_header(path)
+    if header is None:
+        return True
     old = {**header["fingerprint"]["parts"], "number of blocks": header["num_blocks"]}
     new = {**_as_json(fingerprint), "number of blocks": num_blocks}
-    differing = [
-        f"  {key}: {_short(old.get(key))} then, {_short(new.get(key))} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differing:
+    differing = differences(old, new)
+    if not differing:
+        return True
+    states = np.zeros(header["num_blocks"], np.uint8)
+    scan(path, states)
+    if (states == State.DONE).any():
         raise JournalError(
             f"{path} belongs to a run with other settings:\n"
-            + "\n".join(differing)
+            + "\n".join(f"  {line}" for line in differing)
             + "\ntake these back, choose another run_dir, or start over with --fresh",
             key="run_dir",
         )
+    return False
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -381,9 +375,3 @@ def _as_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a journal will give back for `fingerprint`: lists for tuples, keys in order."""
     parts: dict[str, Any] = json.loads(json.dumps(dict(fingerprint), sort_keys=True))
     return parts
-
-
-def _short(value: Any) -> str:
-    """Return a value as few enough words to be told."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,10 +5,16 @@ Knows no MPI: rank and host are parameters.
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
+
+from mpichunk.errors import JournalError
 
 LOGGER = logging.getLogger("mpichunk")
 """The one logger of the package."""
+
+EARLY_LINES = 1000
+"""Lines that are kept for the file until there is a run directory."""
 
 
 def log_to_terminal(rank: int) -> None:
@@ -18,17 +24,32 @@ def log_to_terminal(rank: int) -> None:
     prefix = "" if rank == 0 else f"rank {rank}: "
     handler.setFormatter(logging.Formatter(f"mpichunk: {prefix}%(message)s"))
     LOGGER.addHandler(handler)
+    LOGGER.addHandler(MemoryHandler(EARLY_LINES, flushLevel=logging.CRITICAL + 1))
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
 
 
 def log_to_file(run_dir: Path, rank: int) -> None:
-    """Append this rank's lines to logs/rank-NNNNN.log in the run directory."""
-    directory = run_dir / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / f"rank-{rank:05d}.log", encoding="utf-8")
+    """Append this rank's lines to logs/rank-NNNNN.log in the run directory.
+
+    Raises:
+        JournalError: the file cannot be written.
+    """
+    path = run_dir / "logs" / f"rank-{rank:05d}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise JournalError(
+            f"{path} cannot be written: {error.strerror}; choose a run_dir that you may write to",
+            key="run_dir",
+        ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
+    for early in [known for known in LOGGER.handlers if isinstance(known, MemoryHandler)]:
+        early.setTarget(handler)
+        LOGGER.removeHandler(early)
+        early.close()
 
 
 def close_logs() -> None:

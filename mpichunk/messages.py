@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from mpichunk.geometry import Box
+
 STAGES = ("read", "infer", "write")
 """The stages of a block whose wall seconds are measured."""
 
@@ -80,6 +82,32 @@ class Failed:
 
     error: str
     """Kind of error: the name of the exception's class."""
+
+    message: str
+    """What the user is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A block that has been tried as often as allowed."""
+
+    block: int
+    """Index in the plan."""
+
+    core: Box
+    """What it would have written."""
+
+    rank: int
+    """Where it was tried last."""
+
+    host: str
+    """Where that rank ran."""
+
+    attempt: int
+    """How often it was tried."""
+
+    error: str
+    """Kind of error."""
 
     message: str
     """What the user is told."""

@@ -134,6 +134,9 @@ class Pipeline:
             step(lease, *arguments)
         except BLOCK_FAILURES as error:
             self._put(Failed(lease=lease, error=type(error).__name__, message=str(error)))
+        except SystemExit as error:
+            # A network that calls sys.exit would end the run as if all were well.
+            self._put(RuntimeError(f"something called sys.exit({error.code}) in a block"))
         except BaseException as error:
             self._put(error)
 

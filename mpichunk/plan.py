@@ -15,6 +15,9 @@ from mpichunk.lattice import AxisLattice, axis_lattice
 
 Starts = tuple[int, ...]
 
+MOST_BLOCKS = 10**9
+"""A run keeps a byte per block in memory, and a line in its journal."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
@@ -115,7 +118,7 @@ class Plan:
                 )
         if volume.is_empty:
             raise UserError(f"the input is empty: it covers {volume}", key="input.volume")
-        return cls(
+        plan = cls(
             volume=volume,
             roi=roi,
             output_domain=volume if config.output.domain == "input" else roi,
@@ -126,6 +129,14 @@ class Plan:
             stitch=config.block.stitch,
             margin=config.margin,
         )
+        num_blocks = prod(plan.grid.shape)
+        if num_blocks > MOST_BLOCKS:
+            raise UserError(
+                f"{config.block.shape} cuts {roi} into {num_blocks:.1e} blocks; expected at most "
+                f"{MOST_BLOCKS:.0e}: choose larger blocks",
+                key="block.shape",
+            )
+        return plan
 
     @property
     def stride(self) -> Triple:

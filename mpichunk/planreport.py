@@ -260,7 +260,7 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     if config.model.backend == "identity":
         return None
     if estimate.probe is None:
-        return "network time", "unmeasured", "a run measures it with its first forward"
+        return "network time", "unmeasured", "a run tells its pace and its peak memory"
     seconds = estimate.probe.seconds * estimate.work.num_patches / config.patch.batch_size
     return "network time", _duration(seconds), f"for one rank, measured on {estimate.probe.device}"
 
@@ -279,7 +279,7 @@ def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
     totals = "".join(
         f"{_size(sum(v or 0 for v in values)):>{width}}" for _, values, width in columns
     )
-    name = "together" if _is_complete(estimate.memory) else "together, what is measured"
+    name = "together" if _is_complete(estimate.memory) else "together, without the network"
     lines.append(f"  {name:<38}{totals}")
     return lines
 
@@ -309,10 +309,11 @@ def _rank_lines(
     on_cpu = config.model.backend == "identity" or config.compute.device in ("auto", "cpu")
     nbytes = estimate.cpu_nbytes if on_cpu else estimate.host_nbytes
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < num_ranks] + [num_ranks]
+    more = "" if _is_complete(estimate.memory) else ", and for each rank what the network needs"
     rows = [
         ("blocks per rank", each, remark),
         *(
-            (f"{_count(n, 'rank')} on a node", _size(n * nbytes), "of memory at their peak")
+            (f"{_count(n, 'rank')} on a node", _size(n * nbytes), "of memory at their peak" + more)
             for n in counts[-4:]
         ),
     ]

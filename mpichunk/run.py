@@ -4,8 +4,9 @@ Decides nothing itself:
 
     rank 0          config, volumes, plan                -> every rank
     every rank      devices and threads                  -> all ranks decide alike
-    rank 0          journal, output, run directory       -> every rank
-    every rank      sees the run directory, opens the output, loads the network, one forward
+    rank 0          what earlier starts have left        -> every rank
+    every rank      loads the network, one forward
+    rank 0          output, journal, run directory       -> every rank sees them, opens the volumes
     every rank      blocks, until all have ended
     rank 0          summary, coverage                    -> one exit code
 """
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
@@ -30,32 +30,35 @@ from mpichunk.agreement import on_every_rank, on_rank_0
 from mpichunk.backends import get_backend
 from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
 from mpichunk.comm import Communicator, crash_guard, start_mpi
+from mpichunk.config import Config
 from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.coordinator import Coordinator
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.fingerprint import Fingerprint
 from mpichunk.inference import BlockInference, check_engine, scaling_for
-from mpichunk.journal import Journal, changed_versions
+from mpichunk.journal import Journal
 from mpichunk.launcher import check_world_size
+from mpichunk.lock import RunLock, this_process
 from mpichunk.logs import close_logs, log_to_file, log_to_terminal
 from mpichunk.loop import Pulse, serve
-from mpichunk.messages import State
 from mpichunk.pipeline import Pipeline, Source
-from mpichunk.progress import Counters, Heartbeat, get_display, summarise
+from mpichunk.progress import Counters, Display, Heartbeat, get_display, summarise
 from mpichunk.scheduler import Scheduler, static_blocks
 from mpichunk.startup import (
     Job,
+    changed_versions,
     check_sight,
+    find_todo,
     library_versions,
     open_journal,
     prepare,
     threads_of_earlier_start,
-    time_of_start,
     write_run_files,
 )
 from mpichunk.status import MOST_FAILURES_SHOWN, QUIET_SECONDS, read_status
-from mpichunk.volume import Reader, Writer, create_output, open_output, tidy_output
+from mpichunk.volume import Reader, Writer, create_output, open_output
 from mpichunk.worker import Records, Worker
 
 PROGRESS_SECONDS = 5.0
@@ -65,20 +68,6 @@ BEAT_SECONDS = QUIET_SECONDS / 5
 """How often the journal notes that the run is alive."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """What rank 0 sends once the run directory is ready."""
-
-    nonce: str
-    """What every rank must find in the run directory."""
-
-    todo: bytes
-    """A bit per block, packed: whether it is still to be computed."""
-
-    is_output_new: bool
-    """Whether this start has created the output."""
 
 
 def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
@@ -116,29 +105,24 @@ def _run(comm: Communicator, config_path: Path, overrides: Sequence[str], *, fre
 
 
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool) -> int:
-    """Do all that the module's docstring lists."""
+    """Do all that the module's docstring lists. Nothing is written before all is checked."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     bindings = _bind(comm, job, fresh=fresh)
-    with ExitStack() as stack:
-        ledger: list[Journal] = []  # the journal, on rank 0 only
-
-        def open_run() -> Start:
-            ledger.append(stack.enter_context(_open_journal(job, bindings, fresh=fresh)))
-            is_new = create_output(job.output, sources=job.sources)
-            nonce = write_run_files(loaded.config, job)
-            todo = np.packbits(ledger[0].states != State.DONE).tobytes()
-            return Start(nonce=nonce, todo=todo, is_output_new=is_new)
-
-        start = on_rank_0(comm, open_run)
-        on_every_rank(comm, lambda: check_sight(job.run_dir, start.nonce, host=comm.host))
-        log_to_file(job.run_dir, comm.rank)
+    found = on_rank_0(comm, lambda: find_todo(job, bindings, fresh=fresh))
+    todo = found.unpack(len(job.plan))
+    if todo.any():
         if comm.rank == 0:
-            _log_start(comm, loaded, job, bindings, ledger[0])
-        todo = np.unpackbits(np.frombuffer(start.todo, np.uint8), count=len(job.plan)).astype(bool)
-        if todo.any():
-            _compute(comm, job, bindings, todo, ledger[0] if ledger else None)
-    may_have_leftovers = bool(todo.any()) and not start.is_output_new
-    return on_rank_0(comm, lambda: _conclude(job, may_have_leftovers))
+            _log_start(comm, loaded, job, bindings)
+        request = _request(job, bindings.ranks[comm.rank])
+        engine = on_every_rank(comm, lambda: _load(job, request))
+        with ExitStack() as stack:
+            journal = _open_run(comm, stack, loaded.config, job, found.fingerprint, fresh=fresh)
+            if journal is not None:
+                _note_start(journal, bindings)
+            source, writer = on_every_rank(comm, lambda: _open_volumes(stack, job, request))
+            inference = _inference(job, engine, request)
+            _compute(comm, job, bindings, todo, journal, (source, inference, writer))
+    return on_rank_0(comm, lambda: _conclude(job))
 
 
 def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
@@ -165,32 +149,52 @@ def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
     )
 
 
-def _open_journal(job: Job, bindings: Bindings, *, fresh: bool) -> Journal:
-    """Open the journal, on rank 0."""
-    on_cpu = bindings.ranks[0].device == "cpu"
-    return open_journal(
-        job,
-        device_kinds=bindings.device_kinds,
-        # On an accelerator the number of CPU threads does not touch the result.
-        threads=bindings.ranks[0].threads if on_cpu else None,
-        fresh=fresh,
-    )
+def _open_run(
+    comm: Communicator,
+    stack: ExitStack,
+    config: Config,
+    job: Job,
+    fingerprint: Fingerprint,
+    *,
+    fresh: bool,
+) -> Journal | None:
+    """Begin or go on with the run directory and the output; return the journal on rank 0.
+
+    Raises:
+        UserError: they cannot be written, or a rank does not see them.
+    """
+    ledger: list[Journal] = []
+
+    def begin() -> str:
+        stack.enter_context(RunLock.acquire(job.run_dir, processes=processes))
+        create_output(job.output, sources=job.sources)
+        ledger.append(stack.enter_context(open_journal(job, fingerprint, fresh=fresh)))
+        return write_run_files(config, job)
+
+    processes = comm.allgather(this_process())
+    nonce = on_rank_0(comm, begin)
+    on_every_rank(comm, lambda: check_sight(job.run_dir, nonce, host=comm.host))
+    on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
+    return ledger[0] if ledger else None
 
 
-def _log_start(
-    comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings, journal: Journal
-) -> None:
-    """Tell what is about to run, and note it in the journal."""
+def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
+    """Tell what is about to run."""
     ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
-    changed = changed_versions(journal.header, library_versions())
-    for warning in (*loaded.warnings(), *bindings.warnings, *changed):
+    for warning in (*loaded.warnings(), *bindings.warnings):
         log.warning("%s", warning)
+
+
+def _note_start(journal: Journal, bindings: Bindings) -> None:
+    """Note this start in the journal, and what has changed since the first."""
+    for change in changed_versions(journal.header, library_versions()):
+        log.warning("%s", change)
     journal.append_start(
         {
-            "num_ranks": comm.size,
+            "num_ranks": len(bindings.ranks),
             "hosts": sorted({binding.host for binding in bindings.ranks}),
             "device_kinds": list(bindings.device_kinds),
             "threads": bindings.ranks[0].threads,
@@ -205,53 +209,24 @@ def _compute(
     bindings: Bindings,
     todo: npt.NDArray[np.bool_],
     journal: Journal | None,
+    parts: tuple[Source, BlockInference, Writer],
 ) -> None:
     """Compute the blocks still to do: this rank's part of it, until all ranks have ended."""
-    config = job.config
-    request = _request(job, bindings.ranks[comm.rank])
-    source, writer, engine = on_every_rank(comm, lambda: _open_and_load(job, request))
-    if comm.rank == 0:
-        info = engine.info
-        log.info(
-            "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
-            info.backend,
-            info.version,
-            info.device,
-            info.device_kind,
-            info.precision,
-            info.threads,
-        )
-    inference = BlockInference(
-        engine,
-        request,
-        scaling=scaling_for(job.volume.dtype, config.input.normalize),
-        window_name=config.patch.window,
-        activation=config.model.activation,
-        skip_blank=config.model.skip_blank,
-    )
+    source, inference, writer = parts
     records: Records = queue.SimpleQueue()
     wake = threading.Event()
     counters = Counters()
     started = time.monotonic()
-    display = get_display(
-        rank=comm.rank,
-        size=comm.size,
-        num_blocks=len(todo),
-        num_before=len(todo) - int(np.count_nonzero(todo)),
-        start=started,
-        stream=sys.stderr,
-    )
-    if journal is not None:
-        display = Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS)
+    display = _display(comm, todo, journal, started)
     own_blocks: Iterable[int] = ()
-    if config.schedule.mode == "static":
+    if job.config.schedule.mode == "static":
         own_blocks = static_blocks(todo, comm.size, comm.rank)
     pipeline = Pipeline(
         plan=job.plan,
         source=source,
         inference=inference,
         writer=writer,
-        num_channels=config.model.out_channels,
+        num_channels=job.config.model.out_channels,
         dtype=job.output.dtype,
         records=records,
         wake=wake,
@@ -272,6 +247,23 @@ def _compute(
         _log_summary(np.array(vectors), todo, time.monotonic() - started)
 
 
+def _display(
+    comm: Communicator, todo: npt.NDArray[np.bool_], journal: Journal | None, started: float
+) -> Display:
+    """Return what shows the progress and, on rank 0, notes in the journal that the run is alive."""
+    display = get_display(
+        rank=comm.rank,
+        size=comm.size,
+        num_blocks=len(todo),
+        num_before=len(todo) - int(np.count_nonzero(todo)),
+        start=started,
+        stream=sys.stderr,
+    )
+    if journal is None:
+        return display
+    return Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS)
+
+
 def _request(job: Job, binding: Binding) -> EngineRequest:
     """Return what this rank's engine must do."""
     config = job.config
@@ -288,25 +280,57 @@ def _request(job: Job, binding: Binding) -> EngineRequest:
     )
 
 
-def _open_and_load(job: Job, request: EngineRequest) -> tuple[Source, Writer, Engine]:
-    """Open the volumes as this rank sees them, load the network, and run one batch through it.
+def _load(job: Job, request: EngineRequest) -> Engine:
+    """Load the network and run one batch through it.
 
     Raises:
-        UserError: this rank cannot open a volume, or the network does not load or does not fit.
+        UserError: it does not load or does not fit.
     """
+    engine = get_backend(job.config.model.backend).load(job.config.model, request)
+    check_engine(engine, request)
+    info = engine.info
+    log.info(
+        "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
+        info.backend,
+        info.version,
+        info.device,
+        info.device_kind,
+        info.precision,
+        info.threads,
+    )
+    return engine
+
+
+def _open_volumes(stack: ExitStack, job: Job, request: EngineRequest) -> tuple[Source, Writer]:
+    """Open the volumes as this rank sees them.
+
+    Raises:
+        UserError: this rank cannot open one.
+    """
+    num_threads = request.threads
     mask = None
     if job.mask_handle is not None:
-        mask = Reader.reopen(job.mask_handle, num_threads=request.threads)
+        mask = stack.enter_context(Reader.reopen(job.mask_handle, num_threads=num_threads))
     source = Source(
-        volume=Reader.reopen(job.volume_handle, num_threads=request.threads),
+        volume=stack.enter_context(Reader.reopen(job.volume_handle, num_threads=num_threads)),
         pad=job.config.input.pad,
         mask=mask,
         mask_grid=job.mask_grid,
     )
-    writer = open_output(job.output, num_threads=request.threads)
-    engine = get_backend(job.config.model.backend).load(job.config.model, request)
-    check_engine(engine, request)
-    return source, writer, engine
+    return source, open_output(job.output, num_threads=num_threads)
+
+
+def _inference(job: Job, engine: Engine, request: EngineRequest) -> BlockInference:
+    """Return what turns a block's raw voxels into its core."""
+    config = job.config
+    return BlockInference(
+        engine,
+        request,
+        scaling=scaling_for(job.volume.dtype, config.input.normalize),
+        window_name=config.patch.window,
+        activation=config.model.activation,
+        skip_blank=config.model.skip_blank,
+    )
 
 
 def _coordinator(
@@ -336,13 +360,10 @@ def _log_summary(
         log.info("%s", line)
 
 
-def _conclude(job: Job, may_have_leftovers: bool) -> ExitCode:
+def _conclude(job: Job) -> ExitCode:
     """Read the journal once more, and let what it proves decide the exit code."""
     found = read_status(job.run_dir, now=time.time())
     if found.exit_code == ExitCode.ALL_DONE:
-        if may_have_leftovers:
-            num_files = tidy_output(job.output, before=time_of_start(job.run_dir))
-            log.info("removed %d temporary files of earlier, interrupted starts", num_files)
         log.info("all %d blocks are done", found.num_blocks)
     for failure in found.failures[:MOST_FAILURES_SHOWN]:
         log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)

@@ -65,7 +65,7 @@ class Scheduler:
         self._states: npt.NDArray[np.uint8] = np.zeros(num_blocks, np.uint8)
         if done is not None:
             self._states[done] = State.DONE
-        self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
+        self._counts = [int(np.count_nonzero(self._states == state)) for state in State]
 
         # In flight. Static runs are held without an entry: `_run_starts` tells whose they are.
         self._holders: dict[int, _Holder] = {}

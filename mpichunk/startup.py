@@ -8,27 +8,31 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mpichunk import __version__, journal
 from mpichunk.backends import get_backend
+from mpichunk.binding import Bindings
 from mpichunk.config import Config
 from mpichunk.configfile import dump_config
-from mpichunk.errors import JournalError, LaunchError
+from mpichunk.errors import JournalError, LaunchError, ModelError
 from mpichunk.estimate import Estimate, estimate
-from mpichunk.fingerprint import make_fingerprint
+from mpichunk.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.geometry import Box
 from mpichunk.journal import Journal
 from mpichunk.masking import MaskGrid
+from mpichunk.messages import State
 from mpichunk.plan import Plan
 from mpichunk.planreport import plan_json
-from mpichunk.volume import OutputSpec, Reader, open_input
+from mpichunk.volume import OutputSpec, Reader, check_output, open_input
 from mpichunk.volumeinfo import VolumeInfo
 
 NONCE_NAME = ".nonce"
@@ -81,6 +85,21 @@ class Job:
     def sources(self) -> list[VolumeInfo]:
         """What is read, and must not be written."""
         return [self.volume] if self.mask is None else [self.volume, self.mask]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Todo:
+    """What rank 0 finds of earlier starts, before it writes anything."""
+
+    fingerprint: Fingerprint
+    """What the result depends on."""
+
+    packed: bytes
+    """A bit per block, packed: whether it is still to be computed."""
+
+    def unpack(self, num_blocks: int) -> npt.NDArray[np.bool_]:
+        """Return (num_blocks,) whether each is still to be computed."""
+        return np.unpackbits(np.frombuffer(self.packed, np.uint8), count=num_blocks).astype(bool)
 
 
 def prepare(config: Config) -> Job:
@@ -160,23 +179,70 @@ def threads_of_earlier_start(run_dir: Path) -> int | None:
     return threads
 
 
-def open_journal(
-    job: Job, *, device_kinds: Sequence[str], threads: int | None, fresh: bool
-) -> Journal:
-    """Open or begin the journal of this run.
+def fingerprint_of(job: Job, *, device_kinds: Sequence[str], threads: int | None) -> Fingerprint:
+    """Return what the result of this job depends on; see `make_fingerprint`.
 
     Raises:
-        JournalError: it belongs to a run of another fingerprint.
-        ModelError: a file of the network is missing.
+        ModelError: a file of the network is missing or cannot be read.
     """
-    fingerprint = make_fingerprint(
-        job.config,
-        volume=job.volume,
-        mask=job.mask,
-        model_files=get_backend(job.config.model.backend).model_files(job.config.model),
-        device_kind=" + ".join(sorted(device_kinds)),
-        threads=threads,
+    try:
+        return make_fingerprint(
+            job.config,
+            volume=job.volume,
+            mask=job.mask,
+            model_files=get_backend(job.config.model.backend).model_files(job.config.model),
+            device_kind=" + ".join(sorted(device_kinds)),
+            threads=threads,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename} cannot be read: {error.strerror}", key="model.path"
+        ) from error
+
+
+def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDArray[np.bool_]:
+    """Return (blocks,) whether each is still to be computed; write nothing.
+
+    Raises:
+        JournalError: the journal is of another run, or its output is gone.
+        VolumeError: the output exists and differs, or cannot be created.
+    """
+    is_there = check_output(job.output, sources=job.sources)
+    num_blocks = len(job.plan)
+    if fresh:
+        return np.ones(num_blocks, dtype=np.bool_)
+    states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
+    num_done = int(np.count_nonzero(states == State.DONE))
+    if num_done and not is_there:
+        raise JournalError(
+            f"{job.run_dir / journal.NAME} has {num_done} finished blocks, but the output "
+            f"{job.config.output.volume} that they were written to is gone; put it back, or "
+            "compute every block again with --fresh",
+            key="output.volume",
+        )
+    todo: npt.NDArray[np.bool_] = states != State.DONE
+    return todo
+
+
+def find_todo(job: Job, bindings: Bindings, *, fresh: bool) -> Todo:
+    """Return what earlier starts have left to do.
+
+    Raises:
+        UserError: as `fingerprint_of` and `blocks_to_do`.
+    """
+    on_cpu = bindings.ranks[0].device == "cpu"
+    fingerprint = fingerprint_of(
+        job,
+        device_kinds=bindings.device_kinds,
+        # On an accelerator the number of CPU threads does not touch the result.
+        threads=bindings.ranks[0].threads if on_cpu else None,
     )
+    todo = blocks_to_do(job, fingerprint, fresh=fresh)
+    return Todo(fingerprint=fingerprint, packed=np.packbits(todo).tobytes())
+
+
+def open_journal(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> Journal:
+    """Open or begin the journal of this run; see `Journal.open`."""
     return Journal.open(
         job.run_dir,
         num_blocks=len(job.plan),
@@ -190,8 +256,19 @@ def library_versions() -> dict[str, str]:
     """Return the versions of what computes and stores, without importing any of it."""
     versions = {"mpichunk": __version__, "python": platform.python_version()}
     for name in RECORDED_LIBRARIES:
-        versions[name] = metadata.version(name)
+        # A library that a site has put there in its own way may have no metadata.
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return versions
+
+
+def changed_versions(header: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """Return a line for each library whose version is not that of the journal's header."""
+    return [
+        f"{name} {old} when the run began, now {versions[name]}"
+        for name, old in header["versions"].items()
+        if name in versions and versions[name] != old
+    ]
 
 
 def write_run_files(config: Config, job: Job) -> str:
@@ -215,11 +292,6 @@ def write_run_files(config: Config, job: Job) -> str:
     return nonce
 
 
-def time_of_start(run_dir: Path) -> float:
-    """Return when this start wrote the nonce, in seconds since the epoch of the file system."""
-    return (run_dir / NONCE_NAME).stat().st_mtime
-
-
 def check_sight(
     run_dir: Path,
     nonce: str,
@@ -236,8 +308,7 @@ def check_sight(
     path = run_dir / NONCE_NAME
     end = clock() + SIGHT_SECONDS
     while True:
-        # Listing the directory makes NFS look again.
-        seen = path.read_text() if run_dir.is_dir() and NONCE_NAME in _names(run_dir) else None
+        seen = _read_if_there(path)
         if seen == nonce:
             return
         if clock() > end:
@@ -264,9 +335,13 @@ def _is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
     return grid.wants_any(values, inside, core)
 
 
-def _names(directory: Path) -> set[str]:
-    """Return the names in a directory."""
-    return {path.name for path in directory.iterdir()}
+def _read_if_there(path: Path) -> str | None:
+    """Return what a file holds, None if it cannot be read (yet)."""
+    try:
+        # Listing the directory makes NFS look again.
+        return path.read_text() if path in list(path.parent.iterdir()) else None
+    except OSError:
+        return None
 
 
 def _replace(path: Path, text: str) -> None:

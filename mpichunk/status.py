@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from mpichunk import journal
+from mpichunk.config import Config
 from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.messages import State
+from mpichunk.fingerprint import differing_keys
+from mpichunk.messages import Failure, State
 
 WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
@@ -58,7 +60,7 @@ class RunStatus:
     seconds_left: float | None
     """What is left at that pace; None when it is not known or not running."""
 
-    failures: tuple[journal.Failure, ...]
+    failures: tuple[Failure, ...]
     """The failed blocks, with causes."""
 
     @property
@@ -76,15 +78,32 @@ def status(
     """Print how far the run of a config is.
 
     Raises:
-        UserError: the config cannot be read, or the run has never been started.
+        UserError: the config cannot be read, its run has never been started, or it was started
+            with another config.
     """
-    run_dir = Path(load_config(config_path, overrides).config.run_dir)
+    config = load_config(config_path, overrides).config
+    run_dir = Path(config.run_dir)
+    _check_same_config(config, run_dir)
     while True:
         found = read_status(run_dir, now=time.time())
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
+
+
+def _check_same_config(config: Config, run_dir: Path) -> None:
+    """Refuse to report on blocks that `run` would not take for those of this config."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    differing = differing_keys(load_config(path).config, config)
+    if differing:
+        raise JournalError(
+            f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; take that "
+            "back, choose another run_dir, or start over with `run --fresh`",
+            key="run_dir",
+        )
 
 
 def read_status(run_dir: Path, *, now: float) -> RunStatus:
@@ -103,8 +122,8 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
         )
     states = np.zeros(header["num_blocks"], np.uint8)
     journal.scan(path, states)
-    counts = np.bincount(states, minlength=len(State))
-    num_done, num_failed = int(counts[State.DONE]), int(counts[State.FAILED])
+    num_done = int(np.count_nonzero(states == State.DONE))
+    num_failed = int(np.count_nonzero(states == State.FAILED))
     start = (journal.read_starts(path) or [{}])[-1]
     beat = journal.read_last_beat(path)
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))

@@ -34,7 +34,11 @@ export OPAL_PREFIX=$VIRTUAL_ENV PMIX_SECURITY_MODE=native PMIX_MCA_gds=hash
 
 # srun does not take --cpus-per-task from the batch job by itself.
 srun --mpi="$mpi" --cpus-per-task="$SLURM_CPUS_PER_TASK" python -m mpichunk run "$config"
+code=$?
 
-# The exit code of the job is what the journal proves, not what the launcher returns: 0 every block is
-# done, 3 blocks failed, 75 not finished: submit again. 2: the mistake is in the log.
+# 2: the user's mistake, which is in the log; nothing was computed.
+if [ "$code" -eq 2 ]; then exit 2; fi
+
+# Else the exit code of the job is what the journal proves, not what the launcher returns: 0 every block
+# is done, 3 blocks failed, 75 not finished: submit again.
 python -m mpichunk status "$config" --check

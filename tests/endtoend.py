@@ -32,8 +32,12 @@ def read_volume(volume: object, box: Box | None = None) -> np.ndarray:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder by its relative path, hidden ones too."""
-    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    """Return the bytes of every file below a folder by its relative path, hidden ones too.
+
+    A killed process may leave a chunk half written under a temporary name: that is no part of a
+    volume.
+    """
+    paths = [p for p in folder.rglob("*") if not p.is_dir() and p.suffix != ".__lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

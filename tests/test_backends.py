@@ -1,4 +1,3 @@
-import logging
 import pickle
 import subprocess
 import sys
@@ -557,14 +556,11 @@ def test_bad_model_is_one_message_with_its_key(folder, capfd, path, weights, arg
     assert "ran code" not in "".join(capfd.readouterr())
 
 
-def test_a_network_without_weights_is_warned_about(folder, caplog, monkeypatch):
-    # A test that has started the program in this process may have cut the logger off.
-    monkeypatch.setattr(logging.getLogger("mpichunk"), "propagate", True)
-    load(pytorch(folder / TINY))
-    assert "model.weights is not set" in caplog.text
-    caplog.clear()
+def test_a_network_without_weights_is_refused_when_its_values_are_random(folder):
+    with pytest.raises(ModelError, match="first 'first.weight', are random") as caught:
+        load(pytorch(folder / TINY))
+    assert caught.value.key == "model.weights"
     load(pytorch(folder / "net.py:Half"))  # has none to set
-    assert not caplog.text
 
 
 def test_missing_files_are_told_before_torch_is_imported(folder):

@@ -9,13 +9,13 @@ from mpichunk.errors import JournalError
 from mpichunk.geometry import Box
 from mpichunk.journal import (
     Journal,
-    changed_versions,
     read_failures,
     read_header,
     read_starts,
     scan,
 )
 from mpichunk.messages import Done, Failed, Lease, State
+from mpichunk.startup import changed_versions
 
 CORE = Box(start=(-3, 0, 64), stop=(61, 64, 128))
 FINGERPRINT = {"input": "file:///em", "patch.shape": (20, 256, 256), "model": {"sha256": "ab"}}
@@ -196,7 +196,8 @@ def test_failures_are_read_with_their_causes(tmp_path):
 
 
 def test_another_fingerprint_is_refused_with_the_differing_keys(tmp_path):
-    open_journal(tmp_path).close()
+    with open_journal(tmp_path) as journal:
+        append(journal, done(1), "done")
     whole = (tmp_path / "journal.jsonl").read_bytes()
     other = FINGERPRINT | {"patch.shape": (20, 128, 128), "mask": "file:///m"}
     with pytest.raises(JournalError) as caught:
@@ -209,6 +210,13 @@ def test_another_fingerprint_is_refused_with_the_differing_keys(tmp_path):
     assert (tmp_path / "journal.jsonl").read_bytes() == whole
     with pytest.raises(JournalError, match="number of blocks"):
         open_journal(tmp_path, num_blocks=11)
+
+
+def test_a_journal_of_another_run_without_a_finished_block_is_set_aside(tmp_path):
+    open_journal(tmp_path).close()
+    with open_journal(tmp_path, fingerprint=FINGERPRINT | {"mask": "file:///m"}) as journal:
+        assert journal.header["fingerprint"]["parts"]["mask"] == "file:///m"
+    assert (tmp_path / "journal.1.jsonl").exists()
 
 
 def test_fresh_sets_the_old_journal_aside(tmp_path):
@@ -236,7 +244,7 @@ def test_a_run_directory_that_cannot_be_written_is_the_user_s_mistake(tmp_path):
         open_journal(tmp_path / "file" / "run")
     assert caught.value.key == "run_dir"
     (tmp_path / "run" / "journal.jsonl").mkdir(parents=True)
-    with pytest.raises(JournalError, match="cannot be written"):
+    with pytest.raises(JournalError, match="cannot be read"):
         open_journal(tmp_path / "run")
 
 

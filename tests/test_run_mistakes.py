@@ -1,5 +1,6 @@
 """What a user can get wrong: one clear message with file, line and cure, and exit code 2."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,41 @@ def test_an_output_that_differs_is_refused_with_the_fields(attempt):
     assert "output.volume" in said
     for field in ("float32", "uint8", "8, 8, 8", "4, 8, 8"):
         assert field in said
+
+
+def test_an_output_that_is_gone_is_not_called_done(attempt, tmp_path):
+    assert attempt()[0] == 0
+    shutil.rmtree(tmp_path / "out.zarr")
+    code, said = attempt()
+    assert code == 2
+    assert "gone" in said
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_a_mistake_in_the_network_leaves_nothing_behind(attempt, tmp_path):
+    code, _ = attempt(model=TORCH | {"out_channels": 3})
+    assert code == 2
+    assert not (tmp_path / "out.zarr").exists()
+    assert not (tmp_path / "runs").exists()
+    assert attempt(model=TORCH)[0] == 0
+
+
+def test_status_refuses_another_config(attempt):
+    assert attempt()[0] == 0
+    code, said = attempt("status", patch={"overlap": [1, 1, 1]})
+    assert code == 2
+    assert "patch.overlap" in said
+
+
+def test_a_network_that_leaves_is_no_success(attempt, tmp_path):
+    leaver = NETS.replace(
+        "        c = self.cut\n",
+        "        self.calls = getattr(self, 'calls', 0) + 1\n"
+        "        if self.calls > 2: raise SystemExit(0)\n        c = self.cut\n",
+    )
+    (tmp_path / "net.py").write_text(leaver)
+    with pytest.raises(RuntimeError, match=r"sys\.exit"):
+        attempt(model=TORCH)
 
 
 def test_another_fingerprint_is_refused_with_the_keys(attempt):

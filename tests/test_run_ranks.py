@@ -1,7 +1,6 @@
 """Whole runs under real `mpirun`: who computes what, and what interrupts it, changes no byte."""
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from mpichunk.geometry import Box
 from mpichunk.plan import Plan
 from mpichunk.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
 from mpichunk.volume import OutputSpec, create_output, open_output
-from mpichunk.volume.leftover import remove_leftovers
 from tests.endtoend import (
     TRAPPED,
     assert_same_files,
@@ -99,6 +97,7 @@ def test_bytes_do_not_depend_on_the_ranks(tmp_path, mpirun, identity, num_ranks,
     done = mpirun(num_ranks, *RUN, config)
     assert done.returncode == 0, done.stderr
     assert_same_files(tmp_path / "out/a", identity.output)
+    assert not list(tmp_path.rglob("*.__lock"))
     np.testing.assert_array_equal(read_volume(tmp_path / "out/a"), read_volume(identity.output))
     lines = block_lines(tmp_path / "runs/config")
     num_blocks = len(plan_of(config))
@@ -246,9 +245,7 @@ def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, pyt
         assert num_done <= num_journaled < num_blocks
         assert 0 <= num_written - num_journaled <= (DEPTH + 1) * num_ranks
     # What a kill leaves now and then.
-    leftover = output / "c/0/0/0/0_ec3970eed89698c6.__lock"
-    leftover.write_bytes(b"half a chunk")
-    os.utime(leftover, (1e9, 1e9))
+    (output / "c/0/0/0/0_ec3970eed89698c6.__lock").write_bytes(b"half a chunk")
     done = mpirun(5, *RUN, config, "--set", "schedule.mode=static")
     assert done.returncode == 0, done.stderr
     assert check(config) == 0
@@ -276,17 +273,6 @@ def status_json(config: Path, capsys: Any) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
-def test_temporary_files_of_killed_ranks_are_told_from_others(tmp_path):
-    names = ["0_ec3970eed89698c6.__lock", "c/0/1_f.__lock", "c/0/1", "c/0/x.__lock", "zarr.json"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-        os.utime(tmp_path / name, (1000, 1000))
-    os.utime(tmp_path / "c/0/1_f.__lock", (3000, 3000))
-    assert remove_leftovers(tmp_path, before=2000) == 1
-    assert sorted(files_of(tmp_path)) == sorted(names[1:])
-
-
 # ---- Started again ----------------------------------------------------------------------------
 
 
@@ -306,23 +292,21 @@ def test_a_finished_run_is_left_alone_then_computed_afresh(tmp_path, mpirun, alo
     config = identity_config(tmp_path, identity.raw)
     output, run_dir = tmp_path / "out/a", tmp_path / "runs/config"
     assert alone("run", config)[0] == 0
-    times = modification_times(output)
+    times = modification_times(tmp_path)
     first = block_lines(run_dir)
 
     # At another number of ranks, with which it would have had another number of threads.
     done = mpirun(2, *RUN, config)
     assert done.returncode == 0, done.stderr
     assert "are done" in done.stderr
-    assert modification_times(output) == times
-    assert block_lines(run_dir) == first
-    assert len(start_lines(run_dir)) == 2
+    assert modification_times(tmp_path) == times
 
     code, told = alone("run", config, "--set", "patch.window=hann")
     assert code == 2
     assert "patch.window" in told
     assert '"bump" then, "hann" now' in told
     assert "Traceback" not in told
-    assert modification_times(output) == times
+    assert modification_times(tmp_path) == times
 
     # A shard that is not as it was shows whether it is written again.
     shard = max(output.rglob("c/*/*/*/*"), key=lambda path: path.stat().st_size)

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
+import mpichunk.nets
 from mpichunk import journal
 from mpichunk.comm import SerialCommunicator
 from mpichunk.config import Config
 from mpichunk.configfile import load_config
 from mpichunk.geometry import Box
 from mpichunk.run import run_on
+from mpichunk.synthetic import parse_synthetic
 from mpichunk.volume import open_input
+from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
 
 NET = """
@@ -171,6 +174,34 @@ def test_softmax_and_normalisation(tmp_path):
     config = case.run(model=TORCH | {"activation": "softmax"}, input={"normalize": normalize})
     expected = case.reference(config)
     np.testing.assert_allclose(case.output(config), expected.values_czyx, rtol=0, atol=1e-5)
+
+
+def test_the_shipped_network_finds_the_membranes_of_the_synthetic_volume(tmp_path):
+    nets = Path(mpichunk.nets.__file__).parent
+    volume = "synthetic://membranes?shape=32,160,160&seed=7"
+    config = {
+        "input": {"volume": volume},
+        "model": {
+            "backend": "pytorch",
+            "path": f"{nets}/em_affinity_resunet.py:EmAffinityResUNet",
+            "weights": f"{nets}/em_affinity_resunet.safetensors",
+            "out_channels": 3,
+        },
+        "patch": {"shape": [32, 96, 96]},
+        "block": {"shape": [32, 96, 96]},
+        "output": {"volume": "out.zarr", "dtype": "uint8"},
+        "compute": {"device": "cpu", "threads": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert run_on(SerialCommunicator(), path) == 0
+    with open_input(str(tmp_path / "out.zarr")) as reader:
+        affinity_czyx = reader.read(reader.info.domain).result().astype(np.float32) / 255
+    membranes = parse_synthetic(volume)
+    truth_zyx = membranes.truth(membranes.domain)
+    image_zyx = membranes.image(membranes.domain)
+    assert auc(255 - image_zyx.astype(np.float32), truth_zyx) <= 0.85
+    assert auc(1 - affinity_czyx.mean(axis=0), truth_zyx) >= 0.90
 
 
 @pytest.mark.parametrize("stitch", ["crop", "seamless"])

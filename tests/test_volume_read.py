@@ -322,7 +322,7 @@ def test_types_come_out_native(tmp_path, dtype, kind):
         write_zarr(path, array, 2)
     with open_input(str(path)) as reader:
         found = read_all(reader)
-        expected = np.uint8 if dtype == "bool" else np.dtype(dtype).newbyteorder("=")
+        expected = np.float32 if dtype == "bool" else np.dtype(dtype).newbyteorder("=")
         assert found.dtype == expected == reader.info.dtype and found.dtype.isnative
         np.testing.assert_array_equal(found[0], array)
 

@@ -34,7 +34,9 @@ def load_network(model: Model, device: str) -> nn.Module:
         network = _load_script(source.path, model)
     else:
         network = _make_network(source, model.arguments)
-    if source.kind != "script" or weights is not None:
+        if weights is None:
+            _refuse_random(network, _make_network(source, model.arguments, seed=1))
+    if weights is not None:
         load_weights(network, weights)
     return network.eval().float().to(device)
 
@@ -69,8 +71,25 @@ def _load_script(path: Path, model: Model) -> nn.Module:
     return network
 
 
-def _make_network(source: ModelSource, arguments: Mapping[str, Any]) -> nn.Module:
+def _refuse_random(network: nn.Module, again: nn.Module) -> None:
+    """Refuse a network whose values depend on chance: its weights were forgotten.
+
+    Code that loads weights of its own makes the same network whatever the seed; and what differs
+    from rank to rank would give every rank's blocks values of their own.
+    """
+    other = again.state_dict()
+    for name, value in network.state_dict().items():
+        if not torch.equal(value, other[name]):
+            raise ModelError(
+                f"the network's values, first {name!r}, are random, as before training, and "
+                "model.weights is not set; give the file of its trained weights",
+                key="model.weights",
+            )
+
+
+def _make_network(source: ModelSource, arguments: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
     """Return what `Name` makes of the arguments, its weights not yet set."""
+    torch.manual_seed(seed)
     module = _run_user_code(
         lambda: _import(source), f"{source.path} cannot be imported", "model.path"
     )

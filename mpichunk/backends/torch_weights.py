@@ -3,7 +3,6 @@
 Never unpickles code. Knows neither where the network comes from nor what it computes.
 """
 
-import logging
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -18,32 +17,21 @@ from mpichunk.errors import ModelError
 State = Mapping[str, Any]
 """Dotted name of a parameter or buffer to its tensor."""
 
-log = logging.getLogger(__name__)
-
 _STATE_KEYS = "state_dict", "model_state_dict", "model"
 _WRAPPER_PREFIXES = "module.", "_orig_mod."
 
 
-def load_weights(network: nn.Module, path: Path | None) -> None:
+def load_weights(network: nn.Module, path: Path) -> None:
     """Copy the weights of a file into a network.
 
     Args:
         network: any module.
-        path: safetensors file or checkpoint; None leaves the network as its code made it.
+        path: safetensors file or checkpoint.
 
     Raises:
         ModelError: the file is damaged, holds code, or does not fit; key `model.weights`.
     """
     expected = network.state_dict()
-    if path is None:
-        if expected:
-            # Legitimate where the code loads weights of its own.
-            log.warning(
-                "the network has %d parameters and buffers, but model.weights is not set: it runs "
-                "with the values that its own code has given them",
-                len(expected),
-            )
-        return
     state = _strip_prefixes(_read_state(path), expected)
     _refuse_mismatch(state, expected, path)
     network.load_state_dict(state, strict=False)

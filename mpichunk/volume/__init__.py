@@ -5,7 +5,7 @@ Arrays are (c, z, y, x) and coordinates absolute zyx whatever the format; knows 
 
 from mpichunk.volume.layout import OutputSpec
 from mpichunk.volume.reader import Reader, open_input
-from mpichunk.volume.writer import Writer, check_output, create_output, open_output, tidy_output
+from mpichunk.volume.writer import Writer, check_output, create_output, open_output
 
 __all__ = [
     "OutputSpec",
@@ -15,5 +15,4 @@ __all__ = [
     "create_output",
     "open_input",
     "open_output",
-    "tidy_output",
 ]

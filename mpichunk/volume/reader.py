@@ -86,10 +86,10 @@ class Reader:
 
 
 def read_box(store: Any, box: Box, location: str) -> BlockFuture[npt.NDArray[Any]]:
-    """Begin to read a box of a store with axes c, z, y, x; booleans become 0 and 1."""
+    """Begin to read a box of a store with axes c, z, y, x; booleans become 0.0 and 1.0."""
 
     def finish(array_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return array_czyx.view(np.uint8) if array_czyx.dtype == np.bool_ else array_czyx
+        return array_czyx.astype(np.float32) if array_czyx.dtype == np.bool_ else array_czyx
 
     future = store[(slice(None), *box.slices())].read(order="C")
     return BlockFuture(future, task=f"read {box} of {location}", finish=finish)

@@ -33,7 +33,7 @@ class Facts:
     """Channels; 1 for a (z, y, x) volume."""
 
     dtype: np.dtype[Any]
-    """Type of the values as they are handed out: native byte order, uint8 for bool."""
+    """Type of the values as they are handed out: native byte order; float32 for bool, unscaled."""
 
     start: Triple
     """Absolute coordinates of the first voxel."""
@@ -78,7 +78,7 @@ def usable_dtype(dtype: np.dtype[Any], location: str) -> np.dtype[Any]:
             f"{location} holds {dtype} values; expected integers, booleans or floats "
             "of at most 64 bits: convert it first"
         )
-    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+    return np.dtype(np.float32) if dtype.kind == "b" else dtype.newbyteorder("=")
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from mpichunk.volume.layout import (
     found_layout,
     wanted_layout,
 )
-from mpichunk.volume.leftover import remove_leftovers
 from mpichunk.volume.metadata import array_metadata, attributes_of, detect, format_by_name
 from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
@@ -137,15 +136,6 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
         )
         axes = "xyzc" if address.driver == PRECOMPUTED else AXES
         return Writer(info, to_czyx(store, axes, spec.domain.start))
-
-
-def tidy_output(spec: OutputSpec, *, before: float) -> int:
-    """Remove what killed ranks have left in the output besides its chunks; return the files.
-
-    `before`: leave alone what is newer, in seconds since the epoch.
-    """
-    path = _address(spec).path
-    return 0 if path is None else remove_leftovers(path, before=before)
 
 
 def _address(spec: OutputSpec) -> Address:
