@@ -168,11 +168,15 @@ def test_status_refuses_another_config(attempt):
 
 
 def test_a_network_that_leaves_is_no_success(attempt, tmp_path):
-    leaver = NETS.replace(
-        "        c = self.cut\n",
-        "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        "        if self.calls > 2: raise SystemExit(0)\n        c = self.cut\n",
-    )
+    leaver = NETS.replace("self.cut\n", "self.cut\n        self.leave_on_third_call()\n")
+    leaver += """
+    calls = 0
+
+    def leave_on_third_call(self):
+        self.calls += 1
+        if self.calls > 2:
+            raise SystemExit(0)
+"""
     (tmp_path / "net.py").write_text(leaver)
     with pytest.raises(RuntimeError, match=r"sys\.exit"):
         attempt(model=TORCH)
