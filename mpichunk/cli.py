@@ -5,6 +5,7 @@ is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mpichunk: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
+    except KeyboardInterrupt:
+        print("mpichunk: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.
         sys.stderr.close()

@@ -197,6 +197,17 @@ def read_claims(run_dir: Path) -> list[Claim]:
     return claims
 
 
+def is_held(run_dir: Path) -> bool:
+    """Return whether a job that is not certainly dead holds the run directory; waits for nothing.
+
+    Takes this machine's clock for that of the file system: a shared one should agree to a second.
+    """
+    machine = _machine()
+    return any(
+        not is_dead(claim, now=time.time(), machine=machine) for claim in read_claims(run_dir)
+    )
+
+
 def is_dead(
     claim: Claim, *, now: float, machine: str, started: Callable[[int], int | None] = start_time
 ) -> bool:

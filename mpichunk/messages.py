@@ -10,6 +10,7 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | <-- Stop(reason) --------------------------- |
 """
 
+import queue
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -146,6 +147,9 @@ class Stop:
 
 
 Record = Done | Failed
+Records = queue.SimpleQueue[Record | BaseException]
+"""What a pipeline's threads have finished; an exception in it is a crash for the main thread."""
+
 ToCoordinator = Record | Request
 ToWorker = Assign | Acknowledge | Stop
 Message = ToCoordinator | ToWorker

@@ -26,13 +26,10 @@ from mpichunk.errors import BlockError
 from mpichunk.geometry import Box
 from mpichunk.inference import BlockInference, Inferred
 from mpichunk.masking import BoolArray, MaskGrid
-from mpichunk.messages import Done, Failed, Lease, Record
+from mpichunk.messages import Done, Failed, Lease, Record, Records
 from mpichunk.padding import pad, source_box
 from mpichunk.plan import Block, Plan
 from mpichunk.volume import Reader, Writer
-
-Records = queue.SimpleQueue[Record | BaseException]
-"""Finished records; an exception in it is a crash that the main thread must raise."""
 
 NUM_IO_THREADS = 2
 """Blocks read, and blocks written, at the same time."""

@@ -13,10 +13,10 @@ from mpichunk.estimate import Estimate, MemoryPart
 from mpichunk.geometry import Box, ceil_div
 from mpichunk.plan import Plan
 from mpichunk.volumeinfo import VolumeInfo
+from mpichunk.words import duration, size
 
 WIDTH = 100
 _LABEL = 20
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _Column = tuple[str, Sequence[int | None], int]
 
 
@@ -234,12 +234,12 @@ def _work_lines(
         ("passes", f"{work.num_passes:.2f}", "times the network predicts each voxel, on average"),
         (
             "read",
-            _size(estimate.read_nbytes),
+            size(estimate.read_nbytes),
             f"every voxel {work.read_amplification:.2f} times{whole_chunks}",
         ),
         (
             "written",
-            _size(estimate.output_nbytes),
+            size(estimate.output_nbytes),
             f"before compression, in {estimate.num_files:,} files ({unit})",
         ),
         _forward_row(config, estimate),
@@ -262,7 +262,7 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     if estimate.probe is None:
         return "network time", "unmeasured", "a run tells its pace and its peak memory"
     seconds = estimate.probe.seconds * estimate.work.num_patches / config.patch.batch_size
-    return "network time", _duration(seconds), f"for one rank, measured on {estimate.probe.device}"
+    return "network time", duration(seconds), f"for one rank, measured on {estimate.probe.device}"
 
 
 def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
@@ -272,12 +272,12 @@ def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
     lines = [f"{'Memory of one rank at its peak':<40}{head}"]
     for index, part in enumerate(estimate.memory):
         cells = [
-            f"{_size(values[index]) if values[index] != 0 else '-':>{width}}"
+            f"{size(values[index]) if values[index] != 0 else '-':>{width}}"
             for _, values, width in columns
         ]
         lines.append(f"  {part.name:<38}{''.join(cells)}")
     totals = "".join(
-        f"{_size(sum(v or 0 for v in values)):>{width}}" for _, values, width in columns
+        f"{size(sum(v or 0 for v in values)):>{width}}" for _, values, width in columns
     )
     name = "together" if _is_complete(estimate.memory) else "together, without the network"
     lines.append(f"  {name:<38}{totals}")
@@ -313,7 +313,7 @@ def _rank_lines(
     rows = [
         ("blocks per rank", each, remark),
         *(
-            (f"{_count(n, 'rank')} on a node", _size(n * nbytes), "of memory at their peak" + more)
+            (f"{_count(n, 'rank')} on a node", size(n * nbytes), "of memory at their peak" + more)
             for n in counts[-4:]
         ),
     ]
@@ -361,21 +361,3 @@ def _is_complete(memory: Iterable[MemoryPart]) -> bool:
 def _count(number: int, word: str) -> str:
     """Return a number and its word, plural if it must be."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
-def _size(nbytes: int | None) -> str:
-    """Return bytes in the unit in which they read best; None is unmeasured."""
-    if nbytes is None:
-        return "unmeasured"
-    value, unit = float(nbytes), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.0f} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {_UNITS[unit]}"
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds in the unit in which they read best."""
-    for limit, length, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 86400:,.1f} days"

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpichunk.messages import STAGES, Done, Record
+from mpichunk.words import duration, size
 
 COUNTERS = (
     "blocks",  # done by this rank since the run started
@@ -233,8 +234,8 @@ def summarise(
     lines = [
         f"blocks   {num_done} done{before}, of {num_blocks}{failures}",
         f"patches  {int(summed['patches'])}",
-        f"output   {summed['voxels'] / 1e6:.1f} Mvox in {_duration(seconds)}: {rate:.2f} Mvox/s; "
-        f"{_nbytes(summed['bytes_read'])} read, {_nbytes(summed['bytes_written'])} written",
+        f"output   {summed['voxels'] / 1e6:.1f} Mvox in {duration(seconds)}: {rate:.2f} Mvox/s; "
+        f"{size(int(summed['bytes_read']))} read, {size(int(summed['bytes_written']))} written",
         f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over {len(vectors)} "
         f"rank{'s' if len(vectors) > 1 else ''}",
     ]
@@ -256,7 +257,7 @@ def _rest(pace: Pace, summed: Totals, size: int) -> str:
     left = pace.seconds_left
     parts = [
         f"{pace.voxel_rate / 1e6:.2f} Mvox/s",
-        f"{_duration(left)} left" if left is not None else "time left unknown",
+        f"{duration(left)} left" if left is not None else "time left unknown",
         f"{int(summed['busy'])} of {size} ranks busy",
     ]
     if summed["failures"]:
@@ -268,23 +269,3 @@ def _spread(name: str, values: npt.NDArray[np.float64]) -> str:
     """Return minimum, median and maximum over ranks as one row."""
     low, middle, high = np.min(values), np.median(values), np.max(values)
     return f"  {name:<20}{low:>9.1f}{middle:>9.1f}{high:>9.1f}"
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds in the units that a person would use."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours} h {minutes} min"
-
-
-def _nbytes(nbytes: float) -> str:
-    """Return bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} PB"

@@ -43,6 +43,7 @@ from mpichunk.launcher import check_world_size
 from mpichunk.lock import RunLock, this_process
 from mpichunk.logs import close_logs, log_to_file, log_to_terminal
 from mpichunk.loop import Pulse, serve
+from mpichunk.messages import Records
 from mpichunk.pipeline import Pipeline, Source
 from mpichunk.progress import Counters, Display, Heartbeat, get_display, summarise
 from mpichunk.scheduler import Scheduler, static_blocks
@@ -57,14 +58,14 @@ from mpichunk.startup import (
     threads_of_earlier_start,
     write_run_files,
 )
-from mpichunk.status import MOST_FAILURES_SHOWN, QUIET_SECONDS, read_status
+from mpichunk.status import MOST_FAILURES_SHOWN, read_status
 from mpichunk.volume import Reader, Writer, create_output, open_output
-from mpichunk.worker import Records, Worker
+from mpichunk.worker import Worker
 
 PROGRESS_SECONDS = 5.0
 """How often ranks that work contribute to the progress."""
 
-BEAT_SECONDS = QUIET_SECONDS / 5
+BEAT_SECONDS = 30.0
 """How often the journal notes that the run is alive."""
 
 log = logging.getLogger(__name__)
@@ -362,7 +363,7 @@ def _log_summary(
 
 def _conclude(job: Job) -> ExitCode:
     """Read the journal once more, and let what it proves decide the exit code."""
-    found = read_status(job.run_dir, now=time.time())
+    found = read_status(job.run_dir)
     if found.exit_code == ExitCode.ALL_DONE:
         log.info("all %d blocks are done", found.num_blocks)
     for failure in found.failures[:MOST_FAILURES_SHOWN]:

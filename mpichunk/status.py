@@ -17,13 +17,12 @@ from mpichunk.config import Config
 from mpichunk.configfile import load_config
 from mpichunk.errors import ExitCode, JournalError
 from mpichunk.fingerprint import differing_keys
+from mpichunk.lock import is_held
 from mpichunk.messages import Failure, State
+from mpichunk.words import duration
 
 WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
-
-QUIET_SECONDS = 150.0
-"""A run that has written nothing for so long is taken not to run; `run` beats five times in it."""
 
 MOST_FAILURES_SHOWN = 20
 """Failed blocks that the text lists; JSON lists all."""
@@ -85,7 +84,7 @@ def status(
     run_dir = Path(config.run_dir)
     _check_same_config(config, run_dir)
     while True:
-        found = read_status(run_dir, now=time.time())
+        found = read_status(run_dir)
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
@@ -106,8 +105,8 @@ def _check_same_config(config: Config, run_dir: Path) -> None:
         )
 
 
-def read_status(run_dir: Path, *, now: float) -> RunStatus:
-    """Read the journal of a run directory; `now` in seconds since the epoch.
+def read_status(run_dir: Path) -> RunStatus:
+    """Read the journal of a run directory, and whether a job holds it.
 
     Raises:
         JournalError: there is no journal, or the file is none.
@@ -128,7 +127,7 @@ def read_status(run_dir: Path, *, now: float) -> RunStatus:
     beat = journal.read_last_beat(path)
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
     is_over = num_done + num_failed == header["num_blocks"]
-    is_alive = not is_over and now - last_time < QUIET_SECONDS
+    is_alive = not is_over and is_held(run_dir)
     num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)
     return RunStatus(
@@ -169,7 +168,7 @@ def _text(found: RunStatus) -> str:
     if found.blocks_per_second:
         lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
     if found.seconds_left is not None:
-        lines.append(f"left     {_duration(found.seconds_left)}")
+        lines.append(f"left     {duration(found.seconds_left)}")
     lines.append(f"state    {_state(found)}")
     for failure in found.failures[:MOST_FAILURES_SHOWN]:
         lines.append(
@@ -190,10 +189,3 @@ def _state(found: RunStatus) -> str:
     if found.exit_code == ExitCode.BLOCKS_FAILED:
         return "ended with failed blocks; run it again to try those"
     return "not running; run it again to go on where it stopped"
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds as hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -4,7 +4,6 @@ Messages in, messages out, so that it can be tested without ranks. Knows no MPI,
 nothing of how a block is computed.
 """
 
-import queue
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -13,15 +12,13 @@ from mpichunk.messages import (
     Assign,
     Lease,
     Record,
+    Records,
     Request,
     Stop,
     ToCoordinator,
     ToWorker,
 )
 from mpichunk.progress import Counters
-
-Records = queue.SimpleQueue[Record | BaseException]
-"""What the pipeline's threads have finished; an exception in it is a crash."""
 
 
 class Pipeline(Protocol):

@@ -99,7 +99,7 @@ def test_mask_leaves_blocks_out() -> None:
 
 def test_probe_tells_time_and_memory() -> None:
     text = render_plan(*case(Probe(seconds=2.0, nbytes=3 << 30, device="cuda:0 NVIDIA H200")))
-    assert row(text, "network time") == "20.2 h for one rank, measured on cuda:0 NVIDIA H200"
+    assert row(text, "network time") == "20 h 10 min for one rank, measured on cuda:0 NVIDIA H200"
     assert row(text, "inside the network") == "3.0 GiB - 3.0 GiB"
     assert "  together  " in text
 

@@ -1,0 +1,27 @@
+"""Durations and sizes in the words that people use, the same in every report.
+
+Knows nothing of what is measured.
+"""
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the units that a person would use."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours} h {minutes} min"
+
+
+def size(nbytes: int | None) -> str:
+    """Return bytes in the unit in which they read best; None is unmeasured."""
+    if nbytes is None:
+        return "unmeasured"
+    value, unit = float(nbytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {_UNITS[unit]}"
