@@ -46,7 +46,7 @@ def preview(
 
 def _num_masked(job: Job) -> int | None:
     """Return how many blocks the mask excludes; None without a mask, or for too many blocks."""
-    mask = open_config_mask(job.config)
-    if mask is None or job.mask_grid is None:
+    if job.config.mask is None or job.mask_grid is None:
         return None
-    return masked_blocks(job.plan, job.mask_grid, mask, limit=MOST_BLOCKS_MASKED)
+    with open_config_mask(job.config.mask) as mask:
+        return masked_blocks(job.plan, job.mask_grid, mask, limit=MOST_BLOCKS_MASKED)

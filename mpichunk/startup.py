@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mpichunk import __version__, journal
 from mpichunk.backends import get_backend
 from mpichunk.binding import Bindings
-from mpichunk.config import Config
+from mpichunk.config import Config, Mask
 from mpichunk.configfile import dump_config
 from mpichunk.errors import JournalError, LaunchError, ModelError
 from mpichunk.estimate import Estimate, estimate
@@ -108,21 +108,23 @@ def prepare(config: Config) -> Job:
     Raises:
         UserError: a volume cannot be opened or does not fit.
     """
-    reader = open_config_input(config)
-    plan = Plan.from_config(config, reader.info.domain)
-    mask_reader = open_config_mask(config)
-    mask_grid = None
-    if config.mask is not None and mask_reader is not None:
-        mask_grid = MaskGrid.between(reader.info, mask_reader.info, invert=config.mask.invert)
+    with open_config_input(config) as reader:
+        volume, volume_handle = reader.info, reader.handle()
+    plan = Plan.from_config(config, volume.domain)
+    mask, mask_handle, mask_grid = None, None, None
+    if config.mask is not None:
+        with open_config_mask(config.mask) as reader:
+            mask, mask_handle = reader.info, reader.handle()
+        mask_grid = MaskGrid.between(volume, mask, invert=config.mask.invert)
     return Job(
         config=config,
         plan=plan,
-        volume=reader.info,
-        volume_handle=reader.handle(),
-        mask=None if mask_reader is None else mask_reader.info,
-        mask_handle=None if mask_reader is None else mask_reader.handle(),
+        volume=volume,
+        volume_handle=volume_handle,
+        mask=mask,
+        mask_handle=mask_handle,
         mask_grid=mask_grid,
-        output=output_spec(config, plan, reader.info),
+        output=output_spec(config, plan, volume),
         run_dir=Path(config.run_dir),
     )
 
@@ -139,11 +141,8 @@ def open_config_input(config: Config) -> Reader:
     )
 
 
-def open_config_mask(config: Config) -> Reader | None:
-    """Open the mask that a config names, if it names one."""
-    section = config.mask
-    if section is None:
-        return None
+def open_config_mask(section: Mask) -> Reader:
+    """Open the mask that a config names."""
     return open_input(
         section.volume,
         mip=section.mip,

@@ -30,7 +30,7 @@ CODE = Path(em_affinity_resunet.__file__)
 GEOMETRY: dict[str, dict[str, Any]] = {
     # At a corner of the volume, so that mirror images take part, and off every grid.
     "same": {
-        "roi": {"start": [1225, 125, 160], "stop": [1250, 200, 257]},
+        "roi": {"start": [1225, 145, 160], "stop": [1250, 200, 257]},
         "patch": {"shape": [32, 64, 64], "overlap": [8, 16, 16]},
         "block": {"shape": [48, 96, 96]},
     },
@@ -180,4 +180,4 @@ def test_affinities_are_those_of_the_truth(real_data, expected):
         same_body = labels == np.roll(labels, 1, axis=axis)
         score = auc(values[axis][inside], same_body[inside])
         print(f"axis {axis}: affinity AUC {score:.3f}")
-        assert score > 0.85
+        assert score > 0.88
