@@ -70,6 +70,14 @@ MISTAKES = {
     "overlap of a patch": ({"patch": {"overlap": [8, 4, 4]}}, "patch.overlap", "(8, 12, 12)"),
     "block off the write unit": ({"block": {"shape": [8, 16, 20]}}, "block.shape", "(4, 8, 8)"),
     "roi outside": ({"roi": {"start": [0, 0, 0], "stop": [17, 24, 24]}}, "roi", "[16, 24, 24)"),
+    "too many blocks": (
+        {
+            "input": {"volume": "synthetic://membranes?shape=100000,100000,100000"},
+            "block": {"shape": [4, 8, 8]},
+        },
+        "block.shape",
+        "larger blocks",
+    ),
     "empty roi": ({"roi": {"start": [4, 0, 0], "stop": [4, 24, 24]}}, "roi", ""),
     "no such backend": ({"model": {"backend": "tensorflow"}}, "model.backend", "pytorch"),
     "no model file": ({"model": TORCH | {"path": "lost.pt"}}, "model.path", "lost.pt"),
