@@ -25,13 +25,15 @@ class Breaker:
     that have failed before, and those are to be tried as often as allowed, then listed.
 
     Args:
-        size: Number of ranks.
+        num_ranks: How many compute.
         max_consecutive_failures: As the config says. A run of which no more blocks are left than
             this is not stopped either: there is nothing to save.
     """
 
-    def __init__(self, *, size: int, max_consecutive_failures: int) -> None:
-        self._size = size
+    def __init__(self, *, num_ranks: int, max_consecutive_failures: int) -> None:
+        self.num_ranks = num_ranks
+        """How many compute: fewer when some were lost."""
+
         self._limit = max_consecutive_failures
         self._is_any_done = False
         self._first_errors: dict[int, str] = {}
@@ -66,9 +68,9 @@ class Breaker:
 
     def _alike(self, failed: Failed) -> str | None:
         """Return a sentence when the first blocks of several ranks have failed alike."""
-        num_needed = min(NUM_ALIKE, self._size)
+        num_needed = min(NUM_ALIKE, self.num_ranks)
         num_alike = list(self._first_errors.values()).count(_kind(failed))
-        if self._is_any_done or self._size == 1 or num_alike < num_needed:
+        if self._is_any_done or self.num_ranks == 1 or num_alike < num_needed:
             return None
         return f"the first blocks of {num_alike} ranks failed alike: {_told(failed)}"
 
@@ -77,7 +79,7 @@ class Breaker:
 
         A single rank on which everything fails at once would else outrun those that do well.
         """
-        is_one_of_several = self._size > 1 and len(self._ranks_in_a_row) == 1
+        is_one_of_several = self.num_ranks > 1 and len(self._ranks_in_a_row) == 1
         if self._num_in_a_row < self._limit or is_one_of_several:
             return None
         return f"{self._num_in_a_row} blocks in a row failed, the last one: {_told(failed)}"

@@ -135,14 +135,14 @@ class Coordinator:
         self._ranks = tuple(sorted(held))
         working = {rank: leases for rank, leases in held.items() if rank not in idle}
         if not working and not self._scheduler.is_finished:
-            self._end(FAILURES, "no rank is left that computes rightly")
+            self._end(FAILURES, "no rank is left that computes right")
         self._scheduler.regroup(working, now)
+        if self._breaker is not None:
+            self._breaker.num_ranks = len(working)
         self._wanted.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
-        if not self._scheduler.ranks:
-            self._end(FAILURES, "no rank is left that computes right")
 
     def assign(self, now: float) -> list[Outgoing]:
         """Lease blocks to the ranks that have asked; who gets none now waits for a later turn."""

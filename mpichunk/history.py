@@ -53,13 +53,21 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
     return list(read_events(path).starts)
 
 
-def read_failures(path: Path, states: npt.NDArray[np.uint8]) -> list[Failure]:
-    """Return the blocks that `states` calls failed, with causes, in plan order."""
+def read_failures(
+    path: Path, states: npt.NDArray[np.uint8], *, since: float = 0.0
+) -> list[Failure]:
+    """Return the blocks that `states` calls failed, with causes, in plan order.
+
+    Args:
+        path: The journal.
+        states: (num_blocks,) the `State` of each block.
+        since: Seconds since the epoch; what has failed before is left out.
+    """
     failures: dict[int, Failure] = {}
     for line in _lines_with(path, b',"state":"failed",'):
         found = json.loads(line)
         block = found["block"]
-        if states[block] == State.FAILED:
+        if states[block] == State.FAILED and found["time"] >= since:
             start, stop = found["core"]
             core = Box(start=triple(start), stop=triple(stop))
             names = ("rank", "host", "attempt", "error", "message")

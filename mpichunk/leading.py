@@ -154,7 +154,8 @@ class Leading:
                 core_of=self.job.plan.grid.__getitem__,
                 hosts=comm.hosts,
                 breaker=Breaker(
-                    size=comm.size, max_consecutive_failures=schedule.max_consecutive_failures
+                    num_ranks=len(scheduler.ranks),
+                    max_consecutive_failures=schedule.max_consecutive_failures,
                 ),
                 tempo=tempo,
             ),

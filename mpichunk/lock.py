@@ -120,6 +120,7 @@ class RunLock:
                         _wait_until_dead(claim, run_dir, sleep)
                 path = _create(run_dir, claims, content)
                 if path is not None:
+                    _tidy(claims, job)
                     return cls(path)
         except OSError as error:
             raise JournalError(
@@ -267,7 +268,7 @@ def _wait_until_dead(claim: Claim, run_dir: Path, sleep: Callable[[float], None]
 
 
 def _create(run_dir: Path, dead: Sequence[Claim], content: bytes) -> Path | None:
-    """Claim the next number and remove the claims of the dead; None when another was quicker."""
+    """Claim the number after those of the dead; return None when another was quicker."""
     path = run_dir / f"lock.{max((_number(claim.path) for claim in dead), default=0) + 1}"
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -285,10 +286,15 @@ def _create(run_dir: Path, dead: Sequence[Claim], content: bytes) -> Path | None
     if any(claim.path != path and claim not in dead for claim in read_claims(run_dir)):
         path.unlink()
         return None
-    for claim in dead:
-        log.warning("%s was left by %s, which is dead; going on", claim.path, claim)
-        claim.path.unlink(missing_ok=True)
     return path
+
+
+def _tidy(dead: Sequence[Claim], job: str) -> None:
+    """Remove the claims of the dead; those of other jobs are told."""
+    for claim in dead:
+        if not job or claim.content.get("job") != job:
+            log.warning("%s was left by %s, which is dead; going on", claim.path, claim)
+        claim.path.unlink(missing_ok=True)
 
 
 def _content(processes: Sequence[Process], job: str) -> bytes:

@@ -148,14 +148,17 @@ def read_status(run_dir: Path) -> RunStatus:
         )
     states = np.zeros(header["num_blocks"], np.uint8)
     journal.scan(path, states)
-    counts = np.bincount(states, minlength=len(State))
-    num_done, num_failed = int(counts[State.DONE]), int(counts[State.FAILED])
+    num_done = int(np.count_nonzero(states == State.DONE))
     events = history.read_events(path)
     start = events.starts[-1] if events.starts else {}
     beat, end = events.last_beat, events.end
     last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
     is_complete = num_done == header["num_blocks"]
     is_alive = not is_complete and not end and is_held(run_dir)
+    # A job that runs tries again what has failed before it started.
+    since = start.get("time", 0.0) if is_alive else 0.0
+    failures = history.read_failures(path, states, since=since)
+    num_failed = len(failures)
     num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)
     return RunStatus(
@@ -170,7 +173,7 @@ def read_status(run_dir: Path) -> RunStatus:
         seconds_left=(header["num_blocks"] - num_done) / pace if pace and is_alive else None,
         end_reason=end.get("reason"),
         end_why=end.get("why", ""),
-        failures=tuple(history.read_failures(path, states)),
+        failures=tuple(failures),
     )
 
 

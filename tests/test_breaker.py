@@ -11,7 +11,7 @@ def failed(block, message="no such chunk", *, attempt=1, error="BlockError"):
 
 
 def breaker(size=4, limit=10):
-    return Breaker(size=size, max_consecutive_failures=limit)
+    return Breaker(num_ranks=size, max_consecutive_failures=limit)
 
 
 def test_a_full_disk_stops_at_once_also_when_little_is_left():

@@ -1,6 +1,7 @@
 """How a run ends early, in the roles alone: drained, stopped by failures, a full disk."""
 
 import errno
+import itertools
 import os
 
 import numpy as np
@@ -48,7 +49,7 @@ def journal(tmp_path):
 
 def start(journal, **kwargs):
     scheduler = Scheduler(NUM_BLOCKS, size=2, **kwargs)
-    breaker = Breaker(size=2, max_consecutive_failures=4)
+    breaker = Breaker(num_ranks=2, max_consecutive_failures=4)
     hosts = {0: "node0", 1: "node1"}
     coordinator = Coordinator(scheduler, journal, core_of=core_of, hosts=hosts, breaker=breaker)
     return coordinator, scheduler
@@ -178,6 +179,19 @@ def test_a_new_start_forgets_how_the_last_one_ended(journal):
         found = read_status(journal.path.parent)
     assert found.is_alive
     assert found.exit_code == ExitCode.DRAINED
+
+
+def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
+    now = itertools.count(1)  # seconds
+    names = {"num_blocks": NUM_BLOCKS, "fingerprint": {}, "versions": {}}
+    with Journal.open(tmp_path, clock=lambda: next(now), **names) as journal:
+        journal.append_start({"num_ranks": 1})
+        lease = Lease(block=3, attempt=3)
+        journal.append(failed(lease), "failed", core=core_of(3), rank=0, host="node0")
+        journal.append_start({"num_ranks": 1})
+    with RunLock.acquire(tmp_path):
+        assert read_status(tmp_path).num_failed == 0
+    assert read_status(tmp_path).num_failed == 1
 
 
 # ---- A journal that cannot be written -----------------------------------------------------------

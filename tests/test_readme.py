@@ -45,4 +45,4 @@ def test_explained_config_is_valid(tmp_path: Path) -> None:
 
 def test_readme_is_finished() -> None:
     assert "to be measured" not in README
-    assert len(README.splitlines()) < 300
+    assert len(README.splitlines()) < 400
