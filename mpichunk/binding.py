@@ -302,8 +302,9 @@ def _warn_of_threads(
     if given and num_threads > min(shares):
         rank = ranks[shares.index(min(shares))]
         return [
-            f"compute.threads: {num_threads}, but rank {rank.rank} on {rank.host} has only "
-            f"{min(shares)} cores to itself: threads will compete"
+            f"threads per rank: {num_threads} (compute.threads, or what the run began with), but "
+            f"rank {rank.rank} on {rank.host} has only {min(shares)} cores to itself: threads will "
+            "compete"
         ]
     if not given and max(shares) > num_threads:
         few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]

@@ -185,7 +185,7 @@ def test_given_threads_are_kept_and_warned_about():
     assert decide(ranks, "cpu", threads=2).warnings == ()
     found = decide(ranks, "cpu", threads=3)
     assert {b.threads for b in found.ranks} == {3}
-    assert "compute.threads: 3" in found.warnings[0] and "2 cores" in found.warnings[0]
+    assert "threads per rank: 3" in found.warnings[0] and "2 cores" in found.warnings[0]
 
 
 def test_a_mask_of_one_core_is_warned_about_when_cores_are_left():

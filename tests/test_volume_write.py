@@ -293,6 +293,8 @@ def test_the_input_is_not_overwritten(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "v")
     for volume in (spec.volume, f"{tmp_path}/link|zarr3:", f"precomputed://{tmp_path}/v"):
         assert "is what is read" in refused("volume", replace(spec, volume=volume), sources=[info])
+    inside = replace(spec, volume=f"{tmp_path / 'v'}/more|zarr3:")
+    assert "inside the volume that is read" in refused("volume", inside, sources=[info])
     assert create_output(spec_of(f"{tmp_path}/w|zarr3:"), sources=[info])
 
 

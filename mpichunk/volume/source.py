@@ -83,8 +83,16 @@ def usable_dtype(dtype: np.dtype[Any], location: str) -> np.dtype[Any]:
 
 @contextmanager
 def keyed(section: str) -> Iterator[None]:
-    """Put the config section before the key of any VolumeError; `volume` is the default key."""
+    """Put the config section before the key of any VolumeError; `volume` is the default key.
+
+    What the file system refuses is one, too.
+    """
     try:
         yield
+    except OSError as error:
+        raise VolumeError(
+            f"{error.filename or section}: {error.strerror}; choose a place that this job may use",
+            key=f"{section}.volume",
+        ) from error
     except VolumeError as error:
         raise VolumeError(error.message, key=f"{section}.{error.key or 'volume'}") from error

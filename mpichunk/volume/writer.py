@@ -161,9 +161,16 @@ def _address(spec: OutputSpec) -> Address:
 
 def _check(address: Address, spec: OutputSpec, sources: Sequence[VolumeInfo]) -> bool:
     """Do what `check_output` does."""
+    place = address.place
     for source in sources:
-        if _real(source.location.rpartition("|")[0] or source.location) == _real(address.place):
+        read, written = _real(source.location.rpartition("|")[0] or source.location), _real(place)
+        if written == read:
             raise VolumeError(f"{address} is what is read; choose another place for the output")
+        if written.startswith(f"{read}/"):
+            raise VolumeError(
+                f"{address} lies inside the volume that is read, {read}; choose another place for "
+                "the output"
+            )
     if address.path is not None:
         _check_folder(address.path)
     found = _existing(address)
