@@ -39,7 +39,7 @@ def on_every_rank(comm: Communicator, make: Callable[[], T]) -> T:
         rank, host, first = failed[0]
         alike = len(failed) == comm.size and len({str(error) for _, _, error in failed}) == 1
         if not alike:
-            first.args = (f"rank {rank} on {host}: {first}",)
+            first.prefixed(f"rank {rank} on {host}")
         raise first
     return cast(T, outcome)
 

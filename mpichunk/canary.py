@@ -185,7 +185,7 @@ def _refuse_if_nobody_can(findings: Sequence[Finding]) -> None:
     if first is None or None in errors:
         return
     if len({str(error) for error in errors}) > 1:
-        first.args = (f"rank {findings[0].rank} on {findings[0].host}: {first}",)
+        first.prefixed(f"rank {findings[0].rank} on {findings[0].host}")
     raise first
 
 

@@ -262,7 +262,7 @@ class Schedule(Section):
     """Blocks that fail in a row, none done between them, before the run is stopped early."""
 
     min_lease_seconds: PositiveNumber = 300.0
-    """Time that a block may take at least before another rank is asked to compute it too."""
+    """A rank without progress for so long, and for ten times a typical block, counts as hung."""
 
     start_timeout_seconds: PositiveNumber = 600.0
     """Time that the start may take, until all ranks compute, before the job is ended."""

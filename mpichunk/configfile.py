@@ -5,7 +5,8 @@ Brings YAML, the checks and the paths together. Knows no volume, no network and 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ class Source:
         where = str(self.path) if place is None else f"{self.path}:{place}"
         return f"{where}: {key}" if key else where
 
-    def locate_error(self, error: UserError) -> UserError:
-        """Return the error with the line of its key, if it has one, before its message."""
-        if error.key is not None:
-            error.args = (f"{self.locate(error.key)}: {error}",)
-        return error
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Put the line of its key, if it has one, before what a UserError tells."""
+        try:
+            yield
+        except UserError as error:
+            raise error if error.key is None else error.prefixed(self.locate(error.key)) from None
 
     def refuse(self, problems: Sequence[Problem]) -> ConfigError:
         """Return the error that names every problem, in the order of the file."""

@@ -19,6 +19,7 @@ Knows nothing but words. A message says who, what was found, what was expected a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -46,6 +47,11 @@ class UserError(MpichunkError):
         super().__init__(message)
         self.message = message
         self.key = key
+
+    def prefixed(self, where: str) -> Self:
+        """Return the error with `where` before what it tells; `message` stays as it is."""
+        self.args = (f"{where}: {self}",)
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,8 +43,8 @@ def read_events(path: Path) -> Events:
                 end = {}
             case {"beat": beat}:
                 last_beat = beat
-            case {"end": end}:
-                pass
+            case {"end": facts}:
+                end = facts
     return Events(starts=tuple(starts), last_beat=last_beat, end=end)
 
 

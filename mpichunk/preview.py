@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpichunk.configfile import load_config
-from mpichunk.errors import ExitCode, UserError
+from mpichunk.errors import ExitCode
 from mpichunk.planreport import plan_json, render_plan
 from mpichunk.startup import Job, masked_blocks, open_config_mask, prepare
 from mpichunk.volume import check_output
@@ -27,7 +27,7 @@ def preview(
         UserError: the run could not work.
     """
     loaded = load_config(config_path, overrides)
-    try:
+    with loaded.locating():
         job = prepare(loaded.config)
         check_output(job.output, sources=job.sources)
         num_masked = _num_masked(job)
@@ -39,8 +39,6 @@ def preview(
             print(render_plan(*arguments, num_ranks=num_ranks, num_masked=num_masked))
         for warning in loaded.warnings():
             print(f"mpichunk: {warning}", file=sys.stderr)
-    except UserError as error:
-        raise loaded.locate_error(error) from None
     return ExitCode.ALL_DONE
 
 

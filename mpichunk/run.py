@@ -162,10 +162,8 @@ def _run(
     """Run it, or raise the same UserError on every rank."""
     loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
     fresh = fresh and not any(comm.allgather(life.has_begun))
-    try:
+    with loaded.locating():
         return _run_config(comm, loaded, fresh=fresh, life=life)
-    except UserError as error:
-        raise loaded.locate_error(error) from None
 
 
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: Life) -> int:

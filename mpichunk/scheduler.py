@@ -11,9 +11,9 @@ A block that takes long may be leased to a second rank as well: the first result
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -200,9 +200,10 @@ class Scheduler:
             if not self._holders[block]:
                 del self._holders[block]
         self._num_held[rank] = 0
-        for block in [*held, *self._rest_of_run(rank)]:
+        for block in held:
             if self._states[block] == State.LEASED and block not in self._holders:
                 self._make_pending(block)
+        self._give_up_run(rank)
 
     def welcome_back(self, rank: int) -> None:
         """Count on a rank that was given up."""
@@ -260,20 +261,22 @@ class Scheduler:
 
     def _lease_runs(self) -> None:
         """Give each rank its static run."""
-        todo = np.flatnonzero(self._states == State.PENDING)
-        size = len(self._ranks)
-        runs = [static_run(len(todo), size, place) for place in range(size)]
-        self._run_starts = [int(todo[run.start]) for run in runs if run]
+        todo = self._states == State.PENDING
+        num_todo, size = self.num_pending, len(self._ranks)
+        runs = [static_run(num_todo, size, place) for place in range(size)]
+        find = _place_finder(todo)
+        self._run_starts = [find(run.start) for run in runs if run]
         self._states[todo] = State.LEASED
-        self._counts[State.PENDING] -= len(todo)
-        self._counts[State.LEASED] += len(todo)
+        self._counts[State.PENDING] -= num_todo
+        self._counts[State.LEASED] += num_todo
         self._fresh = iter(())
 
-    def _pending_blocks(self) -> Iterator[int]:
+    def _pending_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
         """Yield the blocks never tried, in plan order; a block once passed does not come again."""
-        for start in range(0, len(self._states), WINDOW):
-            window = self._states[start : start + WINDOW]
-            for block in (np.flatnonzero(window == State.PENDING) + start).tolist():
+        stop = len(self._states) if stop is None else stop
+        for first in range(start, stop, WINDOW):
+            window = self._states[first : min(first + WINDOW, stop)]
+            for block in (np.flatnonzero(window == State.PENDING) + first).tolist():
                 if block not in self._tries:
                     yield block
 
@@ -335,17 +338,22 @@ class Scheduler:
         self._tries[lease.block] = _Tries(num_tries=num_tries, ranks=ranks)
         return num_tries
 
-    def _rest_of_run(self, rank: int) -> list[int]:
-        """Return the blocks of a static run that have not been heard of."""
+    def _give_up_run(self, rank: int) -> None:
+        """Make pending what has not been heard of in the static run of a rank."""
         if not self._run_starts or rank not in self._ranks:
-            return []
+            return
         place = self._ranks.index(rank)
         ends = [*self._run_starts[1:], len(self._states)]
         if place >= len(ends):
-            return []
-        start = self._run_starts[place]
-        leased = np.flatnonzero(self._states[start : ends[place]] == State.LEASED) + start
-        return [block for block in leased.tolist() if block not in self._holders]
+            return
+        start, stop = self._run_starts[place], ends[place]
+        is_rest = self._states[start:stop] == State.LEASED
+        is_rest[[block - start for block in self._holders if start <= block < stop]] = False
+        self._states[start:stop][is_rest] = State.PENDING
+        num_rest = int(np.count_nonzero(is_rest))
+        self._counts[State.LEASED] -= num_rest
+        self._counts[State.PENDING] += num_rest
+        self._fresh = chain(self._fresh, self._pending_blocks(start, stop))
 
     def _make_pending(self, block: int) -> None:
         """Take a block back that has not failed, or not now."""
@@ -383,7 +391,26 @@ def static_run(num_todo: int, size: int, rank: int) -> range:
     return range(start, start + length + (rank < num_longer))
 
 
-def static_blocks(todo: npt.NDArray[Any], size: int, rank: int) -> npt.NDArray[np.int64]:
-    """Return the blocks of the static run of `rank`; `todo` is (num_blocks,), true or non-zero."""
+def static_blocks(todo: npt.NDArray[np.bool_], size: int, rank: int) -> Iterator[int]:
+    """Yield the blocks of the static run of `rank`; `todo` is (num_blocks,)."""
     run = static_run(int(np.count_nonzero(todo)), size, rank)
-    return np.flatnonzero(todo)[run.start : run.stop]
+    if not run:
+        return
+    find = _place_finder(todo)
+    start, stop = find(run[0]), find(run[-1]) + 1
+    for first in range(start, stop, WINDOW):
+        yield from (np.flatnonzero(todo[first : min(first + WINDOW, stop)]) + first).tolist()
+
+
+def _place_finder(todo: npt.NDArray[np.bool_]) -> Callable[[int], int]:
+    """Return what finds the block of a place among those to do, without a list of them all."""
+    starts = np.arange(0, len(todo), WINDOW)
+    num_before = np.cumsum(np.add.reduceat(todo, starts, dtype=np.int64))
+
+    def find(place: int) -> int:
+        window = int(np.searchsorted(num_before, place, side="right"))
+        in_window = place - (int(num_before[window - 1]) if window else 0)
+        start = window * WINDOW
+        return start + int(np.flatnonzero(todo[start : start + WINDOW])[in_window])
+
+    return find

@@ -115,7 +115,8 @@ class Lookout:
             self.again()
             if lead is not None:
                 lead.vigil.forgive(now)
-        # Launchers ask the others to end when a rank dies, and kill them a moment later.
+        # A launcher that loses a rank asks the others to end and kills them a moment later: look
+        # now, or nobody is left to say which rank has died.
         if now < self._next_look and not is_asked_to_end:
             return []
         self._next_look = now + min(LOOK_SECONDS, self._interval)

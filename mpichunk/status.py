@@ -87,11 +87,13 @@ def status(
         UserError: the config cannot be read, its run has never been started, or it was started
             with another config.
     """
-    config = load_config(config_path, overrides).config
-    run_dir = Path(config.run_dir)
-    _check_same_config(config, run_dir)
+    loaded = load_config(config_path, overrides)
+    run_dir = Path(loaded.config.run_dir)
+    with loaded.locating():
+        _check_same_config(loaded.config, run_dir)
     while True:
-        found = read_status(run_dir)
+        with loaded.locating():
+            found = read_status(run_dir)
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
@@ -119,8 +121,10 @@ def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
         UserError: the config cannot be read, the run has never been started, or its directory
             cannot be written.
     """
-    run_dir = Path(load_config(config_path, overrides).config.run_dir)
-    found = read_status(run_dir)
+    loaded = load_config(config_path, overrides)
+    run_dir = Path(loaded.config.run_dir)
+    with loaded.locating():
+        found = read_status(run_dir)
     if not found.is_alive:
         print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
         return ExitCode.ALL_DONE

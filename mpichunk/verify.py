@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk import journal
-from mpichunk.agreement import on_rank_0
+from mpichunk.agreement import on_every_rank, on_rank_0
 from mpichunk.checksum import digest_of
 from mpichunk.comm import Communicator, SerialCommunicator, start_mpi
 from mpichunk.configfile import LoadedConfig, load_config
@@ -91,9 +91,6 @@ class Case:
     states: npt.NDArray[np.uint8]
     """(num_blocks,) the `State` of each block."""
 
-    digests: Digests
-    """What each block should hold."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -150,7 +147,10 @@ def _verify(
             return _read_case(job, header)
 
         case = on_rank_0(comm, open_run)
-        found = comm.gather(_find_all(case, _share(comm, len(case.states)), comm.local_size))
+        blocks = range(comm.rank, len(case.states), comm.size)
+        path = case.job.run_dir / journal.NAME
+        digests = on_every_rank(comm, lambda: read_digests(path, blocks))
+        found = comm.gather(_find_all(case, blocks, digests, comm.local_size))
 
         def conclude() -> ExitCode:
             findings = sorted((f for part in found or [] for f in part), key=lambda f: f.block)
@@ -208,7 +208,7 @@ def check_same_config(header: dict[str, Any], job: Job, path: Path) -> None:
 
 def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:
     """Return what the config asks for and the header of its journal, on rank 0."""
-    try:
+    with loaded.locating():
         job = prepare(loaded.config)
         path = job.run_dir / journal.NAME
         header = journal.read_header(path)
@@ -219,8 +219,6 @@ def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:
                 key="run_dir",
             )
         check_same_config(header, job, path)
-    except UserError as error:
-        raise loaded.locate_error(error) from None
     return job, header
 
 
@@ -234,23 +232,17 @@ def _read_case(job: Job, header: dict[str, Any]) -> Case:
         header=header,
         is_there=check_output(job.output, sources=job.sources),
         states=states,
-        digests=read_digests(path, len(states)),
     )
 
 
-def _share(comm: Communicator, num_blocks: int) -> range:
-    """Return the blocks that this rank reads."""
-    return range(comm.rank, num_blocks, comm.size)
-
-
-def _find_all(case: Case, blocks: range, local_size: int) -> list[Finding]:
+def _find_all(case: Case, blocks: range, digests: Digests, local_size: int) -> list[Finding]:
     """Compare this rank's blocks, several at a time."""
     num_threads = max(1, len(os.sched_getaffinity(0)) // local_size)
     read = _reader(case, num_threads)
 
     def look(block: int) -> Finding | None:
         core, state = case.job.plan.grid[block], State(int(case.states[block]))
-        return find(block, core, state, case.digests[block], read)
+        return find(block, core, state, digests[blocks.index(block)], read)
 
     findings: list[Finding] = []
     next_told = time.monotonic() + PROGRESS_SECONDS

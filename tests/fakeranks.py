@@ -109,7 +109,7 @@ def run(
         lead = Lead(coordinator=coordinator, attendance=attendance, vigil=vigil)
     wake, counters = threading.Event(), Counters()
     pipeline = SleepingPipeline(compute, wake)
-    own = static_blocks(todo, comm.size, comm.rank).tolist() if mode == "static" else ()
+    own = static_blocks(todo, comm.size, comm.rank) if mode == "static" else ()
     worker = Worker(pipeline, pipeline.records, counters, own_blocks=own, depth=depth)
     pulse = Pulse(counters, interval=interval)
     comm.barrier()

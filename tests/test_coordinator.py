@@ -150,7 +150,7 @@ class Network:
                 pipeline,
                 pipeline.records,
                 self.counters[rank],
-                own_blocks=() if todo is None else static_blocks(todo, size, rank).tolist(),
+                own_blocks=() if todo is None else static_blocks(todo, size, rank),
             )
             for rank, pipeline in enumerate(self.pipelines)
         ]

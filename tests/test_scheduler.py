@@ -142,7 +142,7 @@ def test_static_blocks_are_held_by_their_rank_from_the_start(todo, size):
     scheduler = Scheduler(len(todo), size=size, done=~todo, mode="static", max_attempts=1)
     assert scheduler.num_pending == 0
     for rank in range(size):
-        for block in static_blocks(todo, size, rank).tolist():
+        for block in static_blocks(todo, size, rank):
             lease = Lease(block=block, attempt=1)
             assert scheduler.fail((rank + 1) % size, lease) is None or size == 1
             if size > 1:
@@ -165,6 +165,28 @@ def test_a_decision_costs_the_same_however_many_blocks_there_are():
     start = time.perf_counter()
     assert len(drain(scheduler, 0)) == 5
     assert time.perf_counter() - start < 2.0
+
+
+@given(st.integers(1, 9), st.floats(0.0, 1.0), st.integers(0, 3))
+def test_static_runs_of_many_blocks_are_the_todo_cut_in_pieces(size, share, seed):
+    todo = np.random.default_rng(seed).random(5 * WINDOW + 17) < share
+    runs = [list(static_blocks(todo, size, rank)) for rank in range(size)]
+    assert [block for run in runs for block in run] == np.flatnonzero(todo).tolist()
+    scheduler = Scheduler(len(todo), size=size, done=~todo, mode="static")
+    for rank, run in enumerate(runs):
+        for block in (run[0], run[-1]) if len(run) > 1 else run:
+            assert scheduler.finish(rank, Lease(block=block, attempt=1))
+
+
+def test_giving_up_a_rank_costs_little_however_long_its_static_run():
+    scheduler = Scheduler(20_000_000, size=2, mode="static")
+    scheduler.finish(1, Lease(block=10_000_000, attempt=1))
+    start = time.perf_counter()
+    scheduler.give_up_rank(1)
+    first = scheduler.lease(0, 1, 0.0)
+    assert time.perf_counter() - start < 2.0
+    assert first == (Lease(block=10_000_001, attempt=1),)
+    assert (scheduler.num_pending, scheduler.num_leased) == (9_999_998, 10_000_001)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -192,7 +214,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.own, self.culprits = {}, {}
         if mode == "static":
             for rank in range(size):
-                for block in static_blocks(~done, size, rank).tolist():
+                for block in static_blocks(~done, size, rank):
                     self.own[block] = rank
                     self.give(rank, Lease(block=block, attempt=1))
 

@@ -181,5 +181,7 @@ def test_the_last_done_line_counts(tmp_path):
     line = '{"stage":"blocks","block":%d,"state":"%s","core":[],"checksum":"xxh3:%032x"}\n'
     lines = [(2, "done", 5), (0, "done", 6), (2, "retry", 8), (2, "done", 7)]
     path.write_text("".join(line % item for item in lines) + (line % (0, "done", 9))[:-1])
-    digests = read_digests(path, 3)
+    digests = read_digests(path, range(3))
     assert [int.from_bytes(digest.tobytes(), "big") for digest in digests] == [6, 0, 7]
+    assert (read_digests(path, range(1, 3, 1)) == digests[1:]).all()
+    assert (read_digests(path, range(0, 3, 2)) == digests[::2]).all()
