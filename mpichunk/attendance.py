@@ -28,6 +28,7 @@ class Attendance:
         self._display = display
         self._get_num_done = num_done
         self._vectors: dict[int, npt.NDArray[np.float64]] = {}
+        self._ended: set[int] = set()
 
         self.excused: set[int] = set()
         """Ranks that nobody waits for."""
@@ -45,9 +46,10 @@ class Attendance:
     @property
     def is_over(self) -> bool:
         """Whether every rank that is waited for has ended."""
-        ended = COUNTERS.index("ended")
-        waited_for = [rank for rank in self._ranks if rank not in self.excused]
-        return all(r in self._vectors and self._vectors[r][ended] for r in waited_for)
+        # Asked in every turn: sizes only, and the sets are small or compared once, at the end.
+        if len(self._ended) + len(self.excused) < len(self._ranks):
+            return False
+        return self._ended.union(self.excused).issuperset(self._ranks)
 
     def excuse(self, rank: int) -> None:
         """Wait no more for a rank."""
@@ -60,6 +62,8 @@ class Attendance:
     def note(self, rank: int, beat: Beat, now: float) -> None:
         """Take in a sign of life; those of the first rank set the pace of the display."""
         self._vectors[rank] = np.array(beat.counters)
+        if beat.counters[COUNTERS.index("ended")]:
+            self._ended.add(rank)
         if rank == self._ranks[0] or self.is_over:
             self._display.update(self._summed(), now)
 
@@ -67,6 +71,7 @@ class Attendance:
         """Go on with those who are left; what the others have done still counts."""
         self._ranks = tuple(ranks)
         self.excused.clear()
+        self._ended.clear()
         for vector in self._vectors.values():
             for name in ("busy", "held", "ended"):
                 vector[COUNTERS.index(name)] = 0.0

@@ -5,9 +5,11 @@ Outcomes in, a sentence or None out. Knows no ranks but their numbers, no clock 
     a full disk                                      at once
     the same error on the first block of 3 ranks     before any block is done
     `max_consecutive_failures` blocks in a row       without one that is done between them
+    as many in a row on one rank                     that rank alone, if others do well meanwhile
 """
 
 import re
+from collections import Counter
 
 from mpichunk.errors import DiskFullError
 from mpichunk.messages import Failed
@@ -39,12 +41,23 @@ class Breaker:
         self._first_errors: dict[int, str] = {}
         self._num_in_a_row = 0
         self._ranks_in_a_row: set[int] = set()
+        self._num_on: Counter[int] = Counter()
+        self._failing_alone: set[int] = set()
 
-    def succeed(self) -> None:
-        """Take note of a block that is done."""
+    def succeed(self, rank: int) -> None:
+        """Take note of a block that a rank has done."""
         self._is_any_done = True
         self._num_in_a_row = 0
         self._ranks_in_a_row.clear()
+        self._num_on.pop(rank, None)
+        self._failing_alone.discard(rank)
+        # Only ranks on which something has failed since they did well: few.
+        self._failing_alone.update(self._num_on)
+
+    def is_broken(self, rank: int) -> bool:
+        """Return whether blocks fail one after another on a rank, while others do well."""
+        is_alone = rank in self._failing_alone and self.num_ranks > 1
+        return is_alone and self._num_on[rank] >= self._limit
 
     def fail(self, rank: int, failed: Failed, *, num_left: int) -> str | None:
         """Take note of a failed try; return why the run must stop, None if it must not.
@@ -54,6 +67,7 @@ class Breaker:
             failed: What failed.
             num_left: Blocks that nobody holds and that are still to be computed.
         """
+        self._num_on[rank] += 1
         if failed.error == DiskFullError.__name__:
             return failed.message
         if failed.lease.attempt > 1:

@@ -155,12 +155,14 @@ class MpiCommunicator(Ranks):
     def die(self, code: int) -> NoReturn:
         """End this process so that MPI notices: it does not when a process exits by itself.
 
-        To mpirun a job of which every rank was killed is a success, so the last one is to abort.
+        To mpirun a job of which every rank was killed is a success, so the last one is to say what
+        it was.
         """
         started = time.monotonic()
-        while self.is_fault_tolerant and self._others_left():
+        # Asked once a turn: the others may be gone a moment later, and this rank is the last one.
+        while self.is_fault_tolerant and (others := self._others_left()):
             seconds = time.monotonic() - started
-            is_lowest = self.rank < min(self._others_left(), default=self.rank)
+            is_lowest = self.rank < min(others)
             if seconds > (DYING_SECONDS if is_lowest else DYING_SECONDS / 5):
                 flush()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -169,20 +171,31 @@ class MpiCommunicator(Ranks):
 
     def _others_left(self) -> list[int]:
         """Return the other ranks that MPI does not know to be dead."""
-        with suppress(self._mpi.Exception):
-            # Lets MPI look.
-            self._comm.Iprobe(tag=_MESSAGE)
+        # Lets MPI look. Where a message waits, or that is revoked, it would answer without looking.
+        self._mpi.COMM_SELF.Iprobe(tag=_MESSAGE)
         failed = self._comm.Get_failed()
         places = failed.Translate_ranks(list(range(failed.Get_size())), self._started)
         return [rank for rank in self.alive if rank != self.rank and rank not in places]
 
     def abort(self, code: int) -> NoReturn:
-        """End every rank of the job at once."""
+        """End every rank of the job at once; mpirun returns `code`.
+
+        Of the abort of the last rank, after others were lost, mpirun (Open MPI 5.0) makes a
+        success. It passes on the code of a rank that exits, and then ends the others, stopped ones
+        too; before a rank was lost it would wait for them.
+        """
         flush()
         try:
-            self._mpi.COMM_WORLD.Abort(code)
+            if code == 0 or not self._is_any_lost():
+                self._mpi.COMM_WORLD.Abort(code)
         finally:
             os._exit(code)
+
+    def _is_any_lost(self) -> bool:
+        """Return whether MPI can tell, and knows of, a rank that has died since the start."""
+        if not self.is_fault_tolerant:
+            return False
+        return len(self._others_left()) + 1 < self._started.Get_size()
 
     # Collectives made of messages. When a rank dies in the middle of one of Open MPI's, the others
     # were seen to return garbage without an error.

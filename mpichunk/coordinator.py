@@ -8,13 +8,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mpichunk.breaker import Breaker
 from mpichunk.geometry import Box
+from mpichunk.history import read_checksum
 from mpichunk.journal import Journal
 from mpichunk.messages import (
     DRAINED,
     FAILURES,
     FINISHED,
+    RANK_LOST,
     Acknowledge,
     Assign,
+    Contest,
+    Contested,
     Done,
     Drain,
     Failed,
@@ -79,6 +83,11 @@ class Coordinator:
         self._breaker = breaker
         self._tempo = tempo or Tempo(float("inf"))
         self._next_back_up = float("-inf")
+        self._contested: dict[int, bool] = {}
+        self._writers: dict[int, int] = {}
+        self._doubtful: set[int] = set()
+        self._excluded: set[int] = set()
+        self._newly_excluded: list[int] = []
         self._retries: dict[int, tuple[int, Failed]] = {}
         self._is_stopped = False
 
@@ -97,20 +106,21 @@ class Coordinator:
                 # Asked last, served last: what it still wants moves to the end of the queue.
                 self._wanted[rank] = self._wanted.pop(rank, 0) + num_blocks
             case Done():
-                if self._scheduler.finish(rank, message.lease):
-                    self._note(rank, message, "done")
-                    self._tempo.note(sum(message.seconds.values()))
-                    self._retries.pop(message.lease.block, None)
-                    if self._breaker is not None:
-                        self._breaker.succeed()
+                self._finish(rank, message)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Failed():
+                self._release(rank, message.lease)
                 self._fail(rank, message)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
+            case Contested(lease=lease):
+                if self._scheduler.holds(rank, lease):
+                    self._contested[lease.block] = True
+                    self._next_back_up = float("-inf")
             case Drain(reason=reason):
                 self._end(DRAINED, f"{reason} on rank {rank} ({self._hosts[rank]})")
             case GiveBack(leases=leases):
                 for lease in leases:
+                    self._release(rank, lease)
                     self._scheduler.give_back(rank, lease)
 
     def regroup(
@@ -118,6 +128,7 @@ class Coordinator:
         held: Mapping[int, Iterable[Lease]],
         now: float,
         *,
+        writing: Mapping[int, Iterable[Lease]],
         ending: Stop | None = None,
         idle: Collection[int] = (),
     ) -> None:
@@ -128,29 +139,37 @@ class Coordinator:
         Args:
             held: By rank, what it computes, or has finished without knowing whether it counts.
             now: Seconds.
+            writing: By rank, what of it nobody else may write.
             ending: That the run ends early, if one of them has been told so.
             idle: Those of them that compute nothing.
         """
         self.ending = self.ending or ending
+        lost = set(self._ranks).difference(held)
         self._ranks = tuple(sorted(held))
+        idle = self._excluded.union(idle)
         working = {rank: leases for rank, leases in held.items() if rank not in idle}
         if not working and not self._scheduler.is_finished:
             self._end(FAILURES, "no rank is left that computes right")
-        self._scheduler.regroup(working, now)
+        fates = self._scheduler.regroup(working, now, lost=lost)
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
         self._wanted.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
+        self._contested.clear()
+        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
+        for rank, lease, state in fates:
+            self._note_death(rank, lease, state)
 
     def assign(self, now: float) -> list[Outgoing]:
         """Lease blocks to the ranks that have asked; who gets none now waits for a later turn."""
         if self.ending is not None:
             return []
+        outgoing: list[Outgoing] = [(rank, Stop(reason=FINISHED)) for rank in self._newly_excluded]
+        self._newly_excluded.clear()
         if self._scheduler.num_pending == 0:
-            return self._back_up(now)
-        outgoing: list[Outgoing] = []
+            return outgoing + self._back_up(now)
         for rank, num_blocks in list(self._wanted.items()):
             leases = self._scheduler.lease(rank, num_blocks, now)
             if not leases:
@@ -161,38 +180,53 @@ class Coordinator:
                 del self._wanted[rank]
         return outgoing
 
-    def may_write(self, lease: Lease) -> bool:
-        """Return whether a late block is still wanted."""
-        return self._scheduler.state(lease.block) != State.DONE
+    def may_write(self, rank: int, lease: Lease) -> bool:
+        """Return whether a rank may write a block: of several that hold it the first that asks."""
+        if not self._scheduler.holds(rank, lease):
+            return False
+        return self._writers.setdefault(lease.block, rank) == rank
 
     def give_up_rank(self, rank: int) -> None:
-        """Lease what a hung rank holds to others."""
+        """Lease what a rank holds to others."""
+        self._doubtful.add(rank)
         self._scheduler.give_up_rank(rank)
         self._wanted.pop(rank, None)
+        self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
 
     def welcome_back(self, rank: int) -> None:
         """Count on a rank that was given up."""
         self._scheduler.welcome_back(rank)
 
     def _back_up(self, now: float) -> list[Outgoing]:
-        """Lease slow blocks once more, to idle ranks, when there are no others."""
+        """Lease slow blocks once more, to idle ranks, when there are no others.
+
+        First the rank that has it promises to ask before it writes: two never write one block.
+        """
         if now < self._next_back_up or not self._wanted:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
         idle = list(self._wanted)
-        for block in self._scheduler.late_blocks(now, self._tempo.slow_seconds):
-            for rank in idle:
-                lease = self._scheduler.back_up(rank, block, now)
-                if lease is not None:
-                    log.info("block %d is slow; rank %d computes it as well", block, rank)
-                    outgoing.append((rank, Assign(leases=(lease,))))
-                    self._wanted[rank] -= 1
-                    if self._wanted[rank] == 0:
-                        del self._wanted[rank]
-                    idle.remove(rank)
-                    break
+        for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
+            if late.block not in self._contested:
+                self._contested[late.block] = False
+                outgoing.append((holder, Contest(lease=late)))
+            elif self._contested[late.block]:
+                outgoing += self._lease_again(late.block, idle, now)
         return outgoing
+
+    def _lease_again(self, block: int, idle: list[int], now: float) -> list[Outgoing]:
+        """Lease a block that is held already to one of the idle ranks, if one may have it."""
+        for rank in idle:
+            lease = self._scheduler.back_up(rank, block, now)
+            if lease is not None:
+                log.info("block %d is slow; rank %d computes it as well", block, rank)
+                self._wanted[rank] -= 1
+                if self._wanted[rank] == 0:
+                    del self._wanted[rank]
+                idle.remove(rank)
+                return [(rank, Assign(leases=(lease,)))]
+        return []
 
     def commit(self, now: float) -> list[Outgoing]:
         """Sync the journal, acknowledge what is in it, and stop the ranks when all is done."""
@@ -236,6 +270,49 @@ class Coordinator:
             why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
             self._end(FAILURES, why)
 
+    def _release(self, rank: int, lease: Lease) -> None:
+        """Let another rank write a block that this one will not."""
+        if self._writers.get(lease.block) == rank:
+            del self._writers[lease.block]
+
+    def _finish(self, rank: int, done: Done) -> None:
+        """Note a block that is done; of one that was done already, only whether it is the same."""
+        block = done.lease.block
+        if not self._scheduler.finish(rank, done.lease):
+            self._compare(rank, done)
+            return
+        self._note(rank, done, "done")
+        self._tempo.note(sum(done.seconds.values()))
+        self._retries.pop(block, None)
+        self._contested.pop(block, None)
+        self._writers.pop(block, None)
+        if self._breaker is not None:
+            self._breaker.succeed(rank)
+
+    def _compare(self, rank: int, done: Done) -> None:
+        """Compute a block again of which two ranks have written different values.
+
+        Happens only to a rank that was stopped while it wrote, given up, and came back.
+        """
+        if rank not in self._doubtful:
+            return
+        self._sync()
+        block = done.lease.block
+        if read_checksum(self._journal.path, block) in (done.checksum, None):
+            return
+        why = f"rank {rank} has written other values over it; it is computed again"
+        log.warning("block %d: %s", block, why)
+        self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
+        self._scheduler.reopen(block)
+
+    def _note_death(self, rank: int, lease: Lease, state: State) -> None:
+        """Note what a rank was computing, or near, when it died."""
+        why = f"rank {rank} died while it computed this block, or the one before"
+        failed = Failed(lease=lease, error=RANK_LOST, message=why)
+        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        if state == State.FAILED:
+            log.error("block %d: %s, as others did; given up", lease.block, why)
+
     def _fail(self, rank: int, failed: Failed) -> None:
         """Note a failed attempt, which says on which rank it was and why."""
         state = self._scheduler.fail(rank, failed.lease)
@@ -262,14 +339,34 @@ class Coordinator:
 
     def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
         """End the run when the breaker says so; what was to be tried again is listed as failed."""
+        if self._breaker is None:
+            return
         left = self._scheduler.num_pending + self._scheduler.num_leased
-        why = self._breaker and self._breaker.fail(rank, failed, num_left=left)
+        why = self._breaker.fail(rank, failed, num_left=left)
         if not why:
+            if self._breaker.is_broken(rank):
+                self._exclude(rank, failed)
             return
         self._end(FAILURES, why)
         for earlier_rank, earlier in self._retries.values():
             self._note(earlier_rank, earlier, "failed")
         self._retries.clear()
+
+    def _exclude(self, rank: int, failed: Failed) -> None:
+        """Lease no more blocks to a rank on which everything fails, while others do well."""
+        log.error(
+            "rank %d (%s) gets no more blocks: one after another fails there, and not on others; "
+            "the last one: %s: %s",
+            rank,
+            self._hosts[rank],
+            failed.error,
+            failed.message,
+        )
+        self._excluded.add(rank)
+        self._newly_excluded.append(rank)
+        self.give_up_rank(rank)
+        if self._breaker is not None:
+            self._breaker.num_ranks -= 1
 
     def _note(self, rank: int, record: Record, state: str) -> None:
         """Append a line about a block to the journal."""

@@ -18,6 +18,9 @@ STOP_NAME = "stop"
 LOOK_SECONDS = 2.0
 """How often the coordinator looks for the stop file."""
 
+DROP_SECONDS = 15.0
+"""So long before the end of the allocation blocks in flight are dropped, rather than killed."""
+
 REPEAT_SECONDS = 5.0
 """A request is sent again after so long: a coordinator may have died with the first one."""
 
@@ -109,6 +112,13 @@ class Watch:
             return None
         self._next_word = now + REPEAT_SECONDS
         return self._reason
+
+    @property
+    def is_time_up(self) -> bool:
+        """Whether the allocation ends at once, and nothing in flight can be finished."""
+        end_time = self._outside.end_time
+        seconds = min(DROP_SECONDS, self._stop_before_seconds / 4)
+        return end_time is not None and self._clock() >= end_time - seconds
 
     def _find_reason(self, now: float, is_leader: bool) -> str | None:
         if self._outside.signals.received is not None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mpichunk.geometry import Box, triple
 from mpichunk.journal import whole_lines
-from mpichunk.messages import Failure, State
+from mpichunk.messages import RANK_LOST, Failure, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,20 +54,21 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_failures(
-    path: Path, states: npt.NDArray[np.uint8], *, since: float = 0.0
+    path: Path, states: npt.NDArray[np.uint8], *, of_latest_start: bool = False
 ) -> list[Failure]:
     """Return the blocks that `states` calls failed, with causes, in plan order.
 
     Args:
         path: The journal.
         states: (num_blocks,) the `State` of each block.
-        since: Seconds since the epoch; what has failed before is left out.
+        of_latest_start: Leave out what has failed before it.
     """
     failures: dict[int, Failure] = {}
-    for line in _lines_with(path, b',"state":"failed",'):
+    begin = _latest_start(path) if of_latest_start else 0
+    for line in _lines_with(path, b',"state":"failed",', begin):
         found = json.loads(line)
         block = found["block"]
-        if states[block] == State.FAILED and found["time"] >= since:
+        if states[block] == State.FAILED:
             start, stop = found["core"]
             core = Box(start=triple(start), stop=triple(stop))
             names = ("rank", "host", "attempt", "error", "message")
@@ -75,25 +76,63 @@ def read_failures(
     return [failures[block] for block in sorted(failures)]
 
 
-def read_tries(path: Path) -> tuple[dict[int, list[int]], list[int]]:
-    """Return what has failed since the latest start, for who goes on in its middle.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tries:
+    """What has gone wrong since the latest start, for who goes on in its middle."""
 
-    Returns:
-        By block the ranks that it has failed on, one entry a try; and the blocks given up.
-    """
-    start = (read_starts(path) or [{}])[-1].get("time", 0.0)
-    tries: dict[int, list[int]] = {}
-    for line in _lines_with(path, b',"state":"retry",'):
+    failed_on: dict[int, list[int]]
+    """By block the ranks that it has failed on, one entry a try."""
+
+    died_on: dict[int, list[int]]
+    """By block the ranks that died while they may have computed it, one entry a death."""
+
+    given_up: list[int]
+    """Blocks that were tried as often as allowed."""
+
+
+def read_tries(path: Path) -> Tries:
+    """Return what has gone wrong since the latest start."""
+    begin = _latest_start(path)
+    failed_on: dict[int, list[int]] = {}
+    died_on: dict[int, list[int]] = {}
+    for line in _lines_with(path, b',"state":"retry",', begin):
         found = json.loads(line)
-        if found["time"] >= start:
-            tries.setdefault(found["block"], []).append(found["rank"])
-    lines = map(json.loads, _lines_with(path, b',"state":"failed",'))
-    return tries, [line["block"] for line in lines if line["time"] >= start]
+        kind = died_on if found["error"] == RANK_LOST else failed_on
+        kind.setdefault(found["block"], []).append(found["rank"])
+    lines = map(json.loads, _lines_with(path, b',"state":"failed",', begin))
+    given_up = [line["block"] for line in lines]
+    return Tries(failed_on=failed_on, died_on=died_on, given_up=given_up)
 
 
-def _lines_with(path: Path, marker: bytes) -> Iterator[bytes]:
-    """Yield the lines that contain `marker`; much quicker than looking at every line."""
+def read_checksum(path: Path, block: int) -> str | None:
+    """Return what the last `done` line of a block says, None if there is none."""
+    checksum: str | None = None
+    for line in _lines_with(path, b'"block":%d,"state":"done",' % block):
+        checksum = json.loads(line)["checksum"]
+    return checksum
+
+
+def _latest_start(path: Path) -> int:
+    """Return where the line of the latest start begins; 0 if there is none.
+
+    The order of the lines, since clocks of several hosts may differ.
+    """
+    place = at = 0
     with path.open("rb") as file:
+        for lines in whole_lines(file):
+            found = lines.rfind(b'\n{"start":{')
+            if found >= 0:
+                place = at + found + 1
+            elif lines.startswith(b'{"start":{'):
+                place = at
+            at += len(lines)
+    return place
+
+
+def _lines_with(path: Path, marker: bytes, begin: int = 0) -> Iterator[bytes]:
+    """Yield the lines from byte `begin` on that contain `marker`, without parsing the others."""
+    with path.open("rb") as file:
+        file.seek(begin)
         for lines in whole_lines(file):
             at = lines.find(marker)
             while at >= 0:

@@ -23,9 +23,10 @@ from mpichunk.journal import Journal
 from mpichunk.lock import Process, RunLock
 from mpichunk.messages import State
 from mpichunk.progress import Heartbeat, get_display, summarise
-from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.scheduler import Scheduler
 from mpichunk.sentry import Lead
 from mpichunk.startup import Job, open_journal
+from mpichunk.staticrun import static_blocks
 from mpichunk.vigil import Tempo, Vigil
 
 BEAT_SECONDS = 30.0
@@ -120,7 +121,8 @@ class Leading:
             done=journal.states == State.DONE,
             max_attempts=self.job.config.schedule.max_attempts,
         )
-        scheduler.recall(*read_tries(journal.path))
+        tries = read_tries(journal.path)
+        scheduler.recall(tries.failed_on, tries.died_on, tries.given_up)
         return self._lead(journal, scheduler)
 
     def tell(self, lead: Lead) -> None:

@@ -5,6 +5,7 @@ turns. When a turn finds nothing to do the next one comes later and later, up to
 pipeline wakes it: an idle rank leaves its core alone.
 """
 
+import logging
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ SHORTEST_NAP_SECONDS = 0.0002
 LONGEST_NAP_SECONDS = 0.02
 FIRST_BEAT_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Pulse:
@@ -190,11 +193,12 @@ class Loop:
             assert self.take_over is not None, "nobody can take over"
             self.lead = self.take_over()
         held = {rank: holding.leases for rank, holding in holdings.items()}
+        writing = {rank: holding.writing for rank, holding in holdings.items()}
         stops = [holding.stop for holding in holdings.values() if holding.stop is not None]
         early = next((stop for stop in stops if stop.reason != FINISHED), None)
         idle = {rank for rank, holding in holdings.items() if holding.is_idle}
         now = self.clock()
-        self.lead.coordinator.regroup(held, now, ending=early, idle=idle)
+        self.lead.coordinator.regroup(held, now, writing=writing, ending=early, idle=idle)
         self.lead.attendance.regroup(comm.alive)
         self.lead.vigil.regroup(comm.alive, now)
 
@@ -205,6 +209,9 @@ class Loop:
         for source, messages in arrived:
             for message in messages:
                 self._deliver(source, message, now)
+        if self.pulse.is_over:
+            # Nobody receives any more.
+            return True
         outgoing: list[tuple[int, Message]] = [(comm.coordinator, m) for m in self._say(now)]
         if lead is not None:
             outgoing += lead.coordinator.assign(now)
@@ -222,6 +229,11 @@ class Loop:
     def _say(self, now: float) -> list[ToCoordinator]:
         """Return what the coordinator must know of this rank."""
         messages = self.worker.step()
+        if self.watch is not None and self.comm.is_coordinator and self.watch.is_time_up:
+            raise MustEnd(
+                "the allocation ends now; blocks in flight are dropped: run it again to go on",
+                ExitCode.DRAINED,
+            )
         if self.watch is not None and not self.worker.is_stopped:
             reason = self.watch.poll(now, is_leader=self.comm.is_coordinator)
             if reason is not None:
@@ -254,7 +266,7 @@ class Loop:
             case Gone(rank=rank):
                 lead.vigil.condemn(rank)
             case Ask(lease=lease):
-                may_write = lead.coordinator.may_write(lease)
+                may_write = lead.coordinator.may_write(source, lease)
                 _send(self.comm, [(source, Verdict(lease=lease, may_write=may_write))])
             case _:
                 lead.coordinator.handle(source, message)
@@ -268,6 +280,8 @@ class Loop:
         code = None
         if lead.attendance.excused:
             code = self.conclude(lead)
+            names = ", ".join(map(str, sorted(lead.attendance.excused)))
+            log.warning("the job is now ended by force, since rank %s cannot be ended alone", names)
         self._tell_all(Leave(code=code))
         self.pulse.abort_code = code
 
@@ -279,10 +293,10 @@ class Loop:
         _send(self.comm, ((rank, message) for rank in others))
 
     def _see_off(self) -> None:
-        """Wait until the last messages of this rank have been received."""
+        """Wait until the last messages of the coordinator have been received; others have none."""
         comm, code = self.comm, self.pulse.abort_code
         end = self.clock() + FAREWELL_SECONDS
-        while comm.num_unreceived() and (code is None or self.clock() < end):
+        while self.lead is not None and comm.num_unreceived() and self.clock() < end:
             comm.receive()
             time.sleep(SHORTEST_NAP_SECONDS)
         if code is not None:

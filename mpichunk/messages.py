@@ -12,6 +12,8 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | -- GiveBack(leases) -----------------------> |   what was not begun before an early stop
       | -- Beat(counters) -------------------------> |   again and again; the last one at the end
       | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
+      | <-- Contest(lease) ------------------------- |   another rank is to compute it, too
+      | -- Contested(lease) -----------------------> |   it is not being written, and asks before
       | -- Ask(lease) -----------------------------> |   before a block is written that is late
       | <-- Verdict(lease, may_write) -------------- |
       | -- Gone(rank) -----------------------------> |   a process of the same machine has ended
@@ -39,6 +41,10 @@ FAILURES = "failures"
 """Why a run stops: going on would only make more blocks fail."""
 
 
+RANK_LOST = "RankLost"
+"""The error of a block that a rank may have died of."""
+
+
 class State(IntEnum):
     """What becomes of a block; each block is in exactly one state."""
 
@@ -64,6 +70,9 @@ class Lease:
 
     attempt: int
     """1 for the first try."""
+
+    is_backup: bool = False
+    """Whether another rank computes the block, too: then who is ready asks before it writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,8 +212,24 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """The lease is slow, and another rank is to compute its block as well."""
+
+    lease: Lease
+    """What the receiver holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contested:
+    """The answer to `Contest`, if the block is not being written yet: the rank will ask before."""
+
+    lease: Lease
+    """What it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """The lease has taken longer than it may; may its block still be written?"""
+    """Other ranks may compute this block, too; may this one write it?"""
 
     lease: Lease
     """What has been computed."""
@@ -218,7 +243,7 @@ class Verdict:
     """What was asked for."""
 
     may_write: bool
-    """False when another rank has finished the block."""
+    """False when another rank has written the block, or is about to: two never write one block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +282,6 @@ Record = Done | Failed
 Records = queue.SimpleQueue[Record | Dropped | BaseException]
 """What a pipeline's threads have finished; an exception in it is a crash for the main thread."""
 
-ToCoordinator = Record | Request | Drain | GiveBack | Beat | Ask | Gone
-ToWorker = Assign | Acknowledge | Stop | Heard | Verdict | Kill | Leave
+ToCoordinator = Record | Request | Drain | GiveBack | Beat | Contested | Ask | Gone
+ToWorker = Assign | Acknowledge | Stop | Heard | Contest | Verdict | Kill | Leave
 Message = ToCoordinator | ToWorker

@@ -1,4 +1,4 @@
-"""Whether a block may still be written: a rank that is late asks first.
+"""Whether a block may be written: a rank that is late, or not the only one, asks first.
 
 Between the writer threads of the pipeline, which wait, and the main thread, which sends and
 receives. Knows neither what is written nor who answers.
@@ -29,6 +29,7 @@ class Permits:
         self._changed = threading.Condition()
         self._since: dict[Lease, float] = {}
         self._writing: set[Lease] = set()
+        self._contested: set[Lease] = set()
         self._asked: list[Lease] = []
         self._open: set[Lease] = set()
         self._answers: dict[Lease, bool] = {}
@@ -41,18 +42,34 @@ class Permits:
         """Note that a lease begins."""
         with self._changed:
             self._since[lease] = self._clock()
+            self._answers.pop(lease, None)
 
     def end(self, lease: Lease) -> None:
         """Note that there is a record of a lease."""
         with self._changed:
             self._since.pop(lease, None)
+            self._contested.discard(lease)
             self._writing.discard(lease)
 
+    def contest(self, lease: Lease) -> bool:
+        """Make a lease ask before it is written; return False when that is too late."""
+        with self._changed:
+            if lease not in self._since or lease in self._writing:
+                return False
+            self._contested.add(lease)
+            return True
+
+    def writing(self) -> set[Lease]:
+        """Return what is being written, or has been since its record was taken in."""
+        with self._changed:
+            return set(self._writing)
+
     def may_write(self, lease: Lease) -> bool:
-        """Return whether a block is to be written; waits for an answer when it is late."""
+        """Return whether a block is to be written; waits for an answer when it must ask."""
         with self._changed:
             is_late = self._clock() - self._since.get(lease, self._clock()) > self.lease_seconds
-            if is_late and not self._is_closed:
+            must_ask = is_late or lease.is_backup or lease in self._contested
+            if must_ask and not self._is_closed:
                 self._asked.append(lease)
                 self._open.add(lease)
                 self._wake.set()
@@ -77,8 +94,9 @@ class Permits:
     def answer(self, lease: Lease, may_write: bool) -> None:
         """Let a writer thread go on."""
         with self._changed:
-            self._answers[lease] = may_write
-            self._changed.notify_all()
+            if lease in self._open:
+                self._answers[lease] = may_write
+                self._changed.notify_all()
 
     def close(self, held: Iterable[Lease]) -> set[Lease]:
         """Let nothing more be written than is being written; return what of `held` that is."""

@@ -45,7 +45,7 @@ from mpichunk.leading import Keeper, Leading
 from mpichunk.lock import this_process
 from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
 from mpichunk.loop import Loop, Pulse
-from mpichunk.messages import Records, Stop
+from mpichunk.messages import FAILURES, Records, Stop
 from mpichunk.neighbours import Neighbours
 from mpichunk.permits import Permits
 from mpichunk.pipeline import Pipeline, Source
@@ -300,10 +300,11 @@ def _compute(
         return leading.take_over(keeper.open(keeper.lock()))
 
     def end(lead: Lead) -> Stop:
+        assert keeper.journal is not None
+        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank goes on")
         leading.tell(lead)
-        assert keeper.journal is not None and lead.coordinator.ending is not None
-        note_end(keeper.journal, lead.coordinator.ending)
-        return lead.coordinator.ending
+        note_end(keeper.journal, ending)
+        return ending
 
     loop = Loop(
         comm=comm,
@@ -318,7 +319,11 @@ def _compute(
         fuse=life.fuse,
     )
     with pipeline:
-        lead = loop.serve()
+        try:
+            lead = loop.serve()
+        finally:
+            # Whoever begins anew must not wait for an answer that will not come.
+            permits.close(())
         if worker.is_abandoning:
             pipeline.abandon()
             life.is_abandoning = True

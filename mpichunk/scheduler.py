@@ -10,18 +10,20 @@ A block that takes long may be leased to a second rank as well: the first result
 """
 
 from bisect import bisect_right
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
 from mpichunk.messages import Lease, State
+from mpichunk.retries import Retries
+from mpichunk.staticrun import WINDOW, static_starts
 
-WINDOW = 4096
-"""Blocks of the state array that are searched at a time for pending ones."""
+MOST_DEATHS = 3
+"""Ranks that may die over a block before it is given up: it may be what kills them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +32,6 @@ class _Holder:
 
     attempt: int
     since: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tries:
-    """What has become of a block that failed at least once."""
-
-    num_tries: int
-    ranks: frozenset[int]
 
 
 class Scheduler:
@@ -76,11 +70,10 @@ class Scheduler:
         self._given_up: set[int] = set()
         self._run_starts: list[int] = []
 
-        # Blocks to lease: first those never tried, in plan order, then those that failed, by the
-        # ranks that have failed on them. Trying again late gives a fault time to pass.
+        # Blocks to lease: first those never tried, in plan order, then those that failed. Trying
+        # again late gives a fault time to pass.
         self._fresh = self._pending_blocks()
-        self._tries: dict[int, _Tries] = {}
-        self._again: dict[frozenset[int], deque[int]] = {}
+        self._retries = Retries()
 
         if mode == "static":
             self._lease_runs()
@@ -147,7 +140,7 @@ class Scheduler:
         if self._states[lease.block] == State.DONE:
             return False
         self._move(lease.block, State.DONE)
-        self._tries.pop(lease.block, None)
+        self._retries.forget(lease.block)
         return True
 
     def fail(self, rank: int, lease: Lease) -> State | None:
@@ -158,42 +151,52 @@ class Scheduler:
         """
         if not self._release(rank, lease) or self._states[lease.block] != State.LEASED:
             return None
-        num_tries = self._count_try(rank, lease)
+        num_tries = self._retries.count(lease.block, rank, lease.attempt)
         if lease.block in self._holders:
             return State.LEASED
         if num_tries >= self._max_attempts:
+            self._retries.forget(lease.block)
             self._move(lease.block, State.FAILED)
-            self._tries.pop(lease.block, None)
             return State.FAILED
-        self._queue_again(lease.block)
+        self._make_pending(lease.block)
         return State.PENDING
 
-    def late_blocks(self, now: float, seconds: float) -> list[int]:
-        """Return the blocks that one rank alone has held for long, those held longest first.
+    def holds(self, rank: int, lease: Lease) -> bool:
+        """Return whether a rank holds a block that is still to be done."""
+        if self._states[lease.block] != State.LEASED:
+            return False
+        holders = self._holders.get(lease.block)
+        if holders is None:
+            return lease.attempt == 1 and self._is_in_run(rank, lease.block)
+        return rank in holders and holders[rank].attempt == lease.attempt
+
+    def late_leases(self, now: float, seconds: float) -> list[tuple[int, Lease]]:
+        """Return what one rank alone has held for long, each with its rank, the oldest first.
 
         Args:
             now: Seconds.
             seconds: What is long for one block; a rank works on all that it holds.
         """
-        found: list[tuple[float, int]] = []
+        found: list[tuple[float, int, Lease]] = []
         for block, holders in self._holders.items():
             ((rank, holder), *others) = holders.items()
             is_late = now - holder.since > seconds * max(1, self._num_held[rank])
             if is_late and not others and self._states[block] == State.LEASED:
-                found.append((holder.since, block))
-        return [block for _, block in sorted(found)]
+                found.append((holder.since, rank, Lease(block=block, attempt=holder.attempt)))
+        found.sort(key=lambda item: (item[0], item[2].block))
+        return [(rank, lease) for _, rank, lease in found]
 
     def back_up(self, rank: int, block: int, now: float) -> Lease | None:
         """Lease a block that another rank holds to a rank without one; None if it must not."""
-        tries = self._tries.get(block)
-        has_failed = tries is not None and rank in tries.ranks
+        has_failed = self._retries.has_failed_on(block, rank)
         if self._num_held[rank] or has_failed or rank in self._holders[block]:
             return None
-        return self._hold(rank, block, now)
+        return replace(self._hold(rank, block, now), is_backup=True)
 
     def give_up_rank(self, rank: int) -> None:
-        """Make pending what a rank alone holds; it may yet finish it."""
+        """Make pending what a rank alone holds, and count on it no more; it may yet finish it."""
         self._given_up.add(rank)
+        self._retries.sort(self._others, self._is_pending)
         held = [block for block, holders in self._holders.items() if rank in holders]
         for block in held:
             del self._holders[block][rank]
@@ -208,14 +211,27 @@ class Scheduler:
     def welcome_back(self, rank: int) -> None:
         """Count on a rank that was given up."""
         self._given_up.discard(rank)
+        self._retries.sort(self._others, self._is_pending)
 
-    def regroup(self, held: Mapping[int, Iterable[Lease]], now: float) -> None:
+    def reopen(self, block: int) -> None:
+        """Make a block that was done pending: what is stored of it is in doubt."""
+        if self._states[block] == State.DONE:
+            self._make_pending(block)
+
+    def regroup(
+        self, held: Mapping[int, Iterable[Lease]], now: float, *, lost: Iterable[int] = ()
+    ) -> list[tuple[int, Lease, State]]:
         """Go on with other ranks: they hold what they say and no more; the rest is pending.
 
         Args:
             held: By rank, what it computes, or has finished without knowing whether it counts.
             now: Seconds.
+            lost: Ranks that have died since.
+
+        Returns:
+            What each lost rank may have died of, as far as it is known, and what becomes of it.
         """
+        suspects = [(rank, lease) for rank in lost if (lease := self._oldest(rank)) is not None]
         self._ranks = tuple(rank for rank in self._ranks if rank in held)
         before = self._states == State.LEASED
         self._states[before] = State.PENDING
@@ -224,34 +240,39 @@ class Scheduler:
         self._run_starts.clear()
         for rank, leases in held.items():
             for lease in leases:
-                if self._states[lease.block] in (State.PENDING, State.LEASED):
+                is_told = self._retries.is_told_again(lease.block, rank, lease.attempt)
+                if self._states[lease.block] in (State.PENDING, State.LEASED) and not is_told:
                     self._states[lease.block] = State.LEASED
                     holder = _Holder(attempt=lease.attempt, since=now)
                     self._holders.setdefault(lease.block, {})[rank] = holder
                     self._num_held[rank] += 1
         self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
         self._fresh = self._pending_blocks()
-        self._again.clear()
         self._given_up.clear()
-        for block in self._tries:
-            if self._states[block] == State.PENDING:
-                self._queue_again(block)
+        fates = [(rank, lease, self._suspect(lease.block)) for rank, lease in suspects]
+        self._retries.sort_failed(self._others, self._is_pending)
+        return [fate for fate in fates if fate[2] != State.DONE]
 
-    def recall(self, tries: Mapping[int, Sequence[int]], given_up: Iterable[int]) -> None:
+    def recall(
+        self,
+        failed_on: Mapping[int, Sequence[int]],
+        died_on: Mapping[int, Sequence[int]],
+        given_up: Iterable[int],
+    ) -> None:
         """Remember what an earlier scheduler of this run has seen fail; to be called first.
 
         Args:
-            tries: By block the ranks that it has failed on, one entry a try.
+            failed_on: By block the ranks that it has failed on, one entry a try.
+            died_on: By block the ranks that may have died of it, one entry a death.
             given_up: Blocks tried as often as allowed.
         """
-        for block, ranks in tries.items():
-            if self._states[block] == State.PENDING:
-                self._tries[block] = _Tries(num_tries=len(ranks), ranks=frozenset(ranks))
-                self._queue_again(block)
+        pending = {b: ranks for b, ranks in failed_on.items() if self._is_pending(b)}
+        self._retries.recall(pending, died_on)
         for block in given_up:
             if self._states[block] == State.PENDING:
+                self._retries.forget(block)
                 self._move(block, State.FAILED)
-                self._tries.pop(block, None)
+        self._retries.sort_failed(self._others, self._is_pending)
 
     def give_back(self, rank: int, lease: Lease) -> None:
         """Take back a lease that was not begun, when no more will be leased: the run ends early."""
@@ -259,16 +280,43 @@ class Scheduler:
         if is_leased and lease.block not in self._holders:
             self._move(lease.block, State.PENDING)
 
+    def _oldest(self, rank: int) -> Lease | None:
+        """Return what a rank was most likely computing: of what it holds, what it has held longest.
+
+        Blocks are computed in the order in which they were leased.
+        """
+        mine = [(h[rank].since, block) for block, h in self._holders.items() if rank in h]
+        if mine:
+            block = min(mine)[1]
+            return Lease(block=block, attempt=self._holders[block][rank].attempt)
+        start, stop = self._run_of(rank)
+        leased = self._states[start:stop] == State.LEASED
+        leased[[block - start for block in self._holders if start <= block < stop]] = False
+        return Lease(block=start + int(np.argmax(leased)), attempt=1) if leased.any() else None
+
+    def _suspect(self, block: int) -> State:
+        """Note that a rank has died on a block; return its state."""
+        num_deaths = self._retries.count_death(block)
+        if num_deaths >= MOST_DEATHS and self._states[block] == State.PENDING:
+            self._retries.forget(block)
+            self._move(block, State.FAILED)
+        return self.state(block)
+
+    def _run_of(self, rank: int) -> tuple[int, int]:
+        """Return where the static run of a rank begins and ends; an empty one without."""
+        if not self._run_starts or rank not in self._ranks:
+            return 0, 0
+        place = self._ranks.index(rank)
+        ends = [*self._run_starts[1:], len(self._states)]
+        return (self._run_starts[place], ends[place]) if place < len(ends) else (0, 0)
+
     def _lease_runs(self) -> None:
         """Give each rank its static run."""
         todo = self._states == State.PENDING
-        num_todo, size = self.num_pending, len(self._ranks)
-        runs = [static_run(num_todo, size, place) for place in range(size)]
-        find = _place_finder(todo)
-        self._run_starts = [find(run.start) for run in runs if run]
+        self._run_starts = static_starts(todo, len(self._ranks))
         self._states[todo] = State.LEASED
-        self._counts[State.PENDING] -= num_todo
-        self._counts[State.LEASED] += num_todo
+        self._counts[State.LEASED] += self._counts[State.PENDING]
+        self._counts[State.PENDING] = 0
         self._fresh = iter(())
 
     def _pending_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
@@ -277,7 +325,7 @@ class Scheduler:
         for first in range(start, stop, WINDOW):
             window = self._states[first : min(first + WINDOW, stop)]
             for block in (np.flatnonzero(window == State.PENDING) + first).tolist():
-                if block not in self._tries:
+                if block not in self._retries:
                     yield block
 
     def _next_block(self, rank: int) -> int | None:
@@ -291,21 +339,11 @@ class Scheduler:
     def _take(self, rank: int) -> int | None:
         """Take a block off the fresh ones, else off those that failed on other ranks only."""
         block = next(self._fresh, None)
-        if block is not None:
-            return block
-        # There are at most as many queues as sets of ranks, however many blocks have failed.
-        for ranks, queue in self._again.items():
-            if rank not in ranks:
-                block = queue.popleft()
-                if not queue:
-                    del self._again[ranks]
-                return block
-        return None
+        return self._retries.take(rank) if block is None else block
 
     def _hold(self, rank: int, block: int, now: float) -> Lease:
         """Make `rank` the holder of a pending block."""
-        tries = self._tries.get(block)
-        lease = Lease(block=block, attempt=tries.num_tries + 1 if tries else 1)
+        lease = Lease(block=block, attempt=self._retries.num_tries(block) + 1)
         self._holders.setdefault(block, {})[rank] = _Holder(attempt=lease.attempt, since=now)
         self._num_held[rank] += 1
         self._move(block, State.LEASED)
@@ -330,23 +368,9 @@ class Scheduler:
             return False
         return bisect_right(self._run_starts, block) - 1 == self._ranks.index(rank)
 
-    def _count_try(self, rank: int, lease: Lease) -> int:
-        """Remember that a block has failed on a rank; return how often it has failed."""
-        tries = self._tries.get(lease.block)
-        num_tries = max(lease.attempt, tries.num_tries + 1 if tries else 1)
-        ranks = (tries.ranks if tries else frozenset()) | {rank}
-        self._tries[lease.block] = _Tries(num_tries=num_tries, ranks=ranks)
-        return num_tries
-
     def _give_up_run(self, rank: int) -> None:
         """Make pending what has not been heard of in the static run of a rank."""
-        if not self._run_starts or rank not in self._ranks:
-            return
-        place = self._ranks.index(rank)
-        ends = [*self._run_starts[1:], len(self._states)]
-        if place >= len(ends):
-            return
-        start, stop = self._run_starts[place], ends[place]
+        start, stop = self._run_of(rank)
         is_rest = self._states[start:stop] == State.LEASED
         is_rest[[block - start for block in self._holders if start <= block < stop]] = False
         self._states[start:stop][is_rest] = State.PENDING
@@ -356,61 +380,20 @@ class Scheduler:
         self._fresh = chain(self._fresh, self._pending_blocks(start, stop))
 
     def _make_pending(self, block: int) -> None:
-        """Take a block back that has not failed, or not now."""
-        if block in self._tries:
-            self._queue_again(block)
-        else:
-            self._again.setdefault(frozenset(), deque()).append(block)
-            self._move(block, State.PENDING)
-
-    def _queue_again(self, block: int) -> None:
-        """Make a block pending for the ranks that have not failed on it, or for all if all have."""
-        tries = self._tries[block]
-        others = set(self._ranks) - self._given_up
-        ranks = tries.ranks & others
-        if len(ranks) == len(others):
-            ranks = frozenset()
-        self._tries[block] = _Tries(num_tries=tries.num_tries, ranks=ranks)
-        self._again.setdefault(ranks, deque()).append(block)
+        """Take a block back."""
+        self._retries.queue(block, self._others)
         self._move(block, State.PENDING)
+
+    @property
+    def _others(self) -> set[int]:
+        """The ranks that blocks may wait for."""
+        return set(self._ranks) - self._given_up
+
+    def _is_pending(self, block: int) -> bool:
+        return bool(self._states[block] == State.PENDING)
 
     def _move(self, block: int, state: State) -> None:
         """Change the state of a block."""
         self._counts[self._states[block]] -= 1
         self._counts[state] += 1
         self._states[block] = state
-
-
-def static_run(num_todo: int, size: int, rank: int) -> range:
-    """Return the places, among the blocks still to do, of the run of `rank`.
-
-    The runs of all ranks are contiguous, in order, and their lengths differ by at most one.
-    """
-    length, num_longer = divmod(num_todo, size)
-    start = rank * length + min(rank, num_longer)
-    return range(start, start + length + (rank < num_longer))
-
-
-def static_blocks(todo: npt.NDArray[np.bool_], size: int, rank: int) -> Iterator[int]:
-    """Yield the blocks of the static run of `rank`; `todo` is (num_blocks,)."""
-    run = static_run(int(np.count_nonzero(todo)), size, rank)
-    if not run:
-        return
-    find = _place_finder(todo)
-    start, stop = find(run[0]), find(run[-1]) + 1
-    for first in range(start, stop, WINDOW):
-        yield from (np.flatnonzero(todo[first : min(first + WINDOW, stop)]) + first).tolist()
-
-
-def _place_finder(todo: npt.NDArray[np.bool_]) -> Callable[[int], int]:
-    """Return what finds the block of a place among those to do, without a list of them all."""
-    starts = np.arange(0, len(todo), WINDOW)
-    num_before = np.cumsum(np.add.reduceat(todo, starts, dtype=np.int64))
-
-    def find(place: int) -> int:
-        window = int(np.searchsorted(num_before, place, side="right"))
-        in_window = place - (int(num_before[window - 1]) if window else 0)
-        start = window * WINDOW
-        return start + int(np.flatnonzero(todo[start : start + WINDOW])[in_window])
-
-    return find

@@ -27,8 +27,14 @@ LOOK_SECONDS = 1.0
 GONE_SECONDS = 3.0
 """How long MPI may take to say that a process has died."""
 
-PAUSE_SECONDS = 10.0
+PAUSE_SECONDS = 2.0
 """A turn that took so long: this process was stopped, or its machine slept."""
+
+STANDSTILL_FACTOR = 3.0
+"""The job ends when no rank at all has moved for so many times what a step may take."""
+
+CHANGE = 0.25
+"""By how much at least what a lease may take must have changed to be told at once."""
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +86,8 @@ class Lookout:
         self._next_look = float("-inf")
         self._next_word = float("-inf")
         self._last_turn = float("inf")
+        self._blind_until = float("-inf")
+        self._has_told_standstill = False
         self._gone: tuple[int, float] | None = None
         self._heard: float | None = None
         self._lease_seconds = float("inf")
@@ -112,12 +120,14 @@ class Lookout:
         has_slept = now - self._last_turn > PAUSE_SECONDS
         self._last_turn = now
         if has_slept:
+            # What happened meanwhile is no longer this process's to judge.
+            self._blind_until = now + LOOK_SECONDS
             self.again()
             if lead is not None:
                 lead.vigil.forgive(now)
         # A launcher that loses a rank asks the others to end and kills them a moment later: look
         # now, or nobody is left to say which rank has died.
-        if now < self._next_look and not is_asked_to_end:
+        if now < self._blind_until or (now < self._next_look and not is_asked_to_end):
             return []
         self._next_look = now + min(LOOK_SECONDS, self._interval)
         outgoing: list[tuple[int, Message]] = [
@@ -178,6 +188,7 @@ class Lookout:
     def _look_after(self, lead: Lead, now: float) -> list[tuple[int, Message]]:
         """Find the ranks that hang, and let the others hear of this one."""
         comm, outgoing = self._comm, list[tuple[int, Message]]()
+        self._look_at_all(lead, now)
         for rank in lead.vigil.new_hung(now):
             self._tell_hung(rank, lead.vigil.tempo.lease_seconds)
             if comm.is_fault_tolerant and comm.size > 1:
@@ -191,12 +202,33 @@ class Lookout:
             lead.coordinator.give_up_rank(rank)
             lead.attendance.excuse(rank)
         word = Heard(lease_seconds=lead.vigil.tempo.lease_seconds)
-        if now >= self._next_word or word.lease_seconds != self._lease_seconds:
+        change = abs(word.lease_seconds - self._lease_seconds)
+        if now >= self._next_word or change > CHANGE * word.lease_seconds:
             self._next_word = now + self._interval
             self._lease_seconds = word.lease_seconds
             others = set(comm.alive) - lead.vigil.given_up - {comm.rank}
             outgoing += [(rank, word) for rank in sorted(others)]
         return outgoing
+
+    def _look_at_all(self, lead: Lead, now: float) -> None:
+        """Tell when no rank moves, and end the job when that goes on."""
+        seconds, limit = lead.vigil.standstill_seconds(now), lead.vigil.tempo.lease_seconds
+        if seconds <= limit:
+            self._has_told_standstill = False
+            return
+        if seconds > STANDSTILL_FACTOR * limit:
+            raise MustEnd(
+                f"no rank has moved for {seconds:.0f} s; when the file systems of input and output "
+                "are well, run the same again to resume",
+                ExitCode.UNEXPECTED,
+            )
+        if not self._has_told_standstill:
+            self._has_told_standstill = True
+            log.error(
+                "no rank has moved for %.0f s: is a file system down? Waiting until %.0f s",
+                seconds,
+                STANDSTILL_FACTOR * limit,
+            )
 
     def _killers(self, rank: int, lead: Lead) -> list[int]:
         """Return who is to end a rank: one on its machine, and itself should it be able to."""

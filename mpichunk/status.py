@@ -160,8 +160,7 @@ def read_status(run_dir: Path) -> RunStatus:
     is_complete = num_done == header["num_blocks"]
     is_alive = not is_complete and not end and is_held(run_dir)
     # A job that runs tries again what has failed before it started.
-    since = start.get("time", 0.0) if is_alive else 0.0
-    failures = history.read_failures(path, states, since=since)
+    failures = history.read_failures(path, states, of_latest_start=is_alive)
     num_failed = len(failures)
     num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
     pace = _pace(start, num_done, last_time)

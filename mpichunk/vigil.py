@@ -15,6 +15,9 @@ from statistics import median
 NUM_RECENT = 200
 """Blocks that are taken for typical."""
 
+FIRST_FACTOR = 10.0
+"""Before any block is done, a rank may take so many times the floor: nothing is measured yet."""
+
 LATE_FACTOR = 10.0
 """A rank that takes so many times a typical block's time for a single step may hang."""
 
@@ -47,9 +50,9 @@ class Tempo:
 
     @property
     def lease_seconds(self) -> float:
-        """How long a lease may take; no end before anything has been measured."""
+        """How long a lease, or a rank for a single step, may take."""
         if not self._recent:
-            return float("inf")
+            return FIRST_FACTOR * self._floor
         return max(self._floor, LATE_FACTOR * self._typical, 2 * max(self._recent))
 
     @property
@@ -132,9 +135,15 @@ class Vigil:
         self.given_up.discard(rank)
         return is_back
 
+    def standstill_seconds(self, now: float) -> float:
+        """Return for how long no rank at all has moved: then it is no fault of a single one."""
+        return min((now - sign.since for sign in self._signs.values()), default=0.0)
+
     def new_hung(self, now: float) -> list[int]:
-        """Return, once, each rank that has not moved for too long."""
+        """Return, once, each rank that has not moved for too long while another one has."""
         limit = self.tempo.lease_seconds
+        if self.standstill_seconds(now) > limit / 2:
+            return []
         found = [
             rank
             for rank, sign in self._signs.items()

@@ -14,6 +14,9 @@ from mpichunk.messages import (
     Acknowledge,
     Ask,
     Assign,
+    Contest,
+    Contested,
+    Done,
     Dropped,
     GiveBack,
     Heard,
@@ -50,6 +53,9 @@ class Holding:
 
     leases: tuple[Lease, ...]
     """What it computes, or has computed without knowing whether it counts."""
+
+    writing: tuple[Lease, ...]
+    """Those of them that it writes or has written: nobody else may."""
 
     stop: Stop | None
     """What it was told, if it was told to stop."""
@@ -90,6 +96,7 @@ class Worker:
         self._num_asked = 0
         self._stop: Stop | None = None
         self._given_back: list[Lease] = []
+        self._contested: list[Lease] = []
         self._to_send_again: list[Record] = []
 
         self.held: set[Lease] = set()
@@ -128,6 +135,15 @@ class Worker:
                     self._give_back()
                 else:
                     self._leave_to_others()
+            case Contest() | Verdict() | Heard():
+                self._handle_permits(message)
+
+    def _handle_permits(self, message: Contest | Verdict | Heard) -> None:
+        """Take in what decides whether blocks may be written."""
+        match message:
+            case Contest(lease=lease):
+                if self._permits.contest(lease):
+                    self._contested.append(lease)
             case Verdict(lease=lease, may_write=may_write):
                 self._permits.answer(lease, may_write)
             case Heard(lease_seconds=seconds):
@@ -142,11 +158,16 @@ class Worker:
         self._own = iter(())
         self._num_asked = 0
         self._given_back.clear()
+        self._contested.clear()
         self._to_send_again = list(self.unacknowledged.values())
         self._permits.ask_again()
         stop, self._stop = self._stop, None
         leases = *self.held, *self.unacknowledged
-        return Holding(leases=leases, stop=stop, is_idle=self._depth == 0)
+        written = {
+            lease for lease, record in self.unacknowledged.items() if isinstance(record, Done)
+        }
+        writing = tuple(self._permits.writing().intersection(self.held) | written)
+        return Holding(leases=leases, writing=writing, stop=stop, is_idle=self._depth == 0)
 
     def step(self) -> list[ToCoordinator]:
         """Refill the pipeline and return what the coordinator must know.
@@ -156,6 +177,8 @@ class Worker:
         """
         messages: list[ToCoordinator] = [*self._to_send_again, *self._finished()]
         self._to_send_again.clear()
+        messages += [Contested(lease=lease) for lease in self._contested]
+        self._contested.clear()
         messages += [Ask(lease=lease) for lease in self._permits.questions()]
         if self._given_back:
             messages.append(GiveBack(leases=tuple(self._given_back)))
@@ -176,8 +199,10 @@ class Worker:
             record = self._records.get()
             if isinstance(record, BaseException):
                 raise record
-            self.held.discard(record.lease)
             self._permits.end(record.lease)
+            if record.lease not in self.held:
+                continue  # left to others: nobody waits for it
+            self.held.discard(record.lease)
             if isinstance(record, Dropped):
                 self._given_back.append(record.lease)
                 continue

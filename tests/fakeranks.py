@@ -15,8 +15,9 @@ from mpichunk.journal import Journal
 from mpichunk.loop import Loop, Pulse
 from mpichunk.messages import Done, Failed, Lease
 from mpichunk.progress import Counters, NullDisplay
-from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.scheduler import Scheduler
 from mpichunk.sentry import Lead, Lookout
+from mpichunk.staticrun import static_blocks
 from mpichunk.vigil import Tempo, Vigil
 from mpichunk.worker import Worker
 

@@ -41,17 +41,17 @@ def test_different_errors_or_one_rank_alone_are_no_reason():
 
 def test_what_fails_first_does_not_count_once_a_block_is_done():
     watcher = breaker()
-    watcher.succeed()
+    watcher.succeed(0)
     for rank in range(4):
         assert watcher.fail(rank, failed(rank), num_left=PLENTY) is None
 
 
 def test_many_in_a_row_on_more_than_one_rank():
     watcher = breaker(size=2, limit=5)
-    watcher.succeed()
+    watcher.succeed(0)
     for block in range(4):
         assert watcher.fail(block % 2, failed(block), num_left=PLENTY) is None
-    watcher.succeed()
+    watcher.succeed(0)
     for block in range(4):
         assert watcher.fail(block % 2, failed(block), num_left=PLENTY) is None
     why = watcher.fail(0, failed(9), num_left=PLENTY)

@@ -21,7 +21,8 @@ from mpichunk.messages import (
     Stop,
 )
 from mpichunk.progress import Counters
-from mpichunk.scheduler import Scheduler, static_blocks
+from mpichunk.scheduler import Scheduler
+from mpichunk.staticrun import static_blocks
 from mpichunk.worker import Worker
 from tests.test_worker import FakePipeline, done
 

@@ -14,7 +14,8 @@ from hypothesis.stateful import (
 )
 
 from mpichunk.messages import Lease, State
-from mpichunk.scheduler import WINDOW, Scheduler, static_blocks, static_run
+from mpichunk.scheduler import Scheduler
+from mpichunk.staticrun import WINDOW, static_blocks, static_run
 
 
 def drain(scheduler, rank):
