@@ -1,6 +1,7 @@
 """Has every rank run the same golden batch, and finds the ranks whose result is off.
 
-A bad accelerator, driver or library makes no error but wrong numbers. Knows no blocks.
+A bad accelerator, driver or library makes an error on its rank alone, or none but wrong numbers.
+Knows no blocks.
 
     rank 0's CPU, float32   --reference-->  every rank: largest |difference| / largest |reference|
     no such thing           the element-wise median over the ranks is the reference
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends import get_backend
+from mpichunk.backends.absent import AbsentEngine
 from mpichunk.checksum import digest_of
 from mpichunk.communicator import Communicator
 from mpichunk.config import Model
@@ -33,6 +35,9 @@ Sound devices differ in the order of sums: about 1e-6 of that in float32, throug
 
 MOST_VALUES = 1 << 16
 """Of each rank's output so many values, evenly spread, go into a median."""
+
+FAILURES = UserError, RuntimeError, OSError, MemoryError, ImportError
+"""What a rank's device, driver, library or memory raises; anything else is a bug."""
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +90,35 @@ def judge(findings: Sequence[Finding], precision: str) -> dict[int, str]:
 
 
 def find_sound_ranks(
-    comm: Communicator, model: Model, request: EngineRequest, engine: Engine
-) -> tuple[int, ...]:
-    """Run one batch on every rank; return the ranks that compute as the coordinator's CPU does.
+    comm: Communicator, model: Model, request: EngineRequest, load: Callable[[], Engine]
+) -> tuple[Engine, tuple[int, ...]]:
+    """Load the network and run one batch on every rank, to see which compute right.
+
+    Args:
+        comm: The ranks; all must call this.
+        model: The network.
+        request: What this rank's engine must do.
+        load: Loads it.
+
+    Returns:
+        This rank's engine, one that refuses to run where the rank is not sound; and the ranks that
+        compute as the coordinator's CPU does.
 
     Raises:
-        UserError: the network does not run or does not fit, or no rank is sound; on every rank.
+        UserError: the network does not load, run or fit, or no rank is sound; on every rank.
     """
     cpu = replace(request, device="cpu", precision="float32", batch_size=1)
+    engine: Engine = AbsentEngine(request)
+    refusal: UserError | None = None
+    try:
+        engine = load()
+    except FAILURES as error:
+        refusal = _as_refusal(error, request.device)
+
+    def golden() -> Output:
+        if refusal is not None:
+            raise refusal
+        return check_engine(engine, request)
 
     def on_cpu() -> Output:
         return check_engine(get_backend(model.backend).load(model, cpu), cpu)
@@ -100,12 +126,14 @@ def find_sound_ranks(
     is_cpu = (request.device, request.precision) == (cpu.device, cpu.precision)
     off = find_off_ranks(
         comm,
-        lambda: check_engine(engine, request),
+        golden,
         reference=None if is_cpu else on_cpu,
         device=engine.info.device,
         precision=request.precision,
     )
-    return tuple(rank for rank in comm.alive if rank not in off)
+    sound = tuple(rank for rank in comm.alive if rank not in off)
+    # What is broken is touched no more.
+    return engine if comm.rank in sound else AbsentEngine(request), sound
 
 
 def find_off_ranks(
@@ -133,8 +161,8 @@ def find_off_ranks(
     error: UserError | None = None
     try:
         output = golden()
-    except UserError as refused:
-        error = refused.with_traceback(None)
+    except FAILURES as refused:
+        error = _as_refusal(refused, device)
     mine = Finding(rank=comm.rank, host=comm.host, device=device, error=error)
     findings = comm.allgather(mine)
     _refuse_if_nobody_can(findings)
@@ -193,13 +221,21 @@ def _attempt(reference: Callable[[], Output]) -> Output | None:
     """Return the reference, None where the network does not run on this CPU."""
     try:
         return reference()
-    except UserError as error:
+    except FAILURES as error:
         log.warning(
             "the network does not run on this CPU (%s), so ranks are compared with the median of "
             "all",
             error,
         )
         return None
+
+
+def _as_refusal(error: Exception, device: str) -> UserError:
+    """Return what went wrong on this rank's device in a form that can travel."""
+    if isinstance(error, UserError):
+        return error.with_traceback(None)
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return DeviceError(f"{device} fails: {type(error).__name__}: {text}", key="compute.device")
 
 
 def _sample(output: Output) -> Output:

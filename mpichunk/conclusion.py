@@ -6,9 +6,9 @@ Knows the journal alone: neither ranks nor volumes.
 import logging
 from pathlib import Path
 
-from mpichunk.errors import ExitCode
+from mpichunk.errors import ExitCode, JournalError
 from mpichunk.journal import Journal
-from mpichunk.messages import FAILURES, Stop
+from mpichunk.messages import FAILURES, Failure, Stop
 from mpichunk.status import MOST_FAILURES_SHOWN, RunStatus, read_status
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,17 @@ def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode
         run_dir: Where the journal is.
         ending: Why no more blocks were leased, None if none was to be computed.
         num_blocks: Length of the plan.
+
+    Raises:
+        JournalError: the journal is of another plan.
     """
     found = read_status(run_dir)
-    assert found.num_blocks == num_blocks, f"{found.num_blocks} in the journal, not {num_blocks}"
+    if found.num_blocks != num_blocks:
+        raise JournalError(
+            f"{run_dir}: the journal is of {found.num_blocks} blocks, this run of {num_blocks}: "
+            "another job has begun one meanwhile; end it, then run this one again",
+            key="run_dir",
+        )
     _tell(found)
     if ending is not None and ending.reason == FAILURES and found.num_done < num_blocks:
         return ExitCode.BLOCKS_FAILED
@@ -47,8 +55,16 @@ def _tell(found: RunStatus) -> None:
     """Tell what has become of the blocks."""
     if found.exit_code == ExitCode.ALL_DONE:
         log.info("all %d blocks are done", found.num_blocks)
-    for failure in found.failures[:MOST_FAILURES_SHOWN]:
-        log.error("block %d, %s, failed: %s", failure.block, failure.core, failure.message)
+    alike: dict[str, list[Failure]] = {}
+    for failure in found.failures:
+        alike.setdefault(failure.message, []).append(failure)
+    for message, failures in list(alike.items())[:MOST_FAILURES_SHOWN]:
+        block, core, num_alike = failures[0].block, failures[0].core, len(failures)
+        if num_alike == 1:
+            log.error("block %d, %s, failed: %s", block, core, message)
+        else:
+            told = "%d blocks failed alike: %s; the first is block %d, %s"
+            log.error(told, num_alike, message, block, core)
     if found.num_failed:
         log.error(
             "%d of %d blocks failed; `python -m mpichunk status` lists them, running again tries "

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -160,9 +161,17 @@ def request_stop(run_dir: Path) -> None:
     (run_dir / STOP_NAME).touch()
 
 
-def clear_stop(run_dir: Path) -> None:
-    """Forget that a job was asked to end, before the next one starts."""
-    (run_dir / STOP_NAME).unlink(missing_ok=True)
+def clear_stop(run_dir: Path, *, before: float) -> None:
+    """Forget that an earlier job was asked to end.
+
+    Args:
+        run_dir: The run directory.
+        before: When this job took it, by the file system's clock: what was asked since is for it.
+    """
+    path = run_dir / STOP_NAME
+    with suppress(FileNotFoundError):
+        if path.stat().st_mtime < before:
+            path.unlink()
 
 
 def _exists(path: Path) -> bool:

@@ -107,7 +107,10 @@ class BlockError(MpichunkError):
 
 
 class DiskFullError(BlockError):
-    """No space, or no quota, is left where the output is written: every other block would fail."""
+    """No space, or no quota, is left where the output is written: every other block would fail.
+
+    The message is the same for every block.
+    """
 
 
 class DeviceMemoryError(BlockError):

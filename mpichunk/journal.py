@@ -10,7 +10,8 @@ the last lines costs work, never correctness.
     {"end":{"time":1760000900.0,"reason":"drained","why":"..."}}      each end in good order
 
 The last line about a block counts; a state other than `done` and `failed` means: to be computed.
-A line that does not end with a brace and a newline was torn by a crash and does not exist.
+A line that does not end with a brace and a newline was torn by a crash and does not exist; an empty
+one keeps what another job has written apart from what came after.
 """
 
 import hashlib
@@ -64,6 +65,8 @@ class Journal:
         """(num_blocks,) the `State` of each block when the journal was opened."""
 
         self._file = file
+        # Where the file ends if nobody else has written to it.
+        self._end = file.tell()
         self._clock = clock
         self._guard = guard
         self._has_given_up = False
@@ -105,7 +108,9 @@ class Journal:
                 header = _write_header(path, num_blocks, fingerprint, versions, clock())
             states = np.zeros(num_blocks, np.uint8)
             end = scan(path, states)
-            file = path.open("r+b", buffering=0)
+            # Appends, so that a job that has lost the run directory and does not know it yet cannot
+            # overwrite lines.
+            file = path.open("a+b", buffering=0)
             # What a crash left after the last whole line would be glued to the next one.
             file.truncate(end)
             file.seek(end)
@@ -163,14 +168,25 @@ class Journal:
         if not self._lines:
             return
         self._guard()
-        end = self._file.tell()
+        text = b"".join(self._lines)
+        end = self._file.seek(0, os.SEEK_END)
+        if end != self._end:
+            # What somebody else has written may be half a line.
+            text = b"\n" + text
         try:
-            _write_durably(self._file, b"".join(self._lines))
+            _write_durably(self._file, text)
         except OSError:
-            self._file.truncate(end)
-            self._file.seek(end)
+            self._take_back(text, end)
             raise
+        self._end = end + len(text)
         self._lines.clear()
+
+    def _take_back(self, text: bytes, end: int) -> None:
+        """Cut off the part of `text` that was written from `end` on, if nothing came after it."""
+        file = self._file.fileno()
+        nbytes = os.fstat(file).st_size - end
+        if nbytes > 0 and text.startswith(os.pread(file, nbytes, end)):
+            self._file.truncate(end)
 
     def give_up(self) -> None:
         """Forget what could not be written, and take no more lines but how the run ends."""

@@ -9,11 +9,13 @@ A job that finds no live lock claims the next number; of two jobs that try at th
 most succeeds. Who holds a lock is dead when
 
     on the same machine    none of its processes lives (pid and start time), and it had no others
-    anywhere               the file was not renewed for `STALE_SECONDS`, by the file system's clock
+    elsewhere              the file was not renewed for `STALE_SECONDS`, by the file system's clock
 
-In the second case a job that wants the lock watches the file until one or the other is certain.
+A job of this machine that is only stopped lives, however old its file. In the second case a job
+that wants the lock watches the file until one or the other is certain.
 """
 
+import errno
 import json
 import logging
 import os
@@ -79,10 +81,14 @@ class Claim:
 class RunLock:
     """The lock of a run directory, held from `acquire` to `release`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes, *, taken: float) -> None:
         self.path = path
         """The lock file."""
 
+        self.taken = taken
+        """When it became this job's, by the file system's clock."""
+
+        self._content = content
         self.is_lost = False
         """Whether another job has taken the run directory, or someone deleted the file."""
 
@@ -118,10 +124,11 @@ class RunLock:
                 for claim in claims:
                     if not job or claim.content.get("job") != job:
                         _wait_until_dead(claim, run_dir, sleep)
-                path = _create(run_dir, claims, content)
-                if path is not None:
+                created = _create(run_dir, claims, content)
+                if created is not None:
                     _tidy(claims, job)
-                    return cls(path)
+                    path, taken = created
+                    return cls(path, content, taken=taken)
         except OSError as error:
             raise JournalError(
                 f"{error.filename or run_dir}: the run directory cannot be written: "
@@ -133,7 +140,7 @@ class RunLock:
         """Give the lock back."""
         self._released.set()
         self._thread.join()
-        if not self.is_lost:
+        if not self._look():
             self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> "RunLock":
@@ -143,12 +150,12 @@ class RunLock:
         self.release()
 
     def check(self) -> None:
-        """Raise when the lock is lost, as after a long sleep of this machine.
+        """Look at the file, and raise when the lock is lost, as after a long sleep of this machine.
 
         Raises:
             JournalError: another job may be writing to the run directory.
         """
-        if self.is_lost:
+        if self._look():
             raise JournalError(
                 f"{self.path} is gone: another job has taken the run directory, or the file was "
                 "deleted; this job ends before it gets in the way",
@@ -159,13 +166,25 @@ class RunLock:
         """Renew the file's time until released: the body of a thread, since roles may be busy."""
         while not self._released.wait(RENEW_SECONDS):
             try:
+                if self._look():
+                    return
                 os.utime(self.path)
-            except FileNotFoundError:
-                self.is_lost = True
-                return
             except OSError as error:
                 # The server may come back; until it is stale nobody takes the lock.
                 log.warning("%s cannot be renewed: %s", self.path, error.strerror)
+
+    def _look(self) -> bool:
+        """Return whether the lock is lost: its file is gone, or another job's by the same name."""
+        try:
+            # Opened, since a network file system asks its server then; and read, since a new file
+            # may have the inode of an old one.
+            self.is_lost = self.is_lost or self.path.read_bytes() != self._content
+        except FileNotFoundError:
+            self.is_lost = True
+        except OSError:
+            # The server may come back; the thread tells of it.
+            pass
+        return self.is_lost
 
 
 def this_process() -> Process:
@@ -220,11 +239,11 @@ def is_dead(
         machine: This machine.
         started: Returns the start time of a process of this machine, None for a dead one.
     """
+    if is_alive_here(claim, machine=machine, started=started):
+        return False
     if now - claim.renewed > STALE_SECONDS:
         return True
-    if claim.content.get("machine") != machine or claim.content.get("num_elsewhere"):
-        return False
-    return all(started(pid) != when for pid, when in claim.content["processes"])
+    return claim.content.get("machine") == machine and not claim.content["num_elsewhere"]
 
 
 def is_alive_here(
@@ -267,15 +286,20 @@ def _wait_until_dead(claim: Claim, run_dir: Path, sleep: Callable[[float], None]
         claim = found[0]
 
 
-def _create(run_dir: Path, dead: Sequence[Claim], content: bytes) -> Path | None:
-    """Claim the number after those of the dead; return None when another was quicker."""
+def _create(run_dir: Path, dead: Sequence[Claim], content: bytes) -> tuple[Path, float] | None:
+    """Claim the number after those of the dead; return None when another was quicker.
+
+    Returns the file, and when it was there, by the file system's clock.
+    """
     path = run_dir / f"lock.{max((_number(claim.path) for claim in dead), default=0) + 1}"
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return None
     try:
-        os.write(file, content)
+        taken = os.fstat(file).st_mtime
+        if os.write(file, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         path.unlink()
         error.filename = str(path)
@@ -286,7 +310,7 @@ def _create(run_dir: Path, dead: Sequence[Claim], content: bytes) -> Path | None
     if any(claim.path != path and claim not in dead for claim in read_claims(run_dir)):
         path.unlink()
         return None
-    return path
+    return path, taken
 
 
 def _tidy(dead: Sequence[Claim], job: str) -> None:

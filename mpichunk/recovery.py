@@ -12,6 +12,8 @@ message or in a collective is sent here by an error.
 
 import faulthandler
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,6 +22,9 @@ from mpichunk.communicator import Communicator
 from mpichunk.errors import MpichunkError, RankLost, UserError
 
 T = TypeVar("T")
+
+WARNING_SECONDS = 0.5
+"""How long before the fuse has burnt down it is told."""
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +36,18 @@ class StartOver(MpichunkError):  # noqa: N818
 class Fuse:
     """Ends this process, and with it the job, when ranks wait for one another for too long.
 
-    Works while the interpreter lock is held, as it is while MPI starts.
+    Works while the interpreter lock is held, as it is while MPI starts; a sentence that says what
+    happens comes before the stacks of all threads where that lock is free.
 
     Args:
         seconds: How long is too long; None never ends it.
+        who: This process, in words.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, seconds: float | None = None, *, who: str = "a rank") -> None:
         self._seconds = seconds
+        self._who = who
+        self._warning: threading.Timer | None = None
 
         self.lit_since: float | None = None
         """Monotonic seconds; None while it is out."""
@@ -46,14 +55,33 @@ class Fuse:
     def light(self) -> None:
         """Begin to count, anew if it has begun already."""
         self.lit_since = time.monotonic()
+        self._call_off()
         if self._seconds is not None:
+            ahead = min(WARNING_SECONDS, self._seconds / 4)
+            self._warning = threading.Timer(self._seconds - ahead, self._warn)
+            self._warning.daemon = True
+            self._warning.start()
             faulthandler.dump_traceback_later(self._seconds, exit=True)
 
     def put_out(self) -> None:
         """All is well."""
         self.lit_since = None
+        self._call_off()
         if self._seconds is not None:
             faulthandler.cancel_dump_traceback_later()
+
+    def _call_off(self) -> None:
+        if self._warning is not None:
+            self._warning.cancel()
+            self._warning = None
+
+    def _warn(self) -> None:
+        """Say what is about to end the process: the body of a timer."""
+        sys.stderr.write(
+            f"mpichunk: {self._who}: the ranks have not all met within {self._seconds:g} s "
+            "(schedule.start_timeout_seconds); the job ends; run it again\n"
+        )
+        sys.stderr.flush()
 
 
 def survive(comm: Communicator, attempt: Callable[[], T]) -> T:

@@ -16,6 +16,7 @@ Where MPI survives the loss of a rank, the lowest one left stands in for rank 0.
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference
 from mpichunk.journal import Journal
-from mpichunk.launcher import allocation_end, check_world_size
+from mpichunk.launcher import allocation_end, check_world_size, name_of
 from mpichunk.leading import Keeper, Leading
 from mpichunk.lock import this_process
 from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
@@ -107,7 +108,8 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
 
     To be called by every rank.
     """
-    fuse = Fuse(_start_timeout(config_path, overrides))
+    who = name_of(os.environ, socket.gethostname())
+    fuse = Fuse(_start_timeout(config_path, overrides), who=who)
     fuse.light()
     comm = start_mpi()
     if comm.size == 1:
@@ -182,13 +184,9 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     if todo.any():
         on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
         request = engine_request(job, bindings.of(comm.rank))
-        engine = on_every_rank(comm, lambda: load_engine(job, request))
-        leading = Leading(
-            comm=comm,
-            job=job,
-            todo=todo,
-            sound=find_sound_ranks(comm, job.config.model, request, engine),
-        )
+        model = job.config.model
+        engine, sound = find_sound_ranks(comm, model, request, lambda: load_engine(job, request))
+        leading = Leading(comm=comm, job=job, todo=todo, sound=sound)
         with ExitStack() as stack:
             keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
             _open_run(comm, keeper, bindings, fresh=fresh, life=life)
@@ -248,7 +246,7 @@ def _open_run(
         create_output(job.output, sources=job.sources)
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
-            clear_stop(job.run_dir)
+            clear_stop(job.run_dir, before=lock.taken)
         _note_start(journal, bindings)
         return write_run_files(job.config, job)
 

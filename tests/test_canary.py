@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 
-from mpichunk.canary import TOLERANCES, Finding, deviation, find_off_ranks, judge, median_of
+from mpichunk.backends.absent import AbsentEngine
+from mpichunk.canary import (
+    TOLERANCES,
+    Finding,
+    deviation,
+    find_off_ranks,
+    find_sound_ranks,
+    judge,
+    median_of,
+)
 from mpichunk.comm import SerialCommunicator
+from mpichunk.config import Model
 from mpichunk.errors import DeviceError, ModelError
 from mpichunk.inference import check_engine
 from tests.test_inference import ENGINES, make_plan, make_request
@@ -74,6 +84,53 @@ def test_a_network_that_runs_nowhere_is_the_users_mistake():
         find_off_ranks(
             SerialCommunicator(), refuse, reference=None, device="cpu", precision="float32"
         )
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, MemoryError, ImportError])
+def test_a_broken_device_is_told_without_a_traceback(error):
+    def break_down():
+        raise error("CUDA error: misaligned address\nCompile with TORCH_USE_CUDA_DSA")
+
+    how = {"reference": None, "device": "cuda:0 X", "precision": "float32"}
+    told = rf"^cuda:0 X fails: {error.__name__}: CUDA error: misaligned address$"
+    with pytest.raises(DeviceError, match=told):
+        find_off_ranks(SerialCommunicator(), break_down, **how)
+    request = make_request(make_plan())
+    with pytest.raises(DeviceError, match=r"^cpu fails: "):
+        find_sound_ranks(SerialCommunicator(), Model(backend="identity"), request, break_down)
+
+
+def test_a_bug_stays_a_bug():
+    def stumble():
+        raise KeyError("a bug")
+
+    request = make_request(make_plan())
+    with pytest.raises(KeyError):
+        find_sound_ranks(SerialCommunicator(), Model(backend="identity"), request, stumble)
+
+
+def test_a_reference_that_breaks_down_is_done_without(caplog):
+    def break_down():
+        raise RuntimeError("Illegal instruction")
+
+    off = find_off_ranks(
+        SerialCommunicator(),
+        lambda: RIGHT,
+        reference=break_down,
+        device="cuda:0 X",
+        precision="float32",
+    )
+    assert off == {}
+    assert "does not run on this CPU" in caplog.text
+
+
+def test_an_absent_engine_runs_nothing():
+    request = make_request(make_plan())
+    engine = AbsentEngine(request)
+    with pytest.raises(ModelError, match="must not compute"):
+        check_engine(engine, request)
+    assert not engine.is_out_of_memory(MemoryError())
+    assert "boom" in str(engine.explain(RuntimeError("boom")))
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -19,6 +20,7 @@ from mpichunk.drain import (
     request_stop,
 )
 from mpichunk.launcher import allocation_end
+from mpichunk.lock import RunLock
 
 
 def watch(run_dir, **kwargs):
@@ -75,9 +77,23 @@ def test_the_stop_file_is_looked_for_by_the_leader_every_few_seconds(tmp_path):
     assert leader.poll(LOOK_SECONDS / 2, is_leader=True) is None
     assert leader.poll(LOOK_SECONDS, is_leader=True) == "`mpichunk stop`"
     assert other.poll(LOOK_SECONDS, is_leader=False) is None
-    clear_stop(tmp_path)
-    clear_stop(tmp_path)
+    now = time.time()
+    os.utime(tmp_path / STOP_NAME, (now, now))
+    clear_stop(tmp_path, before=now + 1)
+    clear_stop(tmp_path, before=now + 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_asked_once_the_lock_is_taken_is_for_this_job(tmp_path):
+    request_stop(tmp_path)
+    past = time.time() - 5
+    os.utime(tmp_path / STOP_NAME, (past, past))
+    with RunLock.acquire(tmp_path) as lock:
+        clear_stop(tmp_path, before=lock.taken)
+        assert not (tmp_path / STOP_NAME).exists()
+        request_stop(tmp_path)
+        clear_stop(tmp_path, before=lock.taken)
+        assert (tmp_path / STOP_NAME).exists()
 
 
 def test_a_run_directory_that_cannot_be_read_is_no_reason(tmp_path):

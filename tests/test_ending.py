@@ -194,6 +194,18 @@ def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
     assert read_status(tmp_path).num_failed == 1
 
 
+def test_what_failed_alike_is_told_once(journal, caplog):
+    full = "the disk of /out is full (No space left on device): make room, then run it again"
+    for block in range(3, 8):
+        record = failed(Lease(block=block, attempt=1), "no such chunk" if block == 5 else full)
+        journal.append(record, "failed", core=core_of(block), rank=0, host="node0")
+    end(journal, Stop(reason=FAILURES, why=full), num_blocks=NUM_BLOCKS)
+    assert f"4 blocks failed alike: {full}; the first is block 3, [3, 0, 0)" in caplog.text
+    assert "block 5, [5, 0, 0) to [6, 4, 4), failed: no such chunk" in caplog.text
+    assert caplog.text.count("No space left") == 1
+    assert caplog.text.count("no such chunk") == 1
+
+
 # ---- A journal that cannot be written -----------------------------------------------------------
 
 
@@ -257,6 +269,11 @@ def test_a_journal_that_was_lost_to_another_job_is_not_written(tmp_path):
         lost.clear()
         journal._lines.clear()
     assert journal.path.read_bytes() == before
+
+
+def test_the_journal_of_another_plan_proves_nothing(journal):
+    with pytest.raises(JournalError, match="is of 40 blocks, this run of 41"):
+        end(journal, None, num_blocks=NUM_BLOCKS + 1)
 
 
 # ---- The proof --------------------------------------------------------------------------------

@@ -254,17 +254,17 @@ def test_a_block_that_the_plan_does_not_have_is_refused(tmp_path):
         states_of(tmp_path)
 
 
+def write_half(file, text):
+    file.write(text[: len(text) // 2])
+    raise OSError(28, "No space left on device")
+
+
 def test_a_write_that_fails_leaves_whole_lines(tmp_path, monkeypatch):
     with open_journal(tmp_path) as journal:
         append(journal, done(1), "done")
         journal.sync()
         whole = (tmp_path / "journal.jsonl").read_bytes()
         append(journal, done(2), "done")
-
-        def write_half(file, text):
-            file.write(text[: len(text) // 2])
-            raise OSError(28, "No space left on device")
-
         with monkeypatch.context() as patch:
             patch.setattr(journals, "_write_durably", write_half)
             with pytest.raises(OSError, match="No space"):
@@ -272,6 +272,67 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path, monkeypatch):
         assert (tmp_path / "journal.jsonl").read_bytes() == whole
         journal.sync()
     assert np.flatnonzero(states_of(tmp_path)).tolist() == [1, 2]
+
+
+def test_two_that_write_at_the_same_time_overwrite_nothing(tmp_path):
+    with open_journal(tmp_path) as first:
+        append(first, done(1), "done")
+        first.sync()
+        with open_journal(tmp_path) as second:
+            append(second, done(2), "done")
+            append(second, done(3), "done")
+            second.sync()
+            append(first, done(4), "done")
+            first.sync()
+            append(second, done(5), "done")
+            second.sync()
+    assert np.flatnonzero(states_of(tmp_path)).tolist() == [1, 2, 3, 4, 5]
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert sum(bool(json.loads(line)) for line in lines if line) == 6
+    assert read_starts(tmp_path / "journal.jsonl") == []
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.999])
+def test_half_a_line_of_another_writer_takes_no_line_with_it(tmp_path, share):
+    path = tmp_path / "journal.jsonl"
+    with open_journal(tmp_path) as journal:
+        append(journal, done(1), "done")
+        journal.sync()
+        start = path.stat().st_size
+        append(journal, done(2), "done")
+        journal.sync()
+        line = path.read_bytes()[start:].replace(b'"block":2', b'"block":8')
+        with path.open("ab") as file:
+            file.write(line[: int(share * len(line))])
+        append(journal, failed(3), "failed")
+        append(journal, done(4), "done")
+        journal.sync()
+    states = states_of(tmp_path)
+    assert states[[1, 2, 3, 4]].tolist() == [State.DONE, State.DONE, State.FAILED, State.DONE]
+    assert [failure.block for failure in read_failures(path, states)] == [3]
+
+
+def test_a_write_that_fails_cuts_off_no_line_of_another_writer(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+
+    def write_half_meanwhile(file, text):
+        file.write(text[: len(text) // 2])
+        with path.open("ab") as other:
+            other.write(b"\n" + line)
+        raise OSError(28, "No space left on device")
+
+    with open_journal(tmp_path) as journal:
+        start = path.stat().st_size
+        append(journal, done(1), "done")
+        journal.sync()
+        line = path.read_bytes()[start:].replace(b'"block":1', b'"block":8')
+        append(journal, done(2), "done")
+        with monkeypatch.context() as patch:
+            patch.setattr(journals, "_write_durably", write_half_meanwhile)
+            with pytest.raises(OSError, match="No space"):
+                journal.sync()
+        journal.sync()
+    assert np.flatnonzero(states_of(tmp_path)).tolist() == [1, 2, 8]
 
 
 def test_other_versions_are_told(tmp_path):

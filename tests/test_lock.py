@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,16 @@ import pytest
 
 from mpichunk import lock as locks
 from mpichunk.errors import JournalError
-from mpichunk.lock import Claim, Process, RunLock, is_dead, read_claims, start_time, this_process
+from mpichunk.lock import (
+    Claim,
+    Process,
+    RunLock,
+    is_dead,
+    is_held,
+    read_claims,
+    start_time,
+    this_process,
+)
 
 HERE = this_process()
 
@@ -76,6 +86,22 @@ def test_the_lock_of_another_machine_is_taken_when_it_is_old(tmp_path):
     RunLock.acquire(tmp_path, sleep=no_sleep).release()
 
 
+def test_a_stopped_job_of_this_machine_keeps_its_lock_however_old(tmp_path):
+    job = subprocess.Popen(["sleep", "60"])
+    try:
+        os.kill(job.pid, signal.SIGSTOP)
+        process = [job.pid, start_time(job.pid)]
+        write_claim(tmp_path, machine=HERE.machine, processes=[process], age=1000)
+        with pytest.raises(JournalError, match="in use"):
+            RunLock.acquire(tmp_path, sleep=no_sleep)
+        assert is_held(tmp_path)
+    finally:
+        job.kill()
+        job.wait()
+    assert not is_held(tmp_path)
+    RunLock.acquire(tmp_path, sleep=no_sleep).release()
+
+
 def test_the_lock_of_another_machine_is_watched_until_it_is_old(tmp_path, caplog):
     path = write_claim(tmp_path)
     slept = []
@@ -122,7 +148,9 @@ def test_a_job_with_ranks_elsewhere_is_not_dead_because_those_here_are():
         content={"machine": "m", "processes": [[5, 5]], "num_elsewhere": 2},
     )
     assert not is_dead(claim, now=150.0, machine="m", started=lambda _: None)
-    assert is_dead(claim, now=191.0, machine="m", started=lambda _: 5)
+    assert is_dead(claim, now=191.0, machine="m", started=lambda _: None)
+    assert not is_dead(claim, now=191.0, machine="m", started=lambda _: 5)
+    assert is_dead(claim, now=191.0, machine="other", started=lambda _: 5)
     alone = Claim(path=claim.path, renewed=100.0, content=claim.content | {"num_elsewhere": 0})
     assert is_dead(alone, now=101.0, machine="m", started=lambda _: None)
     assert not is_dead(alone, now=101.0, machine="m", started=lambda _: 5)
@@ -158,6 +186,37 @@ def test_a_lock_that_is_taken_away_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(JournalError, match="another job has taken the run directory"):
         lock.check()
     lock.release()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_lost_lock_is_noticed_before_it_is_due_for_renewal(tmp_path, is_replaced):
+    lock = RunLock.acquire(tmp_path)
+    lock.check()
+    lock.path.unlink()
+    if is_replaced:
+        other = write_claim(tmp_path)
+        assert other == lock.path
+    with pytest.raises(JournalError, match="another job has taken the run directory"):
+        lock.check()
+    lock.release()
+    assert lock.path.exists() == is_replaced
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path):
+    with RunLock.acquire(tmp_path) as lock:
+        aside = lock.path.rename(tmp_path / "aside")
+        lock.path.mkdir()
+        lock.check()
+        lock.path.rmdir()
+        aside.rename(lock.path)
+        lock.check()
+
+
+def test_a_lock_says_when_it_was_taken(tmp_path):
+    with RunLock.acquire(tmp_path) as lock:
+        before = lock.taken
+        (tmp_path / "later").touch()
+        assert before <= (tmp_path / "later").stat().st_mtime <= before + 10
 
 
 def test_a_place_that_cannot_be_a_run_directory_is_refused(tmp_path):

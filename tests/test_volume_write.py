@@ -1,5 +1,6 @@
 """Every output format: created once, written in whole units, read back by other libraries."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import tensorstore as ts
 import zarr
 
-from mpichunk.errors import BlockError, VolumeError
+from mpichunk.errors import BlockError, DiskFullError, VolumeError
 from mpichunk.geometry import Box, Grid
 from mpichunk.volume import (
     OutputSpec,
@@ -345,6 +346,38 @@ try:
 except BlockError as error:
     print(error)
 """
+
+
+class FullStore:
+    """A TensorStore on a disk without room, its view of a box, and the future of a write."""
+
+    def __init__(self, number):
+        self._text = f"RESOURCE_EXHAUSTED: Error writing local file: {os.strerror(number)} [os]"
+        self.commit = self
+
+    def __getitem__(self, box):
+        return self
+
+    def write(self, array):
+        return self
+
+    def force(self):
+        pass
+
+    def result(self, timeout):
+        raise ValueError(self._text)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_in_one_calm_sentence(tmp_path, number):
+    spec = spec_of(tmp_path / "v.zarr")
+    create_output(spec)
+    writer = open_output(spec)
+    writer._store = FullStore(number)
+    full = f"the disk of {tmp_path}/v.zarr is full ({os.strerror(number)}): "
+    with pytest.raises(DiskFullError) as caught:
+        writer.write(DOMAIN, np.zeros((3, *DOMAIN.shape), np.uint8)).result()
+    assert str(caught.value) == f"{full}make room, then run it again"
 
 
 @pytest.mark.parametrize("volume", FORMATS)

@@ -24,11 +24,20 @@ class BlockFuture(Generic[T]):
 
     The operation starts at once, not when its result is asked for: TensorStore's own futures are
     lazy, and nothing would be read ahead.
+
+    Args:
+        future: TensorStore's.
+        task: What is done, for the message when it fails: `read BOX of VOLUME`.
+        finish: Makes the result of TensorStore's.
+        disk: Where it is written to, for the message when that is full; None for a read.
     """
 
-    def __init__(self, future: Any, *, task: str, finish: Callable[[Any], T]) -> None:
+    def __init__(
+        self, future: Any, *, task: str, finish: Callable[[Any], T], disk: str | None = None
+    ) -> None:
         self._future = future
         self._task = task
+        self._disk = disk
         self._finish = finish
         future.force()
 
@@ -40,8 +49,8 @@ class BlockFuture(Generic[T]):
         """Wait for the operation and return what it gives.
 
         Raises:
-            BlockError: it failed; the message names volume, box and cause. DiskFullError when
-                there is no space or no quota left.
+            BlockError: it failed; the message names volume, box and cause.
+            DiskFullError: there is no space or no quota left; the same message for every box.
             TimeoutError: it is not done after `timeout` seconds.
         """
         try:
@@ -49,8 +58,12 @@ class BlockFuture(Generic[T]):
         except Exception as error:
             if isinstance(error, TimeoutError) and not self._future.done():
                 raise
-            kind = DiskFullError if _DISK_FULL.search(str(error)) else BlockError
-            raise kind(f"could not {self._task}: {cause(error)}") from error
+            full = _DISK_FULL.search(str(error))
+            if full is not None and self._disk is not None:
+                raise DiskFullError(
+                    f"the disk of {self._disk} is full ({full[0]}): make room, then run it again"
+                ) from error
+            raise BlockError(f"could not {self._task}: {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:

@@ -61,8 +61,10 @@ class Writer:
         if not self.info.domain.contains(core):
             raise ValueError(f"{core} reaches past {self.info.domain} of {self.info.location}")
         futures = self._store[(slice(None), *core.slices())].write(core_czyx)
-        task = f"write {core} of {self.info.location}"
-        return BlockFuture(futures.commit, task=task, finish=lambda _: None)
+        location = self.info.location
+        disk = (location.rpartition("|")[0] or location).removeprefix("file://")
+        task = f"write {core} of {location}"
+        return BlockFuture(futures.commit, task=task, finish=lambda _: None, disk=disk)
 
     def read(self, core: Box) -> npt.NDArray[Any]:
         """Return (c, z, y, x) as it is stored.

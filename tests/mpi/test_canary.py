@@ -5,8 +5,12 @@ import logging
 import numpy as np
 import pytest
 
-from mpichunk.canary import find_off_ranks
+from mpichunk.backends.absent import AbsentEngine
+from mpichunk.backends.identity import IdentityEngine
+from mpichunk.canary import find_off_ranks, find_sound_ranks
+from mpichunk.config import Model
 from mpichunk.errors import DeviceError, ModelError
+from tests.test_inference import make_plan, make_request
 
 RIGHT = np.linspace(-2, 4, 200_000, dtype=np.float32).reshape(2, 100_000)
 HOW = {"device": "some device", "precision": "float32"}
@@ -49,6 +53,33 @@ def test_a_rank_that_cannot_run_it_is_off(world):
 
     off = find_off_ranks(world, run, reference=None, **HOW)
     assert tuple(off) == (world.size - 1,)
+
+
+@pytest.mark.mpi(min_ranks=2)
+@pytest.mark.parametrize("error", [ModelError, RuntimeError, OSError])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_rank_that_cannot_load_it_is_off(world, error, place):
+    bad = world.alive[place]
+    request = make_request(make_plan())
+
+    def load():
+        if world.rank == bad:
+            raise error("no kernel image")
+        return IdentityEngine(request)
+
+    engine, sound = find_sound_ranks(world, Model(backend="identity"), request, load)
+    assert sound == tuple(rank for rank in world.alive if rank != bad)
+    assert isinstance(engine, AbsentEngine if world.rank == bad else IdentityEngine)
+
+
+def test_what_nobody_can_load_is_told_once(comm):
+    def load():
+        raise ModelError("net.pt is not a TorchScript file", key="model.path")
+
+    request = make_request(make_plan())
+    with pytest.raises(ModelError, match=r"^net\.pt is not a TorchScript file$") as caught:
+        find_sound_ranks(comm, Model(backend="identity"), request, load)
+    assert caught.value.key == "model.path"
 
 
 def test_all_off(comm):
