@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.blending import sum_of_windows, window
-from mpichunk.config import Normalize, Window
+from mpichunk.config import Normalize
+from mpichunk.configtype import Window
 from mpichunk.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry import Box, Grid, Slices, subtract

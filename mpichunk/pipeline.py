@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.checksum import checksum_of
-from mpichunk.config import Pad
+from mpichunk.configtype import Pad
 from mpichunk.errors import BlockError
 from mpichunk.geometry import Box
 from mpichunk.inference import BlockInference, Inferred
