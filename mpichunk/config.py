@@ -4,6 +4,7 @@ Checks everything that needs no volume and no network. Knows no files and no YAM
 `configfile`).
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,7 +16,10 @@ from mpichunk.configrule import (
     output_patch_shape,
 )
 from mpichunk.configtype import (
+    AffinityChannels,
     Arguments,
+    Backend,
+    Channels,
     Count,
     Device,
     Extent,
@@ -23,6 +27,7 @@ from mpichunk.configtype import (
     Interval,
     Level,
     Number,
+    Options,
     OutputType,
     Pad,
     Position,
@@ -30,12 +35,15 @@ from mpichunk.configtype import (
     Section,
     Size,
     Stitch,
+    Symmetries,
     Text,
+    Threshold,
     Volume,
     Width,
     Window,
 )
 from mpichunk.geometry import Triple, triple
+from mpichunk.predictionrule import written_channels
 
 
 class Normalize(Section):
@@ -135,6 +143,12 @@ class Model(Section):
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """Applied to each patch before it is weighted."""
 
+    augment: Symmetries = ()
+    """Mirror images and rotations of each patch, whose predictions are averaged with its own."""
+
+    affinity_channels: AffinityChannels | None = None
+    """Channels of affinities: those along z, y and x to the voxel before, or offsets by channel."""
+
     skip_blank: Flag = True
     """Do not run patches whose input is all zero."""
 
@@ -171,6 +185,16 @@ class Block(Section):
     """What is computed around a core and cropped away; default: half the overlap."""
 
 
+class Gate(Section):
+    """Where the prediction counts: where one channel, such as that of myelin, is low."""
+
+    channel: Level = Field(examples=[3])
+    """The channel that is looked at; the first one is 0."""
+
+    below: Number = Field(examples=[0.2])
+    """The others are kept where it is below this value, and are zero elsewhere."""
+
+
 class Output(Section):
     """The volume that is written."""
 
@@ -178,7 +202,19 @@ class Output(Section):
     """cloud-volume URL, TensorStore URL, path, or TensorStore spec."""
 
     dtype: OutputType = "float32"
-    """Type of the stored values."""
+    """Type of the stored values; of labels the default is uint8."""
+
+    gate: Gate | None = None
+    """Where the prediction counts; default: everywhere."""
+
+    channels: Channels | None = None
+    """Channels of the network that are used, in this order; default: all but that of the gate."""
+
+    reduce: Literal["argmax", "vote"] | None = None
+    """Write one channel: which one is largest, counted from 0, or from 1 by a vote."""
+
+    threshold: Threshold | None = None
+    """Write 1 where a value is above it, else 0."""
 
     chunk_shape: Extent | None = None
     """Storage chunk; default: the largest divisor of `block.shape` not above 64 per axis."""
@@ -188,6 +224,15 @@ class Output(Section):
 
     domain: Literal["input", "roi"] = "input"
     """What a new output covers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_are_small(cls, data: Any) -> Any:
+        """Let labels be uint8 where no type is given."""
+        if not isinstance(data, Mapping) or "dtype" in data:
+            return data
+        has_labels = data.get("reduce") is not None or data.get("threshold") is not None
+        return {**data, "dtype": "uint8"} if has_labels else data
 
 
 class Compute(Section):
@@ -314,6 +359,16 @@ class Config(Section):
         if self.output.chunk_shape is not None:
             return self.output.chunk_shape
         return default_chunk_shape(self.block.shape)
+
+    @property
+    def used_channels(self) -> tuple[int, ...]:
+        """Channels of the network that what is written comes from, in order."""
+        return written_channels(self.model.out_channels, self.output.channels, self.output.gate)
+
+    @property
+    def num_written_channels(self) -> int:
+        """Channels of the output."""
+        return 1 if self.output.reduce is not None else len(self.used_channels)
 
     @property
     def write_unit(self) -> Triple:

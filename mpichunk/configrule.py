@@ -67,20 +67,20 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _apply(rules: Sequence[Rule], values: Mapping[str, Any]) -> list[Problem]:
     found = []
-    for rule in rules:
-        if all(key in values for key in rule.keys):
-            message = rule.check(*(values[key] for key in rule.keys))
+    for item in rules:
+        if all(key in values for key in item.keys):
+            message = item.check(*(values[key] for key in item.keys))
             if message is not None:
-                found.append(Problem(key=rule.keys[0], message=message))
+                found.append(Problem(key=item.keys[0], message=message))
     return found
 
 
-def _rule(*keys: str) -> Callable[[Check], Check]:
+def rule(*keys: str) -> Callable[[Check], Check]:
     """Register a check of values that must not go together."""
     return _register(_RULES, keys)
 
 
-def _hint(*keys: str) -> Callable[[Check], Check]:
+def hint(*keys: str) -> Callable[[Check], Check]:
     """Register a check of values that have no effect."""
     return _register(_HINTS, keys)
 
@@ -91,6 +91,9 @@ def _register(table: list[Rule], keys: tuple[str, ...]) -> Callable[[Check], Che
         return check
 
     return add
+
+
+_rule, _hint = rule, hint
 
 
 def _is_multiple(shape: Triple, unit: Triple) -> bool:
@@ -212,14 +215,21 @@ def _output_is_not_mask(output: Volume, mask: Volume) -> str | None:
 # Network
 
 
+_NETWORKS = {
+    "pytorch": "`path: net.pt2` (torch.export), `path: net.pt` (TorchScript) or "
+    "`path: nets.py:UNet`",
+    "onnxruntime": "`path: net.onnx`",
+    "openvino": "`path: net.onnx`, `path: net.xml`, or one that torch can load",
+    "pznet": "`path: net`, the folder with `znet.so`",
+}
+"""What `model.path` may be, by backend."""
+
+
 @_rule("model.path", "model.backend")
 def _network_is_named(path: str | None, backend: str) -> str | None:
-    if path is not None or backend == "identity":
+    if path is not None or backend not in _NETWORKS:
         return None
-    return (
-        f"missing; the {backend} backend needs a network, "
-        "e.g. `path: net.pt` (TorchScript) or `path: nets.py:UNet`"
-    )
+    return f"missing; the {backend} backend needs a network, e.g. {_NETWORKS[backend]}"
 
 
 @_rule("model.path")
@@ -278,6 +288,22 @@ _hint("model.weights", "model.backend")(_is_used_by_identity)
 _hint("model.arguments", "model.backend")(_is_used_by_identity)
 
 
+@_hint("model.options", "model.backend")
+def _options_are_used(options: dict[str, Any], backend: str) -> str | None:
+    if not options or backend not in ("identity", "pznet"):
+        return None
+    return f"has no effect with `backend: {backend}`"
+
+
+@_hint("model.weights", "model.path", "model.backend")
+def _weights_are_used(weights: str | None, path: str | None, backend: str) -> str | None:
+    if weights is None or path is None or backend not in _NETWORKS:
+        return None
+    if backend not in ("onnxruntime", "pznet") and not path.endswith((".onnx", ".xml")):
+        return None
+    return f"has no effect: {path!r} brings its own weights"
+
+
 @_hint("model.activation", "model.out_channels")
 def _softmax_has_channels(activation: str, num_channels: int) -> str | None:
     if activation != "softmax" or num_channels > 1:
@@ -287,9 +313,9 @@ def _softmax_has_channels(activation: str, num_channels: int) -> str | None:
 
 @_hint("compute.device", "model.backend")
 def _device_is_used(device: str, backend: str) -> str | None:
-    if backend != "identity" or device in ("auto", "cpu"):
+    if backend not in ("identity", "openvino", "pznet") or device in ("auto", "cpu"):
         return None
-    return f"{device!r} has no effect with `backend: identity`, which runs on the CPU"
+    return f"{device!r} has no effect with `backend: {backend}`, which runs on the CPU"
 
 
 @_hint("compute.share_device", "compute.device")

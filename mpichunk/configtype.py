@@ -27,6 +27,9 @@ _Spec = Annotated[dict[str, Any], Field(min_length=1)]
 
 Flag = Annotated[bool, Field(strict=True), Expected("true or false")]
 Text = Annotated[_Text, Expected("text")]
+Threshold = Annotated[
+    float, Field(strict=True, ge=0, allow_inf_nan=False), Expected("a number, at least 0")
+]
 Count = Annotated[_Positive, Expected("a whole number, at least 1")]
 Level = Annotated[_Natural, Expected("a whole number, at least 0")]
 Number = Annotated[_Real, Expected("a number")]
@@ -51,12 +54,31 @@ Volume = Annotated[_Text | _Spec, Expected("a URL, a path, or a TensorStore spec
 Arguments = Annotated[
     dict[str, Any], Expected("a mapping of keyword arguments, e.g. {channels: 16}")
 ]
+Options = Annotated[
+    dict[str, Any], Expected("a mapping of settings, e.g. {INFERENCE_PRECISION_HINT: bf16}")
+]
+Symmetries = Annotated[
+    tuple[Literal["flip_z", "flip_y", "flip_x", "rot90"], ...],
+    Expected("a list of some of `flip_z`, `flip_y`, `flip_x` and `rot90`"),
+]
+# A key read back from JSON is text.
+AffinityChannels = Annotated[
+    tuple[_Natural, _Natural, _Natural]
+    | dict[Annotated[int, Field(ge=0)], tuple[_Whole, _Whole, _Whole]],
+    Expected("three channels zyx, e.g. [0, 1, 2], or offsets by channel, e.g. {0: [-1, 0, 0]}"),
+]
+Channels = Annotated[
+    tuple[_Natural, ...],
+    Field(min_length=1),
+    Expected("a list of channels, the first one is 0, e.g. [0, 1, 2]"),
+]
 Device = Annotated[
     str,
     Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
     Expected("`auto`, `cpu`, `cuda` or another device of torch, e.g. `cuda:0`"),
 ]
 
+Backend = Literal["identity", "pytorch", "onnxruntime", "openvino", "pznet"]
 Pad = Literal["reflect", "edge", "zero"]
 Window = Literal["bump", "gaussian", "hann", "uniform"]
 Stitch = Literal["crop", "seamless"]

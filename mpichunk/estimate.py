@@ -13,6 +13,7 @@ from mpichunk.config import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry import Grid, Triple, ceil_div, triple
 from mpichunk.plan import Plan
+from mpichunk.reduction import Reduction
 from mpichunk.volumeinfo import VolumeInfo
 from mpichunk.work import Work, work_of
 
@@ -141,7 +142,7 @@ def estimate(
         work=work,
         num_whole_blocks=_num_whole(plan),
         memory=_memory(plan, config, info, work, model_nbytes, probe),
-        output_nbytes=plan.roi.num_voxels * config.model.out_channels * itemsize,
+        output_nbytes=plan.roi.num_voxels * config.num_written_channels * itemsize,
         num_files=num_files,
         read_nbytes=work.num_voxels_read * info.num_channels * info.dtype.itemsize,
         probe=probe,
@@ -169,11 +170,11 @@ def _memory(
 ) -> tuple[MemoryPart, ...]:
     """Return the peak memory of one rank, part by part, for the largest block of the plan."""
     dtype = np.dtype(config.output.dtype)
-    channels = config.model.out_channels
+    channels, reduction = config.model.out_channels, Reduction.of(config)
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    core = _nbytes(work.core_shape, channels, dtype.itemsize)
-    # float32 output is the blended array itself; other types are a copy of it.
-    converted = 0 if dtype == np.float32 else core
+    core = _nbytes(work.core_shape, reduction.num_channels, dtype.itemsize)
+    # What is written may be the blended array itself; else it is made from it.
+    converted = 0 if reduction.keeps_total(channels, dtype) else core
     # The peak: one block in the network, the others all read, or all being written. What is being
     # written is there twice, once as the storage library encodes it.
     waiting = BLOCKS_IN_FLIGHT - 1
@@ -214,6 +215,8 @@ def _memory(
 def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
     """Return the bytes of a batch as the network takes it, returns it, and as it is activated."""
     num_copies = 1 if config.model.activation == "none" else 2
+    if config.model.augment:
+        num_copies += 1  # the sum over its turns
     per_patch = _nbytes(plan.patch_shape, info.num_channels, FLOAT32_NBYTES) + num_copies * (
         _nbytes(plan.patch_shape, config.model.out_channels, FLOAT32_NBYTES)
     )

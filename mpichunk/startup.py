@@ -158,7 +158,7 @@ def output_spec(config: Config, plan: Plan, volume: VolumeInfo) -> OutputSpec:
     return OutputSpec(
         volume=config.output.volume,
         domain=plan.output_domain,
-        num_channels=config.model.out_channels,
+        num_channels=config.num_written_channels,
         dtype=np.dtype(config.output.dtype),
         chunk_shape=config.chunk_shape,
         shard_shape=config.output.shard_shape,
