@@ -3,7 +3,7 @@
 Knows no framework. An engine brings the few array operations that blending needs on its own device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -206,6 +206,9 @@ class Arrays(Protocol):
 
     def wait(self) -> None:
         """Return when the device has done all that was asked of it."""
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return the device memory that a call takes at its peak; None for a host's memory."""
 
     def release(self) -> None:
         """Give back all memory that is only kept for later calls."""

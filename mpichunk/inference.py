@@ -304,6 +304,20 @@ def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
     return Scaling()
 
 
+def texture_batch(engine: Engine, request: EngineRequest) -> DeviceArray:
+    """Return a full batch of ordinary texture, values in [0, 1], on the engine's device."""
+    shape = request.in_channels, *request.patch_shape
+    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole: Slices = slice(None), slice(None), slice(None)
+    return engine.arrays.gather(
+        engine.arrays.upload(texture_czyx),
+        [whole] * request.batch_size,
+        patch_shape=request.patch_shape,
+        batch_size=request.batch_size,
+        scaling=_BYTE,
+    )
+
+
 def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float32]:
     """Run one real batch through the network before any block depends on it.
 
@@ -312,17 +326,7 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
     Raises:
         ModelError: the network fails, returns another shape than was asked for, or NaN or inf.
     """
-    shape = request.in_channels, *request.patch_shape
-    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    whole: Slices = slice(None), slice(None), slice(None)
-    arrays = engine.arrays
-    batch_nczyx = arrays.gather(
-        arrays.upload(texture_czyx),
-        [whole] * request.batch_size,
-        patch_shape=request.patch_shape,
-        batch_size=request.batch_size,
-        scaling=_BYTE,
-    )
+    arrays, batch_nczyx = engine.arrays, texture_batch(engine, request)
     try:
         output_nczyx = engine.infer(batch_nczyx)
     except UserError:

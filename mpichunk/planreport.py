@@ -276,7 +276,7 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     if config.model.backend == "identity":
         return None
     if estimate.probe is None:
-        return "network time", "unmeasured", "a run tells its pace and its peak memory"
+        return "network time", "unmeasured", "`bench` measures it, and what memory it takes"
     num_forwards = estimate.work.num_patches * len(turns_of(config.model.augment))
     seconds = estimate.probe.seconds * num_forwards / config.patch.batch_size
     return "network time", duration(seconds), f"for one rank, measured on {estimate.probe.device}"

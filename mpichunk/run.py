@@ -21,13 +21,18 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 from mpichunk.agreement import on_every_rank, on_rank_0
-from mpichunk.assembly import engine_request, load_engine, make_inference, open_volumes
-from mpichunk.backends import get_backend
-from mpichunk.binding import Bindings, RankFacts, bind, gpu_hints
+from mpichunk.assembly import (
+    bind_ranks,
+    engine_request,
+    load_engine,
+    make_inference,
+    open_volumes,
+    prepare_network,
+)
+from mpichunk.binding import Bindings
 from mpichunk.canary import find_sound_ranks
 from mpichunk.comm import start_mpi
 from mpichunk.communicator import Communicator
@@ -60,7 +65,6 @@ from mpichunk.startup import (
     library_versions,
     prepare,
     sync_first,
-    threads_of_earlier_start,
     write_run_files,
 )
 from mpichunk.volume import Writer, create_output
@@ -171,7 +175,7 @@ def _run(
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: Life) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
-    bindings = _bind(comm, job, fresh=fresh)
+    bindings = bind_ranks(comm, job, fresh=fresh)
     processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
     neighbours = Neighbours(comm.rank, processes)
     if comm.size > 1 and not life.is_watching:
@@ -184,7 +188,8 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     if todo.any():
         on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
         request = engine_request(job, bindings.of(comm.rank))
-        engine = on_every_rank(comm, lambda: load_engine(job, request))
+        prepared = on_rank_0(comm, lambda: prepare_network(job, request))
+        engine = on_every_rank(comm, lambda: load_engine(job, request, prepared))
         leading = Leading(
             comm=comm,
             job=job,
@@ -199,30 +204,6 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
             part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
             ending = _compute(comm, leading, keeper, part, life)
     return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
-
-
-def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
-    """Decide, alike on every rank, where each rank computes."""
-    config = job.config
-    earlier = None
-    if not fresh:
-        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
-    backend = get_backend(config.model.backend)
-    facts = RankFacts(
-        rank=comm.rank,
-        host=comm.host,
-        local_rank=comm.local_rank,
-        cores=tuple(sorted(os.sched_getaffinity(0))),
-        num_host_cores=os.cpu_count() or 1,
-        probe=backend.probe(config.compute.device),
-        gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
-    )
-    return bind(
-        comm.allgather(facts),
-        device="cpu" if backend.cpu_only else config.compute.device,
-        threads=config.compute.threads or earlier,
-        share_device=config.compute.share_device,
-    )
 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
@@ -336,7 +317,7 @@ def _pipeline(
         source=part.source,
         inference=part.inference,
         writer=part.writer,
-        num_channels=job.config.model.out_channels,
+        num_channels=job.output.num_channels,
         dtype=job.output.dtype,
         records=records,
         wake=wake,

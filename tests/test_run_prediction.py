@@ -1,16 +1,24 @@
 """Whole runs with augmentation and reductions, from config to stored voxels, and their mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpichunk import journal
-from mpichunk.assembly import make_augmentation
+from mpichunk.assembly import (
+    bind_ranks,
+    engine_request,
+    load_engine,
+    make_augmentation,
+    make_inference,
+)
 from mpichunk.cli import main
 from mpichunk.comm import SerialCommunicator
 from mpichunk.config import Config
@@ -20,9 +28,11 @@ from mpichunk.padding import pad, source_box
 from mpichunk.plan import Plan
 from mpichunk.reduction import Reduction
 from mpichunk.run import run_on
-from mpichunk.symmetry import NAMES
-from tests.endtoend import write_config
+from mpichunk.startup import prepare
+from mpichunk.symmetry import NAMES, turns_of
+from tests.endtoend import read_volume, write_config
 from tests.geometries import cases
+from tests.metrics import auc
 from tests.reference import activate, cut, reference, reference_config_defaults
 from tests.test_augmentation import edge_mean
 from tests.test_block_reference import inference_of
@@ -55,6 +65,34 @@ def test_augmented_run_is_the_mean_over_all_edges(tmp_path: Path, same: bool) ->
     )
     np.testing.assert_allclose(case.output(config), expected.values_czyx, atol=2e-6)
     assert case.num_patches(config) == expected.num_patches
+
+
+@pytest.mark.parametrize("backend", ["identity", "pytorch"])
+def test_memory_does_not_grow_with_the_group(tmp_path: Path, backend: str) -> None:
+    case = Case(tmp_path, texture((8, 16, 16)))
+    config = case.run(
+        model={
+            "backend": backend,
+            "path": "net.py:Net",
+            "out_channels": 2,
+            "activation": "sigmoid",
+        },
+        patch={"batch_size": 2},
+    )
+    job = prepare(config)
+    block = job.plan[0]
+    source_czyx = texture((1, *block.input_box.shape))
+    kept = {}
+    for names in (["flip_z"], [*NAMES]):
+        model = config.model.model_copy(update={"augment": tuple(names)})
+        augmented = replace(job, config=config.model_copy(update={"model": model}))
+        request = engine_request(job, bind_ranks(SerialCommunicator(), job, fresh=True).of(0))
+        engine = load_engine(augmented, request)
+        inference = make_inference(augmented, engine, request)
+        inference.run(block, source_czyx, None, np.dtype(np.uint8))
+        assert inference.num_batches % len(turns_of(names)) == 0
+        kept[len(names)] = {name: b.nbytes for name, b in engine.arrays._buffers.items()}
+    assert kept[1] == kept[4] and kept[1]["sums"] > 0
 
 
 @settings(max_examples=30)
@@ -124,9 +162,50 @@ def test_reduced_run(tmp_path: Path, backend: str, output: dict[str, Any], dtype
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected.reshape(-1, *found.shape[1:]).astype(dtype))
     assert len(np.unique(found)) > 1
+    assert main(["verify", str(tmp_path / "config.yaml")]) == 0
     line = (Path(config.run_dir) / journal.NAME).read_text().splitlines()[0]
     parts = json.loads(line)["fingerprint"]["parts"]
-    assert [key for key in parts if key.startswith("output.")]
+    assert {"output.reduce", "output.channels", "output.threshold", "model.augment"} <= set(parts)
+
+
+@pytest.mark.slow
+def test_real_affinities_gain_only_where_they_are_named(tmp_path: Path, real_data: Path) -> None:
+    """The area under the ROC curve of a trained network, by itself and averaged over flips."""
+    with h5py.File(real_data / "em/fib25_train2_250.h5") as file:
+        labels = file["labels"][...]
+    roi = {"start": [200, 40, 40], "stop": [248, 104, 104]}
+    part = tuple(slice(a, b) for a, b in zip(roi["start"], roi["stop"], strict=True))
+    augment = {"augment": ["flip_z", "flip_x"]}
+    models = {
+        "alone": {},
+        "named": augment | {"affinity_channels": [0, 1, 2]},
+        "as they lie": augment | {"affinity_channels": {}},
+    }
+    scores = {}
+    for name, model in models.items():
+        path = write_config(
+            tmp_path / name,
+            input={"volume": str(real_data / "em/fib25_train2_250.h5"), "dataset": "image"},
+            roi=roi,
+            model={
+                "backend": "pytorch",
+                "path": str(real_data / "nets/em_affinity_resunet_same.ts.pt"),
+                "out_channels": 3,
+                **model,
+            },
+            patch={"shape": [48, 64, 64], "overlap": [0, 0, 0]},
+            block={"shape": [64, 64, 64]},
+            output={"volume": "out.zarr", "domain": "roi"},
+            compute={"threads": 1, "device": "cpu"},
+        )
+        assert run_on(SerialCommunicator(), path) == 0
+        values = np.round(read_volume(tmp_path / name / "out.zarr"), 4)
+        scores[name] = [
+            auc(values[axis], (labels == np.roll(labels, 1, axis))[part]) for axis in (0, 2)
+        ]
+    for alone, named, as_they_lie in zip(*scores.values(), strict=True):
+        assert named > alone + 0.001
+        assert as_they_lie < alone
 
 
 def test_changed_augmentation_or_reduction_is_another_run(

@@ -4,7 +4,7 @@ Large results go into buffers that are kept, and scratch is one (y, x) plane, so
 touched stays in the cache. Knows no geometry beyond the slices it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,6 +191,10 @@ class NumpyArrays:
 
     def wait(self) -> None:
         """Do nothing: numpy has always done all."""
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return None: it is the host's memory."""
+        return None
 
     def release(self) -> None:
         """Forget the buffers."""

@@ -4,7 +4,7 @@ Every operation writes into memory that is there already, and none waits for the
 `is_finite` and `download`. Knows no geometry beyond the slices it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -190,6 +190,18 @@ class TorchArrays:
         """Wait for an accelerator; a CPU has always done all."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Ask the accelerator's allocator; see `Arrays.peak_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        self.wait()
+        memory = torch.get_device_module(self._device)
+        memory.reset_peak_memory_stats(self._device)
+        before = int(memory.memory_allocated(self._device))
+        call()
+        self.wait()
+        return int(memory.max_memory_allocated(self._device)) - before
 
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
