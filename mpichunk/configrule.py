@@ -21,6 +21,9 @@ from mpichunk.location import (
 
 Check = Callable[..., str | None]
 
+CPU_BACKENDS = ("identity", "openvino", "pznet")
+"""Backends that have no use for accelerators."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
@@ -313,7 +316,7 @@ def _softmax_has_channels(activation: str, num_channels: int) -> str | None:
 
 @_hint("compute.device", "model.backend")
 def _device_is_used(device: str, backend: str) -> str | None:
-    if backend not in ("identity", "openvino", "pznet") or device in ("auto", "cpu"):
+    if backend not in CPU_BACKENDS or device in ("auto", "cpu"):
         return None
     return f"{device!r} has no effect with `backend: {backend}`, which runs on the CPU"
 

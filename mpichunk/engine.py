@@ -229,6 +229,7 @@ class Engine(Protocol):
         """Run the network on (n, c, *patch_shape) float32; return (n, out_channels, *Q) float32.
 
         Q is patch_shape - 2 * crop: the engine has cut what the network had not cut itself.
+        What is returned may be a buffer that the next call overwrites.
 
         Raises:
             ModelError: the network returned something else.

@@ -32,6 +32,9 @@ PROGRAM_NBYTES = 95 * MIB
 TORCH_NBYTES = 195 * MIB
 """What torch and a first forward on a CPU add to it (measured: 194 MiB)."""
 
+ENGINE_NBYTES = {"pytorch": TORCH_NBYTES, "onnxruntime": 32 * MIB, "openvino": 59 * MIB, "pznet": 0}
+"""What each backend's library and a first forward on a CPU add (measured); pznet has none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
@@ -205,7 +208,10 @@ def _memory(
     if config.model.backend != "identity":
         forward = probe.nbytes if probe is not None else None
         parts += [
-            _on_host("torch", TORCH_NBYTES),
+            _on_host(
+                "torch" if config.model.backend == "pytorch" else config.model.backend,
+                ENGINE_NBYTES[config.model.backend],
+            ),
             _on_device("weights", model_nbytes),
             _on_device("inside the network", forward),
         ]

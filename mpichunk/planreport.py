@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from mpichunk.config import Config
+from mpichunk.configrule import CPU_BACKENDS
 from mpichunk.estimate import Estimate, MemoryPart
 from mpichunk.geometry import Box, ceil_div
 from mpichunk.plan import Plan
@@ -306,7 +307,7 @@ def _memory_columns(config: Config, estimate: Estimate) -> list[_Column]:
     cpu: _Column = ("on a CPU", [part.cpu_nbytes for part in estimate.memory], 14)
     host: _Column = ("host", [part.host_nbytes for part in estimate.memory], 14)
     device: _Column = ("accelerator", [part.device_nbytes for part in estimate.memory], 14)
-    if config.model.backend == "identity" or config.compute.device == "cpu":
+    if config.model.backend in CPU_BACKENDS or config.compute.device == "cpu":
         return [cpu]
     return [cpu, host, device] if config.compute.device == "auto" else [host, device]
 
@@ -323,7 +324,7 @@ def _rank_lines(
         remark = f"{idle:.1%} of the ranks' time is idle, if every block takes equally long"
     if least == 0:
         remark = f"more ranks than blocks: {idle:.1%} of their time is idle"
-    on_cpu = config.model.backend == "identity" or config.compute.device in ("auto", "cpu")
+    on_cpu = config.model.backend in CPU_BACKENDS or config.compute.device in ("auto", "cpu")
     nbytes = estimate.cpu_nbytes if on_cpu else estimate.host_nbytes
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < num_ranks] + [num_ranks]
     more = "" if _is_complete(estimate.memory) else ", and for each rank what the network needs"

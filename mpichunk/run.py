@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpichunk.agreement import on_every_rank, on_rank_0
@@ -41,6 +41,7 @@ from mpichunk.config import Schedule
 from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.crash import crash_guard
 from mpichunk.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
+from mpichunk.engine import EngineInfo
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference
@@ -198,7 +199,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
         )
         with ExitStack() as stack:
             keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
-            _open_run(comm, keeper, bindings, fresh=fresh, life=life)
+            _open_run(comm, keeper, bindings, engine.info, fresh=fresh, life=life)
             source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
             inference = make_inference(job, engine, request)
             part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
@@ -217,7 +218,13 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
 
 
 def _open_run(
-    comm: Communicator, keeper: Keeper, bindings: Bindings, *, fresh: bool, life: Life
+    comm: Communicator,
+    keeper: Keeper,
+    bindings: Bindings,
+    engine: EngineInfo,
+    *,
+    fresh: bool,
+    life: Life,
 ) -> None:
     """Begin or go on with the run directory and the output.
 
@@ -232,7 +239,7 @@ def _open_run(
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
             clear_stop(job.run_dir)
-        _note_start(journal, bindings)
+        _note_start(journal, bindings, engine)
         return write_run_files(job.config, job)
 
     nonce = on_rank_0(comm, begin)
@@ -241,7 +248,7 @@ def _open_run(
     on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
 
 
-def _note_start(journal: Journal, bindings: Bindings) -> None:
+def _note_start(journal: Journal, bindings: Bindings, engine: EngineInfo) -> None:
     """Note this start in the journal, and what has changed since the first."""
     for change in changed_versions(journal.header, library_versions()):
         log.warning("%s", change)
@@ -251,6 +258,7 @@ def _note_start(journal: Journal, bindings: Bindings) -> None:
             "hosts": sorted({binding.host for binding in bindings.ranks}),
             "device_kinds": list(bindings.device_kinds),
             "threads": bindings.ranks[0].threads,
+            "engine": asdict(engine),
         }
     )
     sync_first(journal)

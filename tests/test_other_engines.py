@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from torch import nn
 from mpichunk.backends import get_backend
 from mpichunk.backends.onnx_file import onnx_files
 from mpichunk.config import Model
+from mpichunk.configrule import CPU_BACKENDS
 from mpichunk.engine import EngineRequest
 from mpichunk.errors import DeviceError, ModelError
 from mpichunk.inference import check_engine
 from mpichunk.startup import library_versions
 from tests import onnx_maker
-from tests.endtoend import files_of, read_volume, trap, write_config
+from tests.endtoend import files_of, read_volume, start_lines, trap, write_config
 from tests.launch import REPOSITORY
 
 BOTH = ["onnxruntime", "openvino"]
@@ -349,6 +351,8 @@ def test_one_rank_converts_for_all_and_the_others_import_no_torch(tmp_path, mpir
     done = mpirun(3, "-m", "mpichunk", "run", config)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("imported*"))) == 1
+    engine = start_lines(tmp_path / "runs" / "config")[0]["engine"]
+    assert (engine["backend"], engine["precision"], engine["threads"]) == ("openvino", "float32", 1)
     # The same on one rank: what was broadcast is what is converted.
     alone = tmp_path / "alone"
     done = mpirun(1, "-m", "mpichunk", "run", config, "--set", f"output.volume={alone}.zarr",
@@ -356,6 +360,11 @@ def test_one_rank_converts_for_all_and_the_others_import_no_torch(tmp_path, mpir
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "out.zarr") == files_of(tmp_path / "alone.zarr")
     assert read_volume(tmp_path / "out.zarr").std() > 0.1
+
+
+def test_every_backend_of_the_config_is_there():
+    names = get_args(Model.model_fields["backend"].annotation)
+    assert {name for name in names if get_backend(name).cpu_only} == set(CPU_BACKENDS)
 
 
 # ---- Packages ------------------------------------------------------------------------------------

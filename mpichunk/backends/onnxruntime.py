@@ -43,10 +43,15 @@ class OnnxruntimeBackend:
         note = f"onnxruntime {runtime.__version__}"
         if requested == "cpu" or _CUDA not in runtime.get_available_providers():
             note += ", built without CUDA: `pip install onnxruntime-gpu` instead of onnxruntime"
-            return Probe(cpu_kind=cpu_kind(), note=note)
+            return Probe(cpu_kind=cpu_kind(), framework="onnxruntime", note=note)
         seen = probe_devices(requested)
         devices = tuple(device for device in seen.accelerators if device.kind == "cuda")
-        return Probe(accelerators=devices, cpu_kind=cpu_kind(), note=f"{note}; {seen.note}")
+        return Probe(
+            accelerators=devices,
+            cpu_kind=cpu_kind(),
+            framework="onnxruntime",
+            note=f"{note}; {seen.note}",
+        )
 
     def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
         """Return nothing: every rank reads the file."""
