@@ -238,6 +238,37 @@ def test_openvino_settings_can_be_overridden_and_are_reported(tmp_path):
     assert caught.value.key == "model.options"
 
 
+def test_openvino_takes_the_weights_that_an_option_names(tmp_path):
+    (tmp_path / "lab_net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Conv3d(1, 2, 1, bias=False)\n"
+    )
+    weight = torch.tensor(onnx_maker.SCALES).reshape(2, 1, 1, 1, 1)
+    torch.save({"state_dict": {"weight": -weight}, "ema": {"weight": weight}}, tmp_path / "w.pt")
+    engine = load(
+        "openvino",
+        f"{tmp_path}/lab_net.py:net",
+        weights=str(tmp_path / "w.pt"),
+        options={"weights_key": "ema", "NUM_STREAMS": 1},
+    )
+    np.testing.assert_allclose(engine.infer(BATCH)[:, 1], -3 * BATCH[:, 0], rtol=1e-6)
+
+
+def test_openvino_file_that_is_cut_short(tmp_path):
+    need("openvino")
+    import openvino
+
+    network = openvino.Core().read_model(onnx_maker.convolution(tmp_path / "net.onnx", cut=True))
+    openvino.serialize(network, tmp_path / "net.xml")
+    load("openvino", tmp_path / "net.xml", changes={"crop": (1, 1, 1)})
+    for name in ("net.bin", "net.xml"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ModelError, match=r"net\.xml .*openvino") as caught:
+            load("openvino", tmp_path / "net.xml", changes={"crop": (1, 1, 1)})
+        assert caught.value.key == "model.path"
+        (tmp_path / name).write_bytes(whole)
+
+
 def test_openvino_computes_in_bfloat16_only_where_the_cpu_can(tmp_path):
     need("openvino")
     import openvino
@@ -305,8 +336,8 @@ InstantiatedModel = Half()
 
 
 def test_a_network_of_torch_is_converted(tmp_path):
-    (tmp_path / "net.py").write_text(NET_PY)
-    engine = load("openvino", f"{tmp_path}/net.py:Half")
+    (tmp_path / "lab_net.py").write_text(NET_PY)
+    engine = load("openvino", f"{tmp_path}/lab_net.py:Half")
     small = nn.functional.avg_pool3d(torch.from_numpy(BATCH), (1, 4, 4))
     large = BATCH + nn.functional.interpolate(small, scale_factor=(1.0, 4.0, 4.0)).numpy()
     np.testing.assert_allclose(engine.infer(BATCH)[:, :1], large, rtol=1e-5)
@@ -325,9 +356,9 @@ BAD_CONVERSIONS = [
 
 @pytest.mark.parametrize(("name", "changes", "key", "words"), BAD_CONVERSIONS)
 def test_a_network_that_cannot_be_converted_is_refused(tmp_path, name, changes, key, words):
-    (tmp_path / "net.py").write_text(NET_PY)
+    (tmp_path / "lab_net.py").write_text(NET_PY)
     with pytest.raises(ModelError) as caught:
-        load("openvino", f"{tmp_path}/net.py:{name}", changes=changes)
+        load("openvino", f"{tmp_path}/lab_net.py:{name}", changes=changes)
     assert caught.value.key == key, str(caught.value)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -335,14 +366,14 @@ def test_a_network_that_cannot_be_converted_is_refused(tmp_path, name, changes, 
 
 def test_one_rank_converts_for_all_and_the_others_import_no_torch(tmp_path, mpirun):
     need("openvino")
-    (tmp_path / "net.py").write_text(
+    (tmp_path / "lab_net.py").write_text(
         f"import os\nopen({str(tmp_path / 'imported')!r} + str(os.getpid()), 'w')\n{NET_PY}"
     )
     config = tmp_path / "config.yaml"
     write_config(
         tmp_path,
         input={"volume": "synthetic://membranes?shape=8,48,48"},
-        model={"backend": "openvino", "path": "net.py:Half", "out_channels": 2},
+        model={"backend": "openvino", "path": "lab_net.py:Half", "out_channels": 2},
         patch={"shape": [4, 16, 16]},
         block={"shape": [8, 24, 24]},
         output={"volume": "out.zarr"},

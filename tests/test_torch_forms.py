@@ -66,6 +66,14 @@ def request(**changes):
     return EngineRequest(**values | changes)
 
 
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    """Return the log, also after a run in this process that took it off the root."""
+    monkeypatch.setattr(logging.getLogger("mpichunk"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="mpichunk")
+    return caplog
+
+
 BATCH = torch.rand(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
@@ -382,9 +390,9 @@ def test_averaged_weights(checkpoints):
     torch.testing.assert_close(load_plain(checkpoints, "ema.pt"), expected())
 
 
-def test_of_several_weights_the_first_is_taken_and_said(checkpoints, caplog):
+def test_of_several_weights_the_first_is_taken_and_said(checkpoints, logged):
     torch.testing.assert_close(load_plain(checkpoints, "both.pt"), expected())
-    assert "took 'state_dict'" in caplog.text and "{weights_key: ema}" in caplog.text
+    assert "took 'state_dict'" in logged.text and "{weights_key: ema}" in logged.text
     found = load_plain(checkpoints, "both.pt", options={"weights_key": "ema"})
     assert not torch.allclose(found, expected())
 
@@ -410,21 +418,19 @@ def test_only_a_trusted_checkpoint_runs_code(checkpoints):
         load_plain(checkpoints, "module.pt", trust_pickle=True)
 
 
-def test_the_log_names_the_code_that_is_executed(folder, caplog):
-    caplog.set_level(logging.INFO)
+def test_the_log_names_the_code_that_is_executed(folder, logged):
     load(f"{folder}/plain.py:Net", weights=f"{folder}/net.pt")
-    lines = [r.message for r in caplog.records if r.message.startswith("executing ")]
+    lines = [r.message for r in logged.records if r.message.startswith("executing ")]
     path = folder / "plain.py"
     assert lines == [f"executing {path}, SHA-256 {file_hash(path)}"]
 
 
-def test_torchscript_is_called_deprecated_once(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def test_torchscript_is_called_deprecated_once(tmp_path, logged):
     torch.jit.trace(make_net(), BATCH).save(tmp_path / "net.pt")
     engine = load(tmp_path / "net.pt")
     for _ in range(2):
         torch.testing.assert_close(engine.infer(BATCH), expected())
-    assert len([r for r in caplog.records if "deprecated" in r.message]) == 1
+    assert len([r for r in logged.records if "deprecated" in r.message]) == 1
 
 
 def test_an_archive_of_another_kind_is_named(tmp_path, exported):

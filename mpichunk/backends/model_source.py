@@ -19,6 +19,10 @@ _FORMS = (
 )
 
 
+WEIGHTS_KEY = "weights_key"
+"""The option that names the weights in a checkpoint that holds several."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
     """One way to a network."""
@@ -146,7 +150,7 @@ def _kind_of_archive(path: Path) -> Literal["exported", "script"]:
             "holds a library compiled for one machine (AOTInductor); save it by torch.export.save"
         )
     elif "serialized_exported_program.json" in archive.namelist():
-        what = "was exported by an old torch; export it again with torch 2.6 or later"
+        what = "was exported by an old torch; export it again with torch 2.8 or later"
     elif "data.pkl" in names:
         what = f"is a checkpoint, not a network; {use_as_weights}"
     else:

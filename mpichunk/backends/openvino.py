@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.model_source import WEIGHTS_KEY
 from mpichunk.backends.network_output import find_cut
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.openvino_model import (
@@ -74,7 +75,7 @@ class OpenvinoEngine:
         self._request = request
         self._arrays = NumpyArrays()
         self._settings = _settings(self._core, model, request)
-        self._own_settings = tuple(map(str, model.options))
+        self._own_settings = tuple(model.options)
         self._requests: dict[int, Any] = {}
         self._compiled = self._compile(request.batch_size)
 
@@ -157,7 +158,7 @@ def _settings(core: Any, model: Model, request: EngineRequest) -> dict[str, Any]
         "INFERENCE_NUM_THREADS": request.threads,
         "NUM_STREAMS": 1,
     }
-    settings |= {str(key): value for key, value in model.options.items()}
+    settings |= {k: value for k, value in model.options.items() if k != WEIGHTS_KEY}
     precision = str(settings["INFERENCE_PRECISION_HINT"])
     able = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
     if precision not in ("f32", "float32") and precision.upper() not in able:

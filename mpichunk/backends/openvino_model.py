@@ -3,6 +3,7 @@
 The only place that imports openvino. Compiles nothing.
 """
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -114,6 +115,8 @@ def _convert(openvino: Any, network: Any, batch_nczyx: Any) -> Any:
     from mpichunk.backends.torch_flat import flatten
 
     source, example = network, {"example_input": batch_nczyx}
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # Conversion traces the network by functions that torch calls deprecated.
@@ -130,6 +133,10 @@ def _convert(openvino: Any, network: Any, batch_nczyx: Any) -> Any:
             "ONNX",
             key="model.backend",
         ) from error
+    finally:
+        # Conversion takes over the log of the whole program.
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def _refuse_difference(

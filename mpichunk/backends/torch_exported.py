@@ -21,7 +21,13 @@ from mpichunk.backends.torch_weights import first_line
 from mpichunk.engine import EngineRequest
 from mpichunk.errors import ModelError
 
-_TRAINING_ARGUMENT = {"aten.batch_norm.default": 5, "aten.dropout.default": 2}
+_TRAINING_ARGUMENT = {
+    "aten.batch_norm.default": 5,
+    "aten._native_batch_norm_legit.default": 5,
+    "aten._native_batch_norm_legit_functional.default": 5,
+    "aten.dropout.default": 2,
+    "aten.native_dropout.default": 2,
+}
 """Which argument of an operation says that the network is being trained."""
 
 

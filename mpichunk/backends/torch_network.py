@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpichunk.backends.model_source import ModelSource, find_source, weights_file
+from mpichunk.backends.model_source import (
+    WEIGHTS_KEY,
+    ModelSource,
+    find_source,
+    weights_file,
+)
 from mpichunk.backends.torch_chunkflow import MAKERS, ChunkflowNetwork, make_universal
 from mpichunk.backends.torch_exported import load_exported
 from mpichunk.backends.torch_weights import first_line, load_weights
@@ -61,19 +66,19 @@ def load_network(model: Model, request: EngineRequest) -> nn.Module:
 
 
 def _weights_key(model: Model) -> str | None:
-    """Return the one option that there is.
+    """Return where in a checkpoint the weights are, if the config says so.
 
     Raises:
-        ModelError: there are others.
+        ModelError: there are options besides, which this backend does not have.
     """
-    others = model.options.keys() - {"weights_key"} if model.backend == "pytorch" else ()
+    others = model.options.keys() - {WEIGHTS_KEY} if model.backend == "pytorch" else ()
     if others:
         raise ModelError(
-            f"the pytorch backend has no option {min(others)!r}; it has `weights_key`, the name of "
-            "the weights in a checkpoint that holds several",
+            f"the pytorch backend has no option {min(others)!r}; it has `{WEIGHTS_KEY}`, the name "
+            "of the weights in a checkpoint that holds several",
             key="model.options",
         )
-    key = model.options.get("weights_key")
+    key = model.options.get(WEIGHTS_KEY)
     return None if key is None else str(key)
 
 
