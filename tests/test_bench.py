@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,18 @@ def test_scratch_elsewhere(tmp_path: Path) -> None:
         scratch_output(spec, tmp_path / "nowhere"),
     ):
         pass
+
+
+def test_scratch_of_a_bucket_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    spec = prepare(load_config(config_file(tmp_path)).config).output
+    spec = replace(spec, volume="gs://bucket-of-nobody/pred|zarr3:")
+    parent = scratch_parent(spec, None)
+    assert parent == tmp_path / "tmp"
+    with scratch_output(spec, parent):
+        assert any(name.endswith("zarr.json") for name in files_of(parent))
+    assert files_of(parent) == {}
 
 
 # Whole benchmarks

@@ -28,7 +28,7 @@ from mpichunk.padding import pad, source_box
 from mpichunk.plan import Plan
 from mpichunk.reduction import Reduction
 from mpichunk.run import run_on
-from mpichunk.startup import prepare
+from mpichunk.startup import fingerprint_of, prepare
 from mpichunk.symmetry import NAMES, turns_of
 from tests.endtoend import read_volume, write_config
 from tests.geometries import cases
@@ -214,6 +214,12 @@ def test_changed_augmentation_or_reduction_is_another_run(
     case = Case(tmp_path, texture((8, 16, 16)))
     case.run(model={"out_channels": 2}, output={"reduce": "argmax"})
     path = tmp_path / "config.yaml"
+    parts = {}
+    for names in ("[]", "[flip_z, flip_x]", "[flip_x, flip_z]"):
+        job = prepare(load_config(path, [f"model.augment={names}"]).config)
+        parts[names] = fingerprint_of(job, device_kinds=["cpu"], threads=1)
+    assert parts["[]"]["model.augment"] is None
+    assert parts["[flip_z, flip_x]"] == parts["[flip_x, flip_z]"] != parts["[]"]
     for change in ("model.augment=[flip_z]", "output.reduce=vote", "output.channels=[1, 0]"):
         assert run_on(SerialCommunicator(), path, [change]) == 2
         assert change.partition("=")[0] in capsys.readouterr().err
