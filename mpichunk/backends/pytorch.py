@@ -33,7 +33,8 @@ class PytorchBackend:
     def load(self, model: Model, request: EngineRequest, prepared: bytes | None = None) -> Engine:
         """Load the network onto `request.device`."""
         from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-        from mpichunk.backends.torch_network import load_network
+        from mpichunk.backends.torch_network import load_network, wants_channels_last
 
         prepare_torch(request)
-        return TorchEngine(load_network(model, request), request)
+        network = load_network(model, request)
+        return TorchEngine(network, request, channels_last=wants_channels_last(model))
