@@ -23,6 +23,7 @@ from mpichunk.cli import main
 from mpichunk.comm import SerialCommunicator
 from mpichunk.config import Config
 from mpichunk.configfile import dump_config, load_config
+from mpichunk.estimate import estimate
 from mpichunk.geometry import Box
 from mpichunk.padding import pad, source_box
 from mpichunk.plan import Plan
@@ -31,7 +32,7 @@ from mpichunk.run import run_on
 from mpichunk.startup import fingerprint_of, prepare
 from mpichunk.symmetry import NAMES, turns_of
 from tests.endtoend import read_volume, write_config
-from tests.geometries import cases
+from tests.geometries import cases, make_config, make_info, make_plan
 from tests.metrics import auc
 from tests.reference import activate, cut, reference, reference_config_defaults
 from tests.test_augmentation import edge_mean
@@ -248,6 +249,27 @@ def test_plan_tells_augmentation_and_channels(
     assert main(["plan", str(path), "--json", "--set", "model.augment=[]"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert found["patches"]["passes_per_voxel"] == 8 * plain["patches"]["passes_per_voxel"]
+
+
+def test_memory_that_is_planned() -> None:
+    """One more copy of the prediction however many turns; labels are one channel of a byte."""
+
+    def parts(**more: Any) -> dict[str, int | None]:
+        config = make_config((8, 16, 16), (16, 32, 32), model_out_channels=4, **more)
+        plan = make_plan(config, (64, 64, 64))
+        found = estimate(plan, config, make_info(plan.volume)).memory
+        return {part.name: part.cpu_nbytes for part in found}
+
+    batch, written = "batch into and out of the network", "output of the blocks in flight"
+    plain = parts()
+    patch_nbytes = 4 * 8 * 16 * 16
+    assert plain[batch] == 5 * patch_nbytes
+    assert parts(model_augment=["flip_z"])[batch] == 9 * patch_nbytes
+    assert parts(model_augment=list(NAMES)) == parts(model_augment=["flip_z"])
+    core = 16 * 32 * 32
+    assert plain[written] == 2 * 4 * 4 * core
+    # Labels are made from the blended array, so that there is one more of them.
+    assert parts(output_reduce="vote")[written] == 3 * core
 
 
 def test_effective_config_reads_back(tmp_path: Path) -> None:
