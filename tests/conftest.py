@@ -157,6 +157,7 @@ MAY_SKIP: Mapping[str, Callable[[], bool]] = {
     "no accelerator": lambda: not any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")),
     "no small disk": lambda: not _can_mount(),
     "no compiler and headers of Python": lambda: not _can_compile(),
+    "no chunkflow": lambda: "MPICHUNK_CHUNKFLOW" not in os.environ,
     "no real pznet": lambda: "MPICHUNK_PZNET_NET" not in os.environ,
 }
 """How the reason of a skip may begin in CI, and what must then really be so."""
