@@ -1,20 +1,55 @@
-"""What one rank computes with, put together from the job: engine, volumes, inference.
+"""What a rank computes with, put together from the job: device, engine, volumes, inference.
 
-Every rank calls these for itself. Knows no other rank.
+Every rank calls these. Knows no blocks, and no other rank but to share out the devices.
 """
 
 import logging
+import os
 from contextlib import ExitStack
+from glob import glob
 
+from mpichunk.agreement import on_rank_0
 from mpichunk.backends import get_backend
-from mpichunk.binding import Binding
+from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
+from mpichunk.communicator import Communicator
+from mpichunk.config import Config
 from mpichunk.engine import Engine, EngineRequest
 from mpichunk.inference import BlockInference, scaling_for
 from mpichunk.pipeline import Source
-from mpichunk.startup import Job
+from mpichunk.predictionrule import channel_offsets
+from mpichunk.reduction import Reduction
+from mpichunk.startup import Job, threads_of_earlier_start
+from mpichunk.symmetry import Augmentation
 from mpichunk.volume import Reader, Writer, open_output
 
 log = logging.getLogger(__name__)
+
+
+def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
+    """Decide, alike on every rank, where each rank computes.
+
+    Unless `fresh`, with as many threads as a run that is resumed began with.
+    """
+    config = job.config
+    earlier = None
+    if not fresh:
+        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
+    backend = get_backend(config.model.backend)
+    facts = RankFacts(
+        rank=comm.rank,
+        host=comm.host,
+        local_rank=comm.local_rank,
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        num_host_cores=os.cpu_count() or 1,
+        probe=backend.probe(config.compute.device),
+        gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
+    )
+    return bind(
+        comm.allgather(facts),
+        device="cpu" if backend.cpu_only else config.compute.device,
+        threads=config.compute.threads or earlier,
+        share_device=config.compute.share_device,
+    )
 
 
 def engine_request(job: Job, binding: Binding) -> EngineRequest:
@@ -33,13 +68,22 @@ def engine_request(job: Job, binding: Binding) -> EngineRequest:
     )
 
 
-def load_engine(job: Job, request: EngineRequest) -> Engine:
-    """Load the network.
+def prepare_network(job: Job, request: EngineRequest) -> bytes | None:
+    """Do for all ranks what only one need do to load the network.
 
     Raises:
         UserError: it does not load.
     """
-    engine = get_backend(job.config.model.backend).load(job.config.model, request)
+    return get_backend(job.config.model.backend).prepare(job.config.model, request)
+
+
+def load_engine(job: Job, request: EngineRequest, prepared: bytes | None = None) -> Engine:
+    """Load the network, from what `prepare_network` returned if that was anything.
+
+    Raises:
+        UserError: it does not load.
+    """
+    engine = get_backend(job.config.model.backend).load(job.config.model, request, prepared)
     info = engine.info
     log.info(
         "network: %s backend, %s, %s (%s), %s, CPU threads: %d",
@@ -82,4 +126,18 @@ def make_inference(job: Job, engine: Engine, request: EngineRequest) -> BlockInf
         window_name=config.patch.window,
         activation=config.model.activation,
         skip_blank=config.model.skip_blank,
+        augmentation=make_augmentation(config),
+        reduction=Reduction.of(config),
+    )
+
+
+def make_augmentation(config: Config) -> Augmentation | None:
+    """Return the turns that each patch is averaged over; None for none."""
+    if not config.model.augment:
+        return None
+    return Augmentation.make(
+        config.model.augment,
+        num_channels=config.model.out_channels,
+        offsets=channel_offsets(config.model.affinity_channels),
+        shape=config.output_patch_shape,
     )

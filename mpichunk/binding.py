@@ -51,6 +51,9 @@ class Probe:
     cpu_kind: str
     """Instruction set of the CPU, e.g. "cpu AVX512"."""
 
+    framework: str = "torch"
+    """Which package looked for accelerators."""
+
     note: str = ""
     """What the framework said while it looked, for the user who expected a device."""
 
@@ -235,7 +238,7 @@ def _what_is_seen(facts: RankFacts) -> str:
     """Return in words which accelerators the framework sees."""
     names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.probe.accelerators)
     note = f" ({facts.probe.note})" if facts.probe.note else ""
-    return f"torch sees {names or 'no accelerator'}{note}"
+    return f"{facts.probe.framework} sees {names or 'no accelerator'}{note}"
 
 
 def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None]) -> None:

@@ -82,7 +82,29 @@ def _parser() -> argparse.ArgumentParser:
         help="mark blocks that are missing or differ undone, so that the next run computes them",
     )
 
+    _add_bench(verbs)
     return parser
+
+
+def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb that measures."""
+    bench = _add_verb(verbs, "bench", "measure this machine: the network alone, the whole run")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.add_argument(
+        "--repeats", type=_positive, default=3, metavar="N", help="repeat N times (default: 3)"
+    )
+    bench.add_argument(
+        "--blocks",
+        type=_positive,
+        metavar="N",
+        help="blocks per rank and repeat (default: as many as take about half a minute)",
+    )
+    bench.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="folder for the output that is written and removed (default: where the real one lies)",
+    )
 
 
 def _add_verb(
@@ -145,6 +167,21 @@ def _verify(options: argparse.Namespace) -> int:
     return verify(options.config, options.overrides, repair=options.repair, as_json=options.json)
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from mpichunk.bench import Options, bench
+
+    return bench(
+        options.config,
+        options.overrides,
+        Options(
+            num_repeats=options.repeats,
+            num_blocks=options.blocks,
+            scratch=options.scratch,
+            as_json=options.json,
+        ),
+    )
+
+
 class _PrintSchema(argparse.Action):
     """Like `--help`: needs no config, prints and ends."""
 
@@ -155,4 +192,11 @@ class _PrintSchema(argparse.Action):
         parser.exit()
 
 
-_VERBS = {"run": _run, "plan": _plan, "status": _status, "stop": _stop, "verify": _verify}
+_VERBS = {
+    "run": _run,
+    "plan": _plan,
+    "status": _status,
+    "stop": _stop,
+    "verify": _verify,
+    "bench": _bench,
+}

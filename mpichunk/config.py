@@ -4,10 +4,10 @@ Checks everything that needs no volume and no network. Knows no files and no YAM
 `configfile`).
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from mpichunk.configrule import (
     default_chunk_shape,
@@ -15,73 +15,35 @@ from mpichunk.configrule import (
     find_warnings,
     output_patch_shape,
 )
+from mpichunk.configtype import (
+    AffinityChannels,
+    Arguments,
+    Backend,
+    Channels,
+    Count,
+    Device,
+    Extent,
+    Flag,
+    Interval,
+    Level,
+    Number,
+    Options,
+    OutputType,
+    Pad,
+    Position,
+    PositiveNumber,
+    Section,
+    Size,
+    Stitch,
+    Symmetries,
+    Text,
+    Threshold,
+    Volume,
+    Width,
+    Window,
+)
 from mpichunk.geometry import Triple, triple
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """Marks a type with the words that complete "... must be"."""
-
-    words: str
-    """For the user, e.g. "a whole number, at least 1"."""
-
-
-_Whole = Annotated[int, Field(strict=True)]
-_Natural = Annotated[int, Field(strict=True, ge=0)]
-_Positive = Annotated[int, Field(strict=True, ge=1)]
-_Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-_AboveZero = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-_Text = Annotated[str, Field(min_length=1)]
-_Spec = Annotated[dict[str, Any], Field(min_length=1)]
-
-Flag = Annotated[bool, Field(strict=True), Expected("true or false")]
-Text = Annotated[_Text, Expected("text")]
-Count = Annotated[_Positive, Expected("a whole number, at least 1")]
-Level = Annotated[_Natural, Expected("a whole number, at least 0")]
-Number = Annotated[_Real, Expected("a number")]
-PositiveNumber = Annotated[_AboveZero, Expected("a number above 0")]
-Interval = Annotated[tuple[_Real, _Real], Expected("two numbers, the lower first, e.g. [0, 255]")]
-Position = Annotated[
-    tuple[_Whole, _Whole, _Whole], Expected("three whole numbers zyx, e.g. [0, 0, 0]")
-]
-Width = Annotated[
-    tuple[_Natural, _Natural, _Natural],
-    Expected("three whole numbers zyx, none below 0, e.g. [4, 64, 64]"),
-]
-Extent = Annotated[
-    tuple[_Positive, _Positive, _Positive],
-    Expected("three whole numbers zyx, each at least 1, e.g. [20, 256, 256]"),
-]
-Size = Annotated[
-    tuple[_AboveZero, _AboveZero, _AboveZero],
-    Expected("three numbers zyx in nm, each above 0, e.g. [40, 4, 4]"),
-]
-Volume = Annotated[_Text | _Spec, Expected("a URL, a path, or a TensorStore spec (a mapping)")]
-Arguments = Annotated[
-    dict[str, Any], Expected("a mapping of keyword arguments, e.g. {channels: 16}")
-]
-Device = Annotated[
-    str,
-    Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
-    Expected("`auto`, `cpu`, `cuda` or another device of torch, e.g. `cuda:0`"),
-]
-
-Pad = Literal["reflect", "edge", "zero"]
-Window = Literal["bump", "gaussian", "hann", "uniform"]
-Stitch = Literal["crop", "seamless"]
-OutputType = Literal["uint8", "int8", "uint16", "int16", "float16", "float32"]
-
-
-class Section(BaseModel):
-    """Shared by all sections: frozen, unknown keys refused, keys documented by docstrings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_all_defaults(cls, data: Any) -> Any:
-        """Take a header with nothing below it, as is left when every key is commented out."""
-        return {} if data is None else data
+from mpichunk.predictionrule import written_channels
 
 
 class Normalize(Section):
@@ -157,23 +119,35 @@ class Mask(Section):
 class Model(Section):
     """The network."""
 
-    backend: Literal["identity", "pytorch"] = Field(examples=["pytorch"])
+    backend: Backend = Field(examples=["pytorch"])
     """What runs it."""
 
     path: Text | None = None
-    """TorchScript file, or a class or function: `file.py:Name` or `package.module:Name`."""
+    """File of a saved network, `file.py:Name`, `package.module:Name`, or the folder of a pznet."""
 
     weights: Text | None = None
     """safetensors file or checkpoint that belongs to a network given as code."""
 
+    trust_pickle: Flag = False
+    """Let checkpoints and `.pt2` files run the code that they may contain."""
+
     arguments: Arguments = Field(default_factory=dict)
     """Keyword arguments for that class or function."""
+
+    options: Options = Field(default_factory=dict)
+    """Settings of the backend itself, in its own words."""
 
     out_channels: Count = 1
     """Channels that the network returns."""
 
     activation: Literal["none", "sigmoid", "softmax"] = "none"
     """Applied to each patch before it is weighted."""
+
+    augment: Symmetries = ()
+    """Mirror images and rotations of each patch, whose predictions are averaged with its own."""
+
+    affinity_channels: AffinityChannels | None = None
+    """Channels of affinities: those along z, y and x to the voxel before, or offsets by channel."""
 
     skip_blank: Flag = True
     """Do not run patches whose input is all zero."""
@@ -211,6 +185,16 @@ class Block(Section):
     """What is computed around a core and cropped away; default: half the overlap."""
 
 
+class Gate(Section):
+    """Where the prediction counts: where one channel, such as that of myelin, is low."""
+
+    channel: Level = Field(examples=[3])
+    """The channel that is looked at; the first one is 0."""
+
+    below: Number = Field(examples=[0.2])
+    """The others are kept where it is below this value, and are zero elsewhere."""
+
+
 class Output(Section):
     """The volume that is written."""
 
@@ -218,7 +202,19 @@ class Output(Section):
     """cloud-volume URL, TensorStore URL, path, or TensorStore spec."""
 
     dtype: OutputType = "float32"
-    """Type of the stored values."""
+    """Type of the stored values; of labels the default is uint8."""
+
+    gate: Gate | None = None
+    """Where the prediction counts; default: everywhere."""
+
+    channels: Channels | None = None
+    """Channels of the network that are used, in this order; default: all but that of the gate."""
+
+    reduce: Literal["argmax", "vote"] | None = None
+    """Write one channel: which one is largest, counted from 0, or from 1 by a vote."""
+
+    threshold: Threshold | None = None
+    """Write 1 where a value is above it, else 0."""
 
     chunk_shape: Extent | None = None
     """Storage chunk; default: the largest divisor of `block.shape` not above 64 per axis."""
@@ -228,6 +224,15 @@ class Output(Section):
 
     domain: Literal["input", "roi"] = "input"
     """What a new output covers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_are_small(cls, data: Any) -> Any:
+        """Let labels be uint8 where no type is given."""
+        if not isinstance(data, Mapping) or "dtype" in data:
+            return data
+        has_labels = data.get("reduce") is not None or data.get("threshold") is not None
+        return {**data, "dtype": "uint8"} if has_labels else data
 
 
 class Compute(Section):
@@ -354,6 +359,16 @@ class Config(Section):
         if self.output.chunk_shape is not None:
             return self.output.chunk_shape
         return default_chunk_shape(self.block.shape)
+
+    @property
+    def used_channels(self) -> tuple[int, ...]:
+        """Channels of the network that what is written comes from, in order."""
+        return written_channels(self.model.out_channels, self.output.channels, self.output.gate)
+
+    @property
+    def num_written_channels(self) -> int:
+        """Channels of the output."""
+        return 1 if self.output.reduce is not None else len(self.used_channels)
 
     @property
     def write_unit(self) -> Triple:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from mpichunk.config import Config, Expected, Section, flatten
+from mpichunk.config import Config, flatten
 from mpichunk.configrule import find_problems
+from mpichunk.configtype import Expected, Section
 from mpichunk.errors import Problem
 
 _ABSENT = object()

@@ -21,6 +21,9 @@ from mpichunk.location import (
 
 Check = Callable[..., str | None]
 
+CPU_BACKENDS = ("identity", "openvino", "pznet")
+"""Backends that have no use for accelerators."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
@@ -67,20 +70,20 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _apply(rules: Sequence[Rule], values: Mapping[str, Any]) -> list[Problem]:
     found = []
-    for rule in rules:
-        if all(key in values for key in rule.keys):
-            message = rule.check(*(values[key] for key in rule.keys))
+    for item in rules:
+        if all(key in values for key in item.keys):
+            message = item.check(*(values[key] for key in item.keys))
             if message is not None:
-                found.append(Problem(key=rule.keys[0], message=message))
+                found.append(Problem(key=item.keys[0], message=message))
     return found
 
 
-def _rule(*keys: str) -> Callable[[Check], Check]:
+def rule(*keys: str) -> Callable[[Check], Check]:
     """Register a check of values that must not go together."""
     return _register(_RULES, keys)
 
 
-def _hint(*keys: str) -> Callable[[Check], Check]:
+def hint(*keys: str) -> Callable[[Check], Check]:
     """Register a check of values that have no effect."""
     return _register(_HINTS, keys)
 
@@ -104,21 +107,21 @@ def _nearest_multiple(shape: Triple, unit: Triple) -> Triple:
 # Geometry
 
 
-@_rule("roi.stop", "roi.start")
+@rule("roi.stop", "roi.start")
 def _roi_is_not_empty(stop: Triple, start: Triple) -> str | None:
     if all(a < b for a, b in zip(start, stop, strict=True)):
         return None
     return f"{stop} must be greater than roi.start {start} on every axis"
 
 
-@_rule("input.normalize.clip")
+@rule("input.normalize.clip")
 def _clip_is_ordered(clip: tuple[float, float] | None) -> str | None:
     if clip is None or clip[0] < clip[1]:
         return None
     return f"{clip} must be two numbers, the lower first"
 
 
-@_rule("patch.crop", "patch.shape")
+@rule("patch.crop", "patch.shape")
 def _crop_leaves_something(crop: Triple, shape: Triple) -> str | None:
     if min(output_patch_shape(shape, crop)) >= 1:
         return None
@@ -128,7 +131,7 @@ def _crop_leaves_something(crop: Triple, shape: Triple) -> str | None:
     )
 
 
-@_rule("patch.overlap", "patch.shape", "patch.crop")
+@rule("patch.overlap", "patch.shape", "patch.crop")
 def _overlap_is_smaller(overlap: Triple | None, shape: Triple, crop: Triple) -> str | None:
     patch = output_patch_shape(shape, crop)
     if overlap is None or min(patch) < 1:
@@ -138,7 +141,7 @@ def _overlap_is_smaller(overlap: Triple | None, shape: Triple, crop: Triple) -> 
     return f"{overlap} must be smaller than the output patch {patch}"
 
 
-@_rule("block.margin", "block.stitch", "patch.shape", "patch.crop")
+@rule("block.margin", "block.stitch", "patch.shape", "patch.crop")
 def _margin_fits(margin: Triple | None, stitch: str, shape: Triple, crop: Triple) -> str | None:
     patch = output_patch_shape(shape, crop)
     if margin is None or stitch == "seamless" or min(patch) < 1:
@@ -148,7 +151,7 @@ def _margin_fits(margin: Triple | None, stitch: str, shape: Triple, crop: Triple
     return f"{margin} must not be larger than the output patch {patch}"
 
 
-@_rule("block.shape", "output.chunk_shape", "output.shard_shape")
+@rule("block.shape", "output.chunk_shape", "output.shard_shape")
 def _block_is_whole_units(block: Triple, chunk: Triple | None, shard: Triple | None) -> str | None:
     unit = shard or chunk
     if unit is None or _is_multiple(block, unit):
@@ -163,7 +166,7 @@ def _block_is_whole_units(block: Triple, chunk: Triple | None, shard: Triple | N
 # Output
 
 
-@_rule("output.shard_shape", "output.chunk_shape", "block.shape")
+@rule("output.shard_shape", "output.chunk_shape", "block.shape")
 def _shard_is_whole_chunks(shard: Triple | None, chunk: Triple | None, block: Triple) -> str | None:
     unit = chunk or default_chunk_shape(block)
     if shard is None or _is_multiple(shard, unit):
@@ -172,7 +175,7 @@ def _shard_is_whole_chunks(shard: Triple | None, chunk: Triple | None, block: Tr
     return f"{shard} must be a multiple of the chunk {unit}{remark}"
 
 
-@_rule("output.shard_shape", "output.volume")
+@rule("output.shard_shape", "output.volume")
 def _format_has_shards(shard: Triple | None, volume: Volume) -> str | None:
     name = volume_format(volume)
     if shard is None or name in (None, "zarr3"):
@@ -180,7 +183,7 @@ def _format_has_shards(shard: Triple | None, volume: Volume) -> str | None:
     return f"{shard} needs an output in zarr3, and this one is {name}; take it out or write zarr3"
 
 
-@_rule("output.dtype", "output.volume")
+@rule("output.dtype", "output.volume")
 def _format_has_dtype(dtype: str, volume: Volume) -> str | None:
     name = volume_format(volume)
     if dtype != "float16" or name not in ("precomputed", "n5"):
@@ -188,21 +191,21 @@ def _format_has_dtype(dtype: str, volume: Volume) -> str | None:
     return f"{dtype!r} cannot be stored as {name}; use 'float32', or write zarr3"
 
 
-@_rule("output.volume")
+@rule("output.volume")
 def _output_is_writable(volume: Volume) -> str | None:
     if not is_read_only(volume):
         return None
     return f"{volume!r} can only be read; name a path or a store that can be written"
 
 
-@_rule("output.volume", "input.volume")
+@rule("output.volume", "input.volume")
 def _output_is_not_input(output: Volume, source: Volume) -> str | None:
     if place(output) != place(source):
         return None
     return f"{place(output)!r} is the input too, which would be overwritten; write somewhere else"
 
 
-@_rule("output.volume", "mask.volume")
+@rule("output.volume", "mask.volume")
 def _output_is_not_mask(output: Volume, mask: Volume) -> str | None:
     if place(output) != place(mask):
         return None
@@ -212,22 +215,29 @@ def _output_is_not_mask(output: Volume, mask: Volume) -> str | None:
 # Network
 
 
-@_rule("model.path", "model.backend")
+_NETWORKS = {
+    "pytorch": "`path: net.pt2` (torch.export), `path: net.pt` (TorchScript) or "
+    "`path: nets.py:UNet`",
+    "onnxruntime": "`path: net.onnx`",
+    "openvino": "`path: net.onnx`, `path: net.xml`, or one that torch can load",
+    "pznet": "`path: net`, the folder with `znet.so`",
+}
+"""What `model.path` may be, by backend."""
+
+
+@rule("model.path", "model.backend")
 def _network_is_named(path: str | None, backend: str) -> str | None:
-    if path is not None or backend == "identity":
+    if path is not None or backend not in _NETWORKS:
         return None
-    return (
-        f"missing; the {backend} backend needs a network, "
-        "e.g. `path: net.pt` (TorchScript) or `path: nets.py:UNet`"
-    )
+    return f"missing; the {backend} backend needs a network, e.g. {_NETWORKS[backend]}"
 
 
-@_rule("model.path")
+@rule("model.path")
 def _network_is_well_named(path: str | None) -> str | None:
     return None if path is None else model_path_mistake(path)
 
 
-@_rule("model.arguments", "model.path", "model.backend")
+@rule("model.arguments", "model.path", "model.backend")
 def _arguments_have_code(arguments: dict[str, Any], path: str | None, backend: str) -> str | None:
     if not arguments or not _is_saved_network(path, backend):
         return None
@@ -244,14 +254,14 @@ def _is_saved_network(path: str | None, backend: str) -> bool:
 # Without effect
 
 
-@_hint("block.margin", "block.stitch")
+@hint("block.margin", "block.stitch")
 def _margin_is_used(margin: Triple | None, stitch: str) -> str | None:
     if margin is None or stitch != "seamless":
         return None
     return f"{margin} has no effect with `stitch: seamless`, which has no margin"
 
 
-@_hint("output.domain", "roi")
+@hint("output.domain", "roi")
 def _domain_is_used(domain: str, roi: object) -> str | None:
     if domain == "input" or roi is not None:
         return None
@@ -271,28 +281,44 @@ def _is_used_by_identity(value: object, backend: str) -> str | None:
     return "has no effect with `backend: identity`"
 
 
-_hint("input.dataset", "input.volume")(_dataset_is_used)
-_hint("mask.dataset", "mask.volume")(_dataset_is_used)
-_hint("model.path", "model.backend")(_is_used_by_identity)
-_hint("model.weights", "model.backend")(_is_used_by_identity)
-_hint("model.arguments", "model.backend")(_is_used_by_identity)
+hint("input.dataset", "input.volume")(_dataset_is_used)
+hint("mask.dataset", "mask.volume")(_dataset_is_used)
+hint("model.path", "model.backend")(_is_used_by_identity)
+hint("model.weights", "model.backend")(_is_used_by_identity)
+hint("model.arguments", "model.backend")(_is_used_by_identity)
 
 
-@_hint("model.activation", "model.out_channels")
+@hint("model.options", "model.backend")
+def _options_are_used(options: dict[str, Any], backend: str) -> str | None:
+    if not options or backend not in ("identity", "pznet"):
+        return None
+    return f"has no effect with `backend: {backend}`"
+
+
+@hint("model.weights", "model.path", "model.backend")
+def _weights_are_used(weights: str | None, path: str | None, backend: str) -> str | None:
+    if weights is None or path is None or backend not in _NETWORKS:
+        return None
+    if backend not in ("onnxruntime", "pznet") and not path.endswith((".onnx", ".xml")):
+        return None
+    return f"has no effect: {path!r} brings its own weights"
+
+
+@hint("model.activation", "model.out_channels")
 def _softmax_has_channels(activation: str, num_channels: int) -> str | None:
     if activation != "softmax" or num_channels > 1:
         return None
     return "'softmax' over one channel is 1 everywhere; did you mean 'sigmoid', or more channels?"
 
 
-@_hint("compute.device", "model.backend")
+@hint("compute.device", "model.backend")
 def _device_is_used(device: str, backend: str) -> str | None:
-    if backend != "identity" or device in ("auto", "cpu"):
+    if backend not in CPU_BACKENDS or device in ("auto", "cpu"):
         return None
-    return f"{device!r} has no effect with `backend: identity`, which runs on the CPU"
+    return f"{device!r} has no effect with `backend: {backend}`, which runs on the CPU"
 
 
-@_hint("compute.share_device", "compute.device")
+@hint("compute.share_device", "compute.device")
 def _sharing_is_used(share: bool, device: str) -> str | None:
     if not share or device != "cpu":
         return None

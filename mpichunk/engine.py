@@ -3,7 +3,7 @@
 Knows no framework. An engine brings the few array operations that blending needs on its own device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mpichunk.errors import UserError
 from mpichunk.geometry import Slices, Triple
+from mpichunk.symmetry import STRAIGHT, Move, Turn
 
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
@@ -117,8 +118,11 @@ class Arrays(Protocol):
         patch_shape: Triple,
         batch_size: int,
         scaling: Scaling,
+        turn: Turn = STRAIGHT,
     ) -> DeviceArray:
         """Cut patches out of a raw source, scale them to float32, pad the batch with zero patches.
+
+        A `turn` is applied to each patch; one that exchanges y and x needs a square patch.
 
         Returns (batch_size, channels, *patch_shape), in a buffer that the next call overwrites.
         """
@@ -128,6 +132,21 @@ class Arrays(Protocol):
 
         What is returned may be a buffer that the next call overwrites; the batch stays untouched.
         """
+
+    def sums(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return a float32 array of zeros for `add_turned`, which the next such call overwrites."""
+
+    def add_turned(
+        self,
+        sum_nczyx: DeviceArray,
+        batch_nczyx: DeviceArray,
+        turn: Turn,
+        moves: Sequence[Move],
+    ) -> None:
+        """Turn predictions of a turned batch back, and add what each move takes to the sum."""
+
+    def multiply(self, array: DeviceArray, factor: float) -> None:
+        """Multiply in place."""
 
     def window(self, vectors: Vectors) -> DeviceArray:
         """Return the product of three window vectors in the form that `add_weighted` likes best."""
@@ -154,6 +173,27 @@ class Arrays(Protocol):
     def is_finite(self, array: DeviceArray) -> bool:
         """Return whether the array holds neither NaN nor inf."""
 
+    def gate(
+        self, total_czyx: DeviceArray, channel: int, below: float, gated: Sequence[int]
+    ) -> None:
+        """Set channels to zero, in place, wherever one channel is not below a value."""
+
+    def best_channel(
+        self,
+        total_czyx: DeviceArray,
+        channels: Sequence[int],
+        out_zyx: DeviceArray,
+        *,
+        is_vote: bool,
+    ) -> None:
+        """Write which of the channels is largest, the first of equal ones, counted from 0.
+
+        A vote is counted from 1, and is 0 where all the channels are zero.
+        """
+
+    def above(self, total_czyx: DeviceArray, threshold: float, out_czyx: DeviceArray) -> None:
+        """Write 1 where a value is greater than the threshold, else 0."""
+
     def quantise(self, total_czyx: DeviceArray, out_czyx: DeviceArray) -> None:
         """Convert into an array of the output dtype; what was in `total_czyx` is lost.
 
@@ -163,6 +203,12 @@ class Arrays(Protocol):
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """Return the array on the host, C contiguous; it may share the array's memory."""
+
+    def wait(self) -> None:
+        """Return when the device has done all that was asked of it."""
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return the device memory that a call takes at its peak; None for a host's memory."""
 
     def release(self) -> None:
         """Give back all memory that is only kept for later calls."""
@@ -183,6 +229,7 @@ class Engine(Protocol):
         """Run the network on (n, c, *patch_shape) float32; return (n, out_channels, *Q) float32.
 
         Q is patch_shape - 2 * crop: the engine has cut what the network had not cut itself.
+        What is returned may be a buffer that the next call overwrites.
 
         Raises:
             ModelError: the network returned something else.

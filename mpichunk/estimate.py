@@ -13,6 +13,7 @@ from mpichunk.config import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry import Grid, Triple, ceil_div, triple
 from mpichunk.plan import Plan
+from mpichunk.reduction import Reduction
 from mpichunk.volumeinfo import VolumeInfo
 from mpichunk.work import Work, work_of
 
@@ -30,6 +31,9 @@ PROGRAM_NBYTES = 95 * MIB
 
 TORCH_NBYTES = 195 * MIB
 """What torch and a first forward on a CPU add to it (measured: 194 MiB)."""
+
+ENGINE_NBYTES = {"pytorch": TORCH_NBYTES, "onnxruntime": 32 * MIB, "openvino": 59 * MIB, "pznet": 0}
+"""What each backend's library and a first forward on a CPU add (measured); pznet has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +145,7 @@ def estimate(
         work=work,
         num_whole_blocks=_num_whole(plan),
         memory=_memory(plan, config, info, work, model_nbytes, probe),
-        output_nbytes=plan.roi.num_voxels * config.model.out_channels * itemsize,
+        output_nbytes=plan.roi.num_voxels * config.num_written_channels * itemsize,
         num_files=num_files,
         read_nbytes=work.num_voxels_read * info.num_channels * info.dtype.itemsize,
         probe=probe,
@@ -169,11 +173,11 @@ def _memory(
 ) -> tuple[MemoryPart, ...]:
     """Return the peak memory of one rank, part by part, for the largest block of the plan."""
     dtype = np.dtype(config.output.dtype)
-    channels = config.model.out_channels
+    channels, reduction = config.model.out_channels, Reduction.of(config)
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    core = _nbytes(work.core_shape, channels, dtype.itemsize)
-    # float32 output is the blended array itself; other types are a copy of it.
-    converted = 0 if dtype == np.float32 else core
+    core = _nbytes(work.core_shape, reduction.num_channels, dtype.itemsize)
+    # What is written may be the blended array itself; else it is made from it.
+    converted = 0 if reduction.keeps_total(channels, dtype) else core
     # The peak: one block in the network, the others all read, or all being written. What is being
     # written is there twice, once as the storage library encodes it.
     waiting = BLOCKS_IN_FLIGHT - 1
@@ -204,7 +208,10 @@ def _memory(
     if config.model.backend != "identity":
         forward = probe.nbytes if probe is not None else None
         parts += [
-            _on_host("torch", TORCH_NBYTES),
+            _on_host(
+                "torch" if config.model.backend == "pytorch" else config.model.backend,
+                ENGINE_NBYTES[config.model.backend],
+            ),
             _on_device("weights", model_nbytes),
             _on_device("inside the network", forward),
         ]
@@ -214,6 +221,8 @@ def _memory(
 def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
     """Return the bytes of a batch as the network takes it, returns it, and as it is activated."""
     num_copies = 1 if config.model.activation == "none" else 2
+    if config.model.augment:
+        num_copies += 1  # the sum over its turns
     per_patch = _nbytes(plan.patch_shape, info.num_channels, FLOAT32_NBYTES) + num_copies * (
         _nbytes(plan.patch_shape, config.model.out_channels, FLOAT32_NBYTES)
     )

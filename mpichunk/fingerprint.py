@@ -47,6 +47,8 @@ def make_fingerprint(
         "roi": config.roi and config.roi.model_dump(mode="json"),
         "mask": mask and _identity(mask) | {"invert": config.mask and config.mask.invert},
         "model": config.model.model_dump(mode="json")
+        # The order of the names means nothing, and none is as in runs that knew of no such thing.
+        | {"augment": sorted(set(config.model.augment)) or None}
         | {"files": {f"{i}:{path.name}": file_hash(path) for i, path in enumerate(model_files)}},
         "patch": config.patch.model_dump(mode="json") | {"overlap": config.overlap},
         "block": config.block.model_dump(mode="json") | {"margin": _effective_margin(config)},

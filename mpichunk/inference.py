@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.blending import sum_of_windows, window
-from mpichunk.config import Normalize, Window
+from mpichunk.config import Normalize
+from mpichunk.configtype import Window
 from mpichunk.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry import Box, Grid, Slices, subtract
 from mpichunk.plan import Block
+from mpichunk.reduction import Reduction
+from mpichunk.symmetry import STRAIGHT, Augmentation, Turn
 
 _BYTE = Scaling(divide=255.0)
 _BLANK_STEP = 7
@@ -55,6 +58,8 @@ class BlockInference:
         window_name: Window,
         activation: Literal["none", "sigmoid", "softmax"],
         skip_blank: bool,
+        augmentation: Augmentation | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         """Prepare what all blocks share.
 
@@ -65,14 +70,19 @@ class BlockInference:
             window_name: blending weights of one output patch.
             activation: what acts on each patch before it is weighted.
             skip_blank: do not run patches whose raw input is all zero.
+            augmentation: the turns over which each patch is averaged; None for none.
+            reduction: what is made of the blended channels; default: all are written.
         """
         self._engine = engine
         self._request = request
         self._scaling = scaling
         self._activation = activation
         self._skip_blank = skip_blank
+        self._augmentation = augmentation
+        self._reduction = reduction or Reduction(channels=tuple(range(request.out_channels)))
         self._batch_size = request.batch_size
         output_shape = subtract(subtract(request.patch_shape, request.crop), request.crop)
+        self._output_shape = output_shape
         z, y, x = (window(window_name, length) for length in output_shape)
         self._vectors: Vectors = (z, y, x)
         self._window = engine.arrays.window(self._vectors)
@@ -143,17 +153,19 @@ class BlockInference:
         arrays = self._engine.arrays
         boxes = self._wanted(block, source_czyx, mask_zyx)
         total_shape = self._request.out_channels, *block.core.shape
+        keeps_total = self._reduction.keeps_total(self._request.out_channels, out_dtype)
         source = total_czyx = None
         num_patches = 0
         while batch := list(islice(boxes, self._batch_size)):
             if source is None:
                 source = arrays.upload(source_czyx)
-                # float32 output is the total itself, still being written when the next block runs.
-                total_czyx = arrays.zeros(total_shape, reuse=out_dtype != np.float32)
+                # What is written may be the total itself, also when the next block runs already.
+                total_czyx = arrays.zeros(total_shape, reuse=not keeps_total)
             self._accumulate(block, source, batch, total_czyx)
             num_patches += len(batch)
         if total_czyx is None:
-            return Inferred(core_czyx=np.zeros(total_shape, dtype=out_dtype), num_patches=0)
+            shape = self._reduction.num_channels, *block.core.shape
+            return Inferred(core_czyx=np.zeros(shape, dtype=out_dtype), num_patches=0)
         core_mask_zyx = None
         if mask_zyx is not None:
             core_mask_zyx = mask_zyx[block.core.slices(block.output_box.start)]
@@ -190,20 +202,48 @@ class BlockInference:
     ) -> None:
         """Run one batch and add its weighted output to the core's total."""
         arrays = self._engine.arrays
-        batch_nczyx = arrays.gather(
-            source,
-            [self._input_slices(block, box) for box in boxes],
-            patch_shape=self._request.patch_shape,
-            batch_size=self._batch_size,
-            scaling=self._scaling,
-        )
-        output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
-        self.num_batches += 1
+        seen = [self._input_slices(block, box) for box in boxes]
+        output_nczyx = self._predict(source, seen)
         for box, patch_czyx in zip(boxes, output_nczyx, strict=False):
             # Only the core is kept: what falls outside belongs to other blocks.
             inner = box.intersect(block.core)
             where, part = inner.slices(block.core.start), inner.slices(box.start)
             arrays.add_weighted(total_czyx, where, patch_czyx, part, self._window)
+
+    def _predict(self, source: DeviceArray, where: Sequence[Slices]) -> DeviceArray:
+        """Return the activated prediction of one batch, or its mean over all turns."""
+        augmentation = self._augmentation
+        if augmentation is None:
+            return self._predict_turned(source, where, STRAIGHT)
+        arrays = self._engine.arrays
+        # One sum, however many turns there are.
+        mean_nczyx = arrays.sums(
+            (self._batch_size, self._request.out_channels, *self._output_shape)
+        )
+        for turn, moves in zip(augmentation.turns, augmentation.moves, strict=True):
+            output_nczyx = self._predict_turned(source, where, turn)
+            arrays.add_turned(mean_nczyx, output_nczyx, turn, moves)
+        for share in augmentation.shares:
+            part = mean_nczyx[(slice(None), share.channels, *share.part)]
+            arrays.multiply(part, share.factor)
+        return mean_nczyx
+
+    def _predict_turned(
+        self, source: DeviceArray, where: Sequence[Slices], turn: Turn
+    ) -> DeviceArray:
+        """Return the activated prediction of one batch of turned patches, as turned as they are."""
+        arrays = self._engine.arrays
+        batch_nczyx = arrays.gather(
+            source,
+            where,
+            patch_shape=self._request.patch_shape,
+            batch_size=self._batch_size,
+            scaling=self._scaling,
+            turn=turn,
+        )
+        output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
+        self.num_batches += 1
+        return output_nczyx
 
     def _finish(
         self,
@@ -212,7 +252,7 @@ class BlockInference:
         mask_zyx: npt.NDArray[np.bool_] | None,
         out_dtype: np.dtype[Any],
     ) -> DeviceArray:
-        """Divide by the sum of weights, mask, check and quantise, slab by slab."""
+        """Divide by the sum of weights, mask, check, reduce and quantise, slab by slab."""
         arrays = self._engine.arrays
         z, y, x = (
             sum_of_windows(starts, weights, start, stop)
@@ -221,8 +261,9 @@ class BlockInference:
             )
         )
         result = total_czyx
-        if out_dtype != np.float32:
-            result = arrays.empty(tuple(total_czyx.shape), out_dtype)
+        if not self._reduction.keeps_total(self._request.out_channels, out_dtype):
+            shape = self._reduction.num_channels, *block.core.shape
+            result = arrays.empty(shape, out_dtype)
         for slab in _slabs(tuple(total_czyx.shape), arrays.slab_nbytes):
             part = (slice(None), *slab.slices())
             in_z, in_y, in_x = slab.slices()
@@ -236,8 +277,9 @@ class BlockInference:
                     f"{slab.translate(block.core.start)}; look at the input there, and at whether "
                     "the network is sound for it"
                 )
+            self._reduction.shut(arrays, total)
             if result is not total_czyx:
-                arrays.quantise(total, result[part])
+                self._reduction.store(arrays, total, result[part])
         return result
 
 
@@ -262,6 +304,20 @@ def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
     return Scaling()
 
 
+def texture_batch(engine: Engine, request: EngineRequest) -> DeviceArray:
+    """Return a full batch of ordinary texture, values in [0, 1], on the engine's device."""
+    shape = request.in_channels, *request.patch_shape
+    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole: Slices = slice(None), slice(None), slice(None)
+    return engine.arrays.gather(
+        engine.arrays.upload(texture_czyx),
+        [whole] * request.batch_size,
+        patch_shape=request.patch_shape,
+        batch_size=request.batch_size,
+        scaling=_BYTE,
+    )
+
+
 def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float32]:
     """Run one real batch through the network before any block depends on it.
 
@@ -270,17 +326,7 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
     Raises:
         ModelError: the network fails, returns another shape than was asked for, or NaN or inf.
     """
-    shape = request.in_channels, *request.patch_shape
-    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    whole: Slices = slice(None), slice(None), slice(None)
-    arrays = engine.arrays
-    batch_nczyx = arrays.gather(
-        arrays.upload(texture_czyx),
-        [whole] * request.batch_size,
-        patch_shape=request.patch_shape,
-        batch_size=request.batch_size,
-        scaling=_BYTE,
-    )
+    arrays, batch_nczyx = engine.arrays, texture_batch(engine, request)
     try:
         output_nczyx = engine.infer(batch_nczyx)
     except UserError:

@@ -32,7 +32,7 @@ _DRIVERS = {
 _SUFFIXES = {".zarr": "zarr3", ".n5": "n5", ".h5": "hdf5", ".hdf5": "hdf5"}
 _READ_ONLY = ("synthetic://", "http://", "https://")
 _CODE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-_SAVED_NETWORK = re.compile(r".*\.(pt2?|pth|ts)")
+_SAVED_NETWORK = re.compile(r".*\.(pt2?|pth|ts|onnx|xml)")
 
 
 def volume_format(volume: Volume) -> str | None:

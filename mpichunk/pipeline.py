@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.checksum import checksum_of
-from mpichunk.config import Pad
+from mpichunk.configtype import Pad
 from mpichunk.errors import BlockError
 from mpichunk.geometry import Box
 from mpichunk.inference import BlockInference, Inferred
@@ -71,6 +71,42 @@ class Loaded:
 
     seconds: float
     """Time it took."""
+
+
+def load_block(source: Source, block: Block) -> Loaded:
+    """Read what a block needs: the mask first, and no input when the mask excludes it all.
+
+    Raises:
+        BlockError: it cannot be read.
+    """
+    started = monotonic()
+    mask_zyx = _load_mask(source, block)
+    source_czyx, nbytes_read = None, 0
+    core = block.core.slices(block.output_box.start)
+    if mask_zyx is None or mask_zyx[core].any():
+        domain = source.volume.info.domain
+        inside = source_box(block.input_box, domain)
+        inside_czyx = source.volume.read(inside).result()
+        nbytes_read = inside_czyx.nbytes
+        source_czyx = pad(inside_czyx, inside, block.input_box, domain, source.pad)
+    return Loaded(
+        source_czyx=source_czyx,
+        mask_zyx=mask_zyx,
+        nbytes_read=nbytes_read,
+        seconds=monotonic() - started,
+    )
+
+
+def _load_mask(source: Source, block: Block) -> BoolArray | None:
+    """Return which voxels of the block's output box are wanted."""
+    mask, grid = source.mask, source.mask_grid
+    if mask is None or grid is None:
+        return None
+    inside = grid.source_box(block.output_box)
+    values: npt.NDArray[Any] = np.zeros(inside.shape, dtype=np.bool_)
+    if not inside.is_empty:
+        values = mask.read(inside).result()[0]
+    return grid.expand(values, inside, block.output_box)
 
 
 class Pipeline:
@@ -172,35 +208,10 @@ class Pipeline:
         self._wake.set()
 
     def _load(self, block: Block) -> Loaded:
-        """Read what a block needs: the mask first, and no input when the mask excludes it all."""
-        started = monotonic()
-        mask_zyx = self._load_mask(block)
-        source_czyx, nbytes_read = None, 0
-        core = block.core.slices(block.output_box.start)
-        if mask_zyx is None or mask_zyx[core].any():
-            domain = self._source.volume.info.domain
-            inside = source_box(block.input_box, domain)
-            inside_czyx = self._source.volume.read(inside).result()
-            nbytes_read = inside_czyx.nbytes
-            self._num_steps += 1
-            source_czyx = pad(inside_czyx, inside, block.input_box, domain, self._source.pad)
-        return Loaded(
-            source_czyx=source_czyx,
-            mask_zyx=mask_zyx,
-            nbytes_read=nbytes_read,
-            seconds=monotonic() - started,
-        )
-
-    def _load_mask(self, block: Block) -> BoolArray | None:
-        """Return which voxels of the block's output box are wanted."""
-        mask, grid = self._source.mask, self._source.mask_grid
-        if mask is None or grid is None:
-            return None
-        inside = grid.source_box(block.output_box)
-        values: npt.NDArray[Any] = np.zeros(inside.shape, dtype=np.bool_)
-        if not inside.is_empty:
-            values = mask.read(inside).result()[0]
-        return grid.expand(values, inside, block.output_box)
+        """Read what a block needs."""
+        loaded = load_block(self._source, block)
+        self._num_steps += 1
+        return loaded
 
     def _compute(self, lease: Lease, block: Block, loading: Future[Loaded]) -> None:
         """Infer one block and hand it to a writer thread."""

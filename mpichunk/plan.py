@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from mpichunk.config import Config, Stitch
+from mpichunk.config import Config
+from mpichunk.configtype import Stitch
 from mpichunk.errors import UserError
 from mpichunk.geometry import Box, Grid, Triple, add, multiply, subtract, triple
 from mpichunk.lattice import AxisLattice, axis_lattice

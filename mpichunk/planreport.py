@@ -9,9 +9,11 @@ from textwrap import wrap
 from typing import Any
 
 from mpichunk.config import Config
+from mpichunk.configrule import CPU_BACKENDS
 from mpichunk.estimate import Estimate, MemoryPart
 from mpichunk.geometry import Box, ceil_div
 from mpichunk.plan import Plan
+from mpichunk.symmetry import turns_of
 from mpichunk.volumeinfo import VolumeInfo
 from mpichunk.words import duration, size
 
@@ -63,7 +65,7 @@ def plan_json(
     probe = estimate.probe
     return {
         **_geometry_json(plan, config, info),
-        **_work_json(plan, estimate, num_masked),
+        **_work_json(plan, config, estimate, num_masked),
         "memory": {
             "parts": [asdict(part) for part in estimate.memory],
             "cpu_nbytes": estimate.cpu_nbytes,
@@ -91,7 +93,7 @@ def _geometry_json(plan: Plan, config: Config, info: VolumeInfo) -> dict[str, An
         "roi": _box_json(plan.roi),
         "output": {
             **_box_json(plan.output_domain),
-            "num_channels": config.model.out_channels,
+            "num_channels": config.num_written_channels,
             "dtype": config.output.dtype,
             "chunk_shape": config.chunk_shape,
             "shard_shape": config.output.shard_shape,
@@ -111,9 +113,11 @@ def _geometry_json(plan: Plan, config: Config, info: VolumeInfo) -> dict[str, An
     }
 
 
-def _work_json(plan: Plan, estimate: Estimate, num_masked: int | None) -> dict[str, Any]:
+def _work_json(
+    plan: Plan, config: Config, estimate: Estimate, num_masked: int | None
+) -> dict[str, Any]:
     """Return what is computed, read and written."""
-    work = estimate.work
+    work, num_turns = estimate.work, len(turns_of(config.model.augment))
     least, typical, most = work.patches_per_block
     return {
         "blocks": {
@@ -127,7 +131,8 @@ def _work_json(plan: Plan, estimate: Estimate, num_masked: int | None) -> dict[s
             "fewest": work.fewest_patches,
             "redundancy": work.redundancy,
             "per_block": {"least": least, "typical": typical, "most": most},
-            "passes_per_voxel": work.num_passes,
+            "turns": num_turns,
+            "passes_per_voxel": work.num_passes * num_turns,
         },
         "read": {
             "nbytes": estimate.read_nbytes,
@@ -174,7 +179,7 @@ def _volume_lines(plan: Plan, config: Config, info: VolumeInfo) -> list[str]:
         (
             "output",
             plan.output_domain.shape,
-            f"{config.output.dtype}, {_count(config.model.out_channels, 'channel')}",
+            f"{config.output.dtype}, {_count(config.num_written_channels, 'channel')}",
         ),
     ]
     return _table("Volumes, in voxels", rows)
@@ -216,6 +221,7 @@ def _work_lines(
     whole_chunks = "" if decoded is None else f"; {decoded:.2f} times in whole storage chunks"
     unit = "shards" if config.output.shard_shape else "chunks"
     share = work.num_patches / work.num_blocks
+    num_turns = len(turns_of(config.model.augment))
     rows = [
         ("blocks", f"{work.num_blocks:,}", f"{grid}; {_clipped(estimate)}"),
         (
@@ -231,7 +237,18 @@ def _work_lines(
             f"{work.num_patches:,}",
             f"{work.redundancy:.2f} times the {work.fewest_patches:,} of one lattice over the ROI",
         ),
-        ("passes", f"{work.num_passes:.2f}", "times the network predicts each voxel, on average"),
+        (
+            "augmentation",
+            f"{num_turns}",
+            "forwards of each patch, turned differently, whose predictions are averaged",
+        )
+        if num_turns > 1
+        else None,
+        (
+            "passes",
+            f"{work.num_passes * num_turns:.2f}",
+            "times the network predicts each voxel, on average",
+        ),
         (
             "read",
             size(estimate.read_nbytes),
@@ -260,8 +277,9 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     if config.model.backend == "identity":
         return None
     if estimate.probe is None:
-        return "network time", "unmeasured", "a run tells its pace and its peak memory"
-    seconds = estimate.probe.seconds * estimate.work.num_patches / config.patch.batch_size
+        return "network time", "unmeasured", "`bench` measures it, and what memory it takes"
+    num_forwards = estimate.work.num_patches * len(turns_of(config.model.augment))
+    seconds = estimate.probe.seconds * num_forwards / config.patch.batch_size
     return "network time", duration(seconds), f"for one rank, measured on {estimate.probe.device}"
 
 
@@ -289,7 +307,7 @@ def _memory_columns(config: Config, estimate: Estimate) -> list[_Column]:
     cpu: _Column = ("on a CPU", [part.cpu_nbytes for part in estimate.memory], 14)
     host: _Column = ("host", [part.host_nbytes for part in estimate.memory], 14)
     device: _Column = ("accelerator", [part.device_nbytes for part in estimate.memory], 14)
-    if config.model.backend == "identity" or config.compute.device == "cpu":
+    if config.model.backend in CPU_BACKENDS or config.compute.device == "cpu":
         return [cpu]
     return [cpu, host, device] if config.compute.device == "auto" else [host, device]
 
@@ -306,7 +324,7 @@ def _rank_lines(
         remark = f"{idle:.1%} of the ranks' time is idle, if every block takes equally long"
     if least == 0:
         remark = f"more ranks than blocks: {idle:.1%} of their time is idle"
-    on_cpu = config.model.backend == "identity" or config.compute.device in ("auto", "cpu")
+    on_cpu = config.model.backend in CPU_BACKENDS or config.compute.device in ("auto", "cpu")
     nbytes = estimate.cpu_nbytes if on_cpu else estimate.host_nbytes
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < num_ranks] + [num_ranks]
     more = "" if _is_complete(estimate.memory) else ", and for each rank what the network needs"

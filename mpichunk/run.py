@@ -21,14 +21,19 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from glob import glob
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpichunk.agreement import on_every_rank, on_rank_0
-from mpichunk.assembly import engine_request, load_engine, make_inference, open_volumes
-from mpichunk.backends import get_backend
-from mpichunk.binding import Bindings, RankFacts, bind, gpu_hints
+from mpichunk.assembly import (
+    bind_ranks,
+    engine_request,
+    load_engine,
+    make_inference,
+    open_volumes,
+    prepare_network,
+)
+from mpichunk.binding import Bindings
 from mpichunk.canary import find_sound_ranks
 from mpichunk.comm import start_mpi
 from mpichunk.communicator import Communicator
@@ -37,6 +42,7 @@ from mpichunk.config import Schedule
 from mpichunk.configfile import LoadedConfig, load_config
 from mpichunk.crash import crash_guard
 from mpichunk.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
+from mpichunk.engine import EngineInfo
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference
@@ -61,7 +67,6 @@ from mpichunk.startup import (
     library_versions,
     prepare,
     sync_first,
-    threads_of_earlier_start,
     write_run_files,
 )
 from mpichunk.volume import Writer, create_output
@@ -171,7 +176,7 @@ def _run(
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: Life) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
-    bindings = _bind(comm, job, fresh=fresh)
+    bindings = bind_ranks(comm, job, fresh=fresh)
     processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
     neighbours = Neighbours(comm.rank, processes)
     if comm.size > 1 and not life.is_watching:
@@ -184,41 +189,19 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     if todo.any():
         on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
         request = engine_request(job, bindings.of(comm.rank))
-        model = job.config.model
-        engine, sound = find_sound_ranks(comm, model, request, lambda: load_engine(job, request))
+        prepared = on_rank_0(comm, lambda: prepare_network(job, request))
+        engine, sound = find_sound_ranks(
+            comm, job.config.model, request, lambda: load_engine(job, request, prepared)
+        )
         leading = Leading(comm=comm, job=job, todo=todo, sound=sound)
         with ExitStack() as stack:
             keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
-            _open_run(comm, keeper, bindings, fresh=fresh, life=life)
+            _open_run(comm, keeper, bindings, engine.info, fresh=fresh, life=life)
             source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
             inference = make_inference(job, engine, request)
             part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
             ending = _compute(comm, leading, keeper, part, life)
     return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
-
-
-def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
-    """Decide, alike on every rank, where each rank computes."""
-    config = job.config
-    earlier = None
-    if not fresh:
-        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
-    backend = get_backend(config.model.backend)
-    facts = RankFacts(
-        rank=comm.rank,
-        host=comm.host,
-        local_rank=comm.local_rank,
-        cores=tuple(sorted(os.sched_getaffinity(0))),
-        num_host_cores=os.cpu_count() or 1,
-        probe=backend.probe(config.compute.device),
-        gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
-    )
-    return bind(
-        comm.allgather(facts),
-        device="cpu" if backend.cpu_only else config.compute.device,
-        threads=config.compute.threads or earlier,
-        share_device=config.compute.share_device,
-    )
 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
@@ -232,7 +215,13 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
 
 
 def _open_run(
-    comm: Communicator, keeper: Keeper, bindings: Bindings, *, fresh: bool, life: Life
+    comm: Communicator,
+    keeper: Keeper,
+    bindings: Bindings,
+    engine: EngineInfo,
+    *,
+    fresh: bool,
+    life: Life,
 ) -> None:
     """Begin or go on with the run directory and the output.
 
@@ -247,7 +236,7 @@ def _open_run(
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
             clear_stop(job.run_dir, before=lock.taken)
-        _note_start(journal, bindings)
+        _note_start(journal, bindings, engine)
         return write_run_files(job.config, job)
 
     nonce = on_rank_0(comm, begin)
@@ -256,7 +245,7 @@ def _open_run(
     on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
 
 
-def _note_start(journal: Journal, bindings: Bindings) -> None:
+def _note_start(journal: Journal, bindings: Bindings, engine: EngineInfo) -> None:
     """Note this start in the journal, and what has changed since the first."""
     for change in changed_versions(journal.header, library_versions()):
         log.warning("%s", change)
@@ -266,6 +255,7 @@ def _note_start(journal: Journal, bindings: Bindings) -> None:
             "hosts": sorted({binding.host for binding in bindings.ranks}),
             "device_kinds": list(bindings.device_kinds),
             "threads": bindings.ranks[0].threads,
+            "engine": asdict(engine),
         }
     )
     sync_first(journal)
@@ -337,7 +327,7 @@ def _pipeline(
         source=part.source,
         inference=part.inference,
         writer=part.writer,
-        num_channels=job.config.model.out_channels,
+        num_channels=job.output.num_channels,
         dtype=job.output.dtype,
         records=records,
         wake=wake,

@@ -32,6 +32,7 @@ from mpichunk.masking import MaskGrid
 from mpichunk.messages import State
 from mpichunk.plan import Plan
 from mpichunk.planreport import plan_json
+from mpichunk.probing import read_probe
 from mpichunk.volume import OutputSpec, Reader, check_output, open_input
 from mpichunk.volumeinfo import VolumeInfo
 
@@ -41,7 +42,16 @@ NONCE_NAME = ".nonce"
 SIGHT_SECONDS = 30.0
 """How long a network file system may take to show a file to another host."""
 
-RECORDED_LIBRARIES = ("numpy", "tensorstore", "torch", "mpi4py", "h5py")
+RECORDED_LIBRARIES = (
+    "numpy",
+    "tensorstore",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "mpi4py",
+    "h5py",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +89,8 @@ class Job:
         """Return what the run will take."""
         files = get_backend(self.config.model.backend).model_files(self.config.model)
         nbytes = sum(path.stat().st_size for path in files)
-        return estimate(self.plan, self.config, self.volume, model_nbytes=nbytes)
+        probe = read_probe(self.run_dir, self.config, files)
+        return estimate(self.plan, self.config, self.volume, model_nbytes=nbytes, probe=probe)
 
     @property
     def sources(self) -> list[VolumeInfo]:
@@ -158,7 +169,7 @@ def output_spec(config: Config, plan: Plan, volume: VolumeInfo) -> OutputSpec:
     return OutputSpec(
         volume=config.output.volume,
         domain=plan.output_domain,
-        num_channels=config.model.out_channels,
+        num_channels=config.num_written_channels,
         dtype=np.dtype(config.output.dtype),
         chunk_shape=config.chunk_shape,
         shard_shape=config.output.shard_shape,
@@ -347,10 +358,10 @@ def masked_blocks(plan: Plan, grid: MaskGrid, mask: Reader, *, limit: int) -> in
     """Count the blocks that the mask excludes, or return None for more than `limit` blocks."""
     if len(plan) > limit:
         return None
-    return sum(not _is_wanted(grid, mask, core) for core in plan.grid)
+    return sum(not is_wanted(grid, mask, core) for core in plan.grid)
 
 
-def _is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
+def is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
     """Return whether the mask wants any voxel of a core."""
     inside = grid.source_box(core)
     values = np.zeros((1, *inside.shape)) if inside.is_empty else mask.read(inside).result()

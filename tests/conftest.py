@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
@@ -155,8 +156,16 @@ MAY_SKIP: Mapping[str, Callable[[], bool]] = {
     "real data is not here": lambda: not REAL_DATA.is_dir(),
     "no accelerator": lambda: not any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")),
     "no small disk": lambda: not _can_mount(),
+    "no compiler and headers of Python": lambda: not _can_compile(),
+    "no chunkflow": lambda: "MPICHUNK_CHUNKFLOW" not in os.environ,
+    "no real pznet": lambda: "MPICHUNK_PZNET_NET" not in os.environ,
 }
 """How the reason of a skip may begin in CI, and what must then really be so."""
+
+
+def _can_compile() -> bool:
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return headers.exists() and any(shutil.which(name) for name in ("cc", "gcc"))
 
 
 def _can_mount() -> bool:

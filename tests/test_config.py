@@ -226,8 +226,22 @@ RULES: list[tuple[Values, list[str]]] = [
     (
         {"model.backend": "pytorch"},
         [
-            "model.path: missing; the pytorch backend needs a network, "
-            "e.g. `path: net.pt` (TorchScript) or `path: nets.py:UNet`"
+            "model.path: missing; the pytorch backend needs a network, e.g. `path: net.pt2` "
+            "(torch.export), `path: net.pt` (TorchScript) or `path: nets.py:UNet`"
+        ],
+    ),
+    (
+        {"model.backend": "openvino"},
+        [
+            "model.path: missing; the openvino backend needs a network, "
+            "e.g. `path: net.onnx`, `path: net.xml`, or one that torch can load"
+        ],
+    ),
+    (
+        {"model.backend": "onnxruntime", "model.path": "a.onnx", "model.arguments": {"a": 1}},
+        [
+            "model.arguments: a: only a network given as code (file.py:Name) takes arguments, "
+            "not 'a.onnx'"
         ],
     ),
     (
@@ -299,6 +313,23 @@ HINTS: list[tuple[Values, list[str]]] = [
             "compute.device: 'cuda' has no effect with `backend: identity`, which runs on the CPU",
         ],
     ),
+    (
+        {
+            "model.backend": "openvino",
+            "model.path": "n.onnx",
+            "model.weights": "w.pt",
+            "compute.device": "cuda",
+        },
+        [
+            "model.weights: has no effect: 'n.onnx' brings its own weights",
+            "compute.device: 'cuda' has no effect with `backend: openvino`, which runs on the CPU",
+        ],
+    ),
+    (
+        {"model.backend": "pznet", "model.path": "net", "model.options": {"a": 1}},
+        ["model.options: has no effect with `backend: pznet`"],
+    ),
+    ({"model.backend": "openvino", "model.path": "n.py:Net", "model.weights": "w.pt"}, []),
     (
         {"compute.device": "cpu", "compute.share_device": True},
         ["compute.share_device: has no effect with `device: cpu`"],

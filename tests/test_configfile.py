@@ -118,12 +118,14 @@ MISTAKES = [
         "(a mapping)",
     ),
     (
-        good_with("backend: identity", "backend: onnxruntime"),
-        "config.yaml:4: model.backend: 'onnxruntime' must be `identity` or `pytorch`",
+        good_with("backend: identity", "backend: tensorflow"),
+        "config.yaml:4: model.backend: 'tensorflow' must be `identity`, `pytorch`, `onnxruntime`, "
+        "`openvino` or `pznet`",
     ),
     (
         good_with("backend: identity", "backend: Pytorch"),
-        "config.yaml:4: model.backend: 'Pytorch' must be `identity` or `pytorch`; "
+        "config.yaml:4: model.backend: 'Pytorch' must be `identity`, `pytorch`, `onnxruntime`, "
+        "`openvino` or `pznet`; "
         "did you mean `pytorch`?",
     ),
     (

@@ -242,7 +242,7 @@ def test_plan_refuses_what_run_would_refuse(attempt, tmp_path):
         assert "output.volume" in said
 
 
-@pytest.mark.parametrize("verb", ["bench", "report", "view", "fly"])
+@pytest.mark.parametrize("verb", ["report", "view", "fly"])
 def test_a_verb_that_is_not_there_is_unknown(verb, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([verb, str(tmp_path / "config.yaml")])

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from mpichunk.backends.identity import IdentityBackend
+from mpichunk.backends.onnxruntime import OnnxruntimeBackend
+from mpichunk.backends.openvino import OpenvinoBackend
 from mpichunk.backends.pytorch import PytorchBackend
+from mpichunk.backends.pznet import PznetBackend
 from mpichunk.binding import Probe
 from mpichunk.config import Model
 from mpichunk.engine import Engine, EngineRequest
@@ -38,8 +41,20 @@ class Backend(Protocol):
         `requested` is `compute.device`: for `cpu` no accelerator is touched.
         """
 
-    def load(self, model: Model, request: EngineRequest) -> Engine:
+    def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
+        """Make what is costly to make and the same for all ranks; rank 0 does it for all.
+
+        Raises:
+            ModelError: the files hold no network that can be used.
+        """
+
+    def load(self, model: Model, request: EngineRequest, prepared: bytes | None = None) -> Engine:
         """Load the network onto a device.
+
+        Args:
+            model: which network.
+            request: what it must do.
+            prepared: what `prepare` returned; without it, this rank prepares for itself.
 
         Raises:
             ModelError: the files hold no network that can be used.
@@ -52,7 +67,13 @@ def get_backend(name: str) -> Backend:
     Raises:
         ModelError: there is none.
     """
-    backends: tuple[Backend, ...] = (IdentityBackend(), PytorchBackend())
+    backends: tuple[Backend, ...] = (
+        IdentityBackend(),
+        PytorchBackend(),
+        OnnxruntimeBackend(),
+        OpenvinoBackend(),
+        PznetBackend(),
+    )
     for backend in backends:
         if backend.name == name:
             return backend

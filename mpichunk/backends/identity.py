@@ -32,7 +32,13 @@ class IdentityBackend:
         """Return the CPU, without importing any framework."""
         return Probe(cpu_kind=cpu_kind())
 
-    def load(self, model: Model, request: EngineRequest) -> "IdentityEngine":
+    def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
+        """Return nothing: there is no network."""
+        return None
+
+    def load(
+        self, model: Model, request: EngineRequest, prepared: bytes | None = None
+    ) -> "IdentityEngine":
         """Return the engine; nothing can fail."""
         return IdentityEngine(request)
 

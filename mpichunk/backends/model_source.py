@@ -14,17 +14,21 @@ from mpichunk.errors import ModelError
 from mpichunk.location import split_model_path
 
 _FORMS = (
-    "expected a TorchScript file, `file.py:Name` or `package.module:Name` "
-    "(the last two with model.weights)"
+    "expected a torch.export file (.pt2), a TorchScript file, `file.py:Name` or "
+    "`package.module:Name` (the last two with model.weights)"
 )
+
+
+WEIGHTS_KEY = "weights_key"
+"""The option that names the weights in a checkpoint that holds several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
     """One way to a network."""
 
-    kind: Literal["script", "file", "module"]
-    """TorchScript file, Python file, or importable module."""
+    kind: Literal["exported", "script", "file", "module"]
+    """File of torch.export, TorchScript file, Python file, or importable module."""
 
     path: Path
     """The file; of a module, the file that it would be imported from."""
@@ -48,12 +52,21 @@ def find_source(model: Model) -> ModelSource:
     if code is not None:
         where, name = code
         if where.endswith(".py"):
-            path = _existing_file(Path(where), "model.path")
+            path = existing_file(Path(where), "model.path", _FORMS)
             return ModelSource(kind="file", path=path, name=name)
         return ModelSource(kind="module", path=_module_file(where), module=where, name=name)
-    path = _existing_file(Path(model.path), "model.path")
-    _refuse_other_kinds(path)
-    return ModelSource(kind="script", path=path)
+    path = existing_file(Path(model.path), "model.path", _FORMS)
+    return ModelSource(kind=_kind_of_archive(path), path=path)
+
+
+def torch_files(model: Model) -> list[Path]:
+    """Return the files whose bytes are a network that torch loads.
+
+    Raises:
+        ModelError: one does not exist, or is of another kind.
+    """
+    weights = weights_file(model)
+    return [find_source(model).path, *([weights] if weights else [])]
 
 
 def weights_file(model: Model) -> Path | None:
@@ -62,19 +75,28 @@ def weights_file(model: Model) -> Path | None:
     Raises:
         ModelError: it does not exist.
     """
-    return _existing_file(Path(model.weights), "model.weights") if model.weights else None
+    return existing_file(Path(model.weights), "model.weights") if model.weights else None
 
 
-def _existing_file(path: Path, key: str) -> Path:
-    """Return the path, or refuse it."""
+def existing_file(path: Path, key: str, forms: str = "") -> Path:
+    """Return the path, or refuse it.
+
+    Args:
+        path: what the user named.
+        key: where.
+        forms: what could be there instead, in words.
+
+    Raises:
+        ModelError: it is no file.
+    """
     try:
         if path.is_file():
             return path
         what = "is a directory" if path.is_dir() else "does not exist"
     except OSError as error:
         what = f"cannot be reached ({error.strerror})"
-    if key == "model.path":
-        what += f"; {_FORMS}"
+    if forms:
+        what += f"; {forms}"
     raise ModelError(f"{path} {what}", key=key)
 
 
@@ -99,10 +121,15 @@ def _module_file(dotted: str) -> Path:
     )
 
 
-def _refuse_other_kinds(path: Path) -> None:
-    """Tell files that people mistake for TorchScript, and what to do with each."""
+def _kind_of_archive(path: Path) -> Literal["exported", "script"]:
+    """Tell torch's saved networks apart, and refuse what people mistake for one of them."""
     if path.suffix == ".py":
         raise ModelError(f"{path} lacks the network's name; say {path.name}:Name", key="model.path")
+    if path.suffix in (".onnx", ".xml"):
+        takes = "onnxruntime or openvino" if path.suffix == ".onnx" else "openvino"
+        raise ModelError(
+            f"{path} is no network of torch; set model.backend: {takes}", key="model.path"
+        )
     use_as_weights = "give the network as file.py:Name in model.path and this file in model.weights"
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} holds weights only; {use_as_weights}", key="model.path")
@@ -115,11 +142,17 @@ def _refuse_other_kinds(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
-        return
-    if path.suffix == ".pt2" or any(name.startswith("models/") for name in names):
-        what = f"is a torch.export archive, which cannot be run; {_FORMS}"
+        return "script"
+    if any(name.startswith("models/") for name in names):
+        return "exported"
+    if any(name.startswith("data/aotinductor/") for name in names):
+        what = (
+            "holds a library compiled for one machine (AOTInductor); save it by torch.export.save"
+        )
+    elif "serialized_exported_program.json" in archive.namelist():
+        what = "was exported by an old torch; export it again with torch 2.8 or later"
     elif "data.pkl" in names:
-        what = f"is a checkpoint, not a TorchScript file; {use_as_weights}"
+        what = f"is a checkpoint, not a network; {use_as_weights}"
     else:
-        what = f"is a zip archive but not a TorchScript file; {_FORMS}"
+        what = f"is a zip archive but not a saved network of torch; {_FORMS}"
     raise ModelError(f"{path} {what}", key="model.path")

@@ -4,7 +4,7 @@ Large results go into buffers that are kept, and scratch is one (y, x) plane, so
 touched stays in the cache. Knows no geometry beyond the slices it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from mpichunk.engine import Scaling, Vectors
 from mpichunk.geometry import Slices, Triple
+from mpichunk.symmetry import STRAIGHT, Move, Turn
 
 Array = npt.NDArray[np.float32]
 Window = tuple[Array, Array]
@@ -51,6 +52,7 @@ class NumpyArrays:
         patch_shape: Triple,
         batch_size: int,
         scaling: Scaling,
+        turn: Turn = STRAIGHT,
     ) -> Array:
         """Cut, scale and pad; see `Arrays.gather`."""
         shape = batch_size, source_czyx.shape[0], *patch_shape
@@ -58,7 +60,9 @@ class NumpyArrays:
         # What float32 cannot hold becomes inf, which is found in the result.
         with np.errstate(over="ignore", invalid="ignore"):
             for patch_czyx, slices in zip(batch_nczyx, where, strict=False):
-                np.copyto(patch_czyx, source_czyx[(slice(None), *slices)], casting="unsafe")
+                seen = np.flip(source_czyx[(slice(None), *slices)], turn.flipped)
+                seen = seen.swapaxes(-2, -1) if turn.swaps_yx else seen
+                np.copyto(patch_czyx, seen, casting="unsafe")
                 _scale(patch_czyx, scaling)
         batch_nczyx[len(where) :] = 0
         return batch_nczyx
@@ -80,6 +84,26 @@ class NumpyArrays:
                 np.exp(out, out=out)
                 np.divide(out, out.sum(axis=1, keepdims=True), out=out)
         return out
+
+    def sums(self, shape: tuple[int, ...]) -> Array:
+        """Return zeros; see `Arrays.sums`."""
+        sums = self._buffer("sums", shape)
+        sums.fill(0)
+        return sums
+
+    def add_turned(
+        self, sum_nczyx: Array, batch_nczyx: Array, turn: Turn, moves: Sequence[Move]
+    ) -> None:
+        """Add through a view that is turned back; see `Arrays.add_turned`."""
+        back = batch_nczyx.swapaxes(-2, -1) if turn.swaps_yx else batch_nczyx
+        back = np.flip(back, turn.flipped)
+        for move in moves:
+            total = sum_nczyx[(slice(None), move.target, *move.where)]
+            np.add(total, back[(slice(None), move.source, *move.part)], out=total)
+
+    def multiply(self, array: Array, factor: float) -> None:
+        """Multiply in place."""
+        np.multiply(array, np.float32(factor), out=array)
 
     def window(self, vectors: Vectors) -> Window:
         """Return (z,) and the (y, x) plane: a product per slice costs less than reading volumes."""
@@ -120,6 +144,38 @@ class NumpyArrays:
         with np.errstate(invalid="ignore"):
             return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
 
+    def gate(self, total_czyx: Array, channel: int, below: float, gated: Sequence[int]) -> None:
+        """Overwrite where the gate is shut; see `Arrays.gate`."""
+        is_shut = total_czyx[channel] >= np.float32(below)
+        for other in gated:
+            np.copyto(total_czyx[other], np.float32(0), where=is_shut)
+
+    def best_channel(
+        self,
+        total_czyx: Array,
+        channels: Sequence[int],
+        out_zyx: npt.NDArray[Any],
+        *,
+        is_vote: bool,
+    ) -> None:
+        """Compare one channel after the other; see `Arrays.best_channel`."""
+        first, *others = channels
+        best = self._buffer("best", out_zyx.shape)
+        np.copyto(best, total_czyx[first])
+        is_zero = best == 0
+        out_zyx.fill(int(is_vote))
+        for number, channel in enumerate(others, start=1 + int(is_vote)):
+            candidate = total_czyx[channel]
+            np.copyto(out_zyx, number, where=candidate > best, casting="unsafe")
+            np.maximum(best, candidate, out=best)
+            is_zero &= candidate == 0
+        if is_vote:
+            out_zyx[is_zero] = 0
+
+    def above(self, total_czyx: Array, threshold: float, out_czyx: npt.NDArray[Any]) -> None:
+        """Compare; see `Arrays.above`."""
+        np.copyto(out_czyx, total_czyx > np.float32(threshold), casting="unsafe")
+
     def quantise(self, total_czyx: Array, out_czyx: npt.NDArray[Any]) -> None:
         """Convert to the dtype of `out_czyx`; see `Arrays.quantise`."""
         if np.issubdtype(out_czyx.dtype, np.integer):
@@ -132,6 +188,13 @@ class NumpyArrays:
     def download(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the array itself, C contiguous."""
         return np.ascontiguousarray(array)
+
+    def wait(self) -> None:
+        """Do nothing: numpy has always done all."""
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return None: it is the host's memory."""
+        return None
 
     def release(self) -> None:
         """Forget the buffers."""

@@ -1,4 +1,4 @@
-"""The `pytorch` backend: TorchScript files, and Python classes with weights.
+"""The `pytorch` backend: torch.export and TorchScript files, and Python classes with weights.
 
 Imports torch only when it probes or loads.
 """
@@ -6,7 +6,7 @@ Imports torch only when it probes or loads.
 from pathlib import Path
 
 from mpichunk.backends.devices import probe_devices
-from mpichunk.backends.model_source import find_source, weights_file
+from mpichunk.backends.model_source import torch_files
 from mpichunk.binding import Probe
 from mpichunk.config import Model
 from mpichunk.engine import Engine, EngineRequest
@@ -20,17 +20,21 @@ class PytorchBackend:
 
     def model_files(self, model: Model) -> list[Path]:
         """Return the network's file and its weights, without importing torch or the network."""
-        weights = weights_file(model)
-        return [find_source(model).path, *([weights] if weights else [])]
+        return torch_files(model)
 
     def probe(self, requested: str) -> Probe:
         """Return the accelerators that torch sees, none if only the CPU is asked for."""
         return probe_devices(requested)
 
-    def load(self, model: Model, request: EngineRequest) -> Engine:
+    def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
+        """Return nothing: every rank reads the files."""
+        return None
+
+    def load(self, model: Model, request: EngineRequest, prepared: bytes | None = None) -> Engine:
         """Load the network onto `request.device`."""
         from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-        from mpichunk.backends.torch_network import load_network
+        from mpichunk.backends.torch_network import load_network, wants_channels_last
 
         prepare_torch(request)
-        return TorchEngine(load_network(model, request.device), request)
+        network = load_network(model, request)
+        return TorchEngine(network, request, channels_last=wants_channels_last(model))

@@ -4,7 +4,7 @@ Every operation writes into memory that is there already, and none waits for the
 `is_finite` and `download`. Knows no geometry beyond the slices it is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpichunk.engine import Scaling, Vectors
 from mpichunk.geometry import Slices, Triple
+from mpichunk.symmetry import STRAIGHT, Move, Turn
 
 
 class TorchArrays:
@@ -59,6 +60,7 @@ class TorchArrays:
         patch_shape: Triple,
         batch_size: int,
         scaling: Scaling,
+        turn: Turn = STRAIGHT,
     ) -> Tensor:
         """Cut, scale and pad; see `Arrays.gather`."""
         batch_nczyx = self._buffer("batch", (batch_size, source_czyx.shape[0], *patch_shape))
@@ -70,6 +72,10 @@ class TorchArrays:
                 patch_czyx.sub_(scaling.subtract)
             if scaling.divide != 1:
                 patch_czyx.div_(self._divisor(scaling.divide))
+            if turn != STRAIGHT:
+                # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
+                turned = patch_czyx.flip(turn.flipped)
+                patch_czyx.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
         batch_nczyx[len(where) :] = 0
         return batch_nczyx
 
@@ -82,6 +88,27 @@ class TorchArrays:
         if activation == "sigmoid":
             return torch.sigmoid(batch_nczyx, out=out)
         return torch.softmax(batch_nczyx, 1, out=out)
+
+    def sums(self, shape: tuple[int, ...]) -> Tensor:
+        """Return zeros; see `Arrays.sums`."""
+        return self._buffer("sums", shape).zero_()
+
+    @torch.no_grad()
+    def add_turned(
+        self, sum_nczyx: Tensor, batch_nczyx: Tensor, turn: Turn, moves: Sequence[Move]
+    ) -> None:
+        """Flip one patch's channels at a time, by a copy; see `Arrays.add_turned`."""
+        for sum_czyx, patch_czyx in zip(sum_nczyx, batch_nczyx, strict=True):
+            for move in moves:
+                back = patch_czyx[move.source]
+                back = back.transpose(-2, -1) if turn.swaps_yx else back
+                back = back.flip(turn.flipped) if turn.flipped else back
+                sum_czyx[(move.target, *move.where)].add_(back[(slice(None), *move.part)])
+
+    @torch.no_grad()
+    def multiply(self, array: Tensor, factor: float) -> None:
+        """Multiply in place."""
+        array.mul_(factor)
 
     def window(self, vectors: Vectors) -> Tensor:
         """Return the whole (z, y, x) product: with it, adding is one kernel per patch."""
@@ -115,6 +142,38 @@ class TorchArrays:
         return bool(torch.isfinite(low) & torch.isfinite(high))
 
     @torch.no_grad()
+    def gate(self, total_czyx: Tensor, channel: int, below: float, gated: Sequence[int]) -> None:
+        """Overwrite where the gate is shut; see `Arrays.gate`."""
+        is_shut = total_czyx[channel] >= _float32(below)
+        for other in gated:
+            total_czyx[other].masked_fill_(is_shut, 0)
+
+    @torch.no_grad()
+    def best_channel(
+        self, total_czyx: Tensor, channels: Sequence[int], out_zyx: Tensor, *, is_vote: bool
+    ) -> None:
+        """Compare one channel after the other; see `Arrays.best_channel`."""
+        first, *others = channels
+        best = self._buffer("best", out_zyx.shape)
+        best.copy_(total_czyx[first])
+        label = torch.full_like(best, int(is_vote))
+        is_zero = best == 0
+        for number, channel in enumerate(others, start=1 + int(is_vote)):
+            candidate = total_czyx[channel]
+            label.masked_fill_(candidate > best, number)
+            torch.maximum(best, candidate, out=best)
+            is_zero &= candidate == 0
+        if is_vote:
+            label.masked_fill_(is_zero, 0)
+        # Through float32: torch fills and copies no uint16 by mask, but converts to it.
+        out_zyx.copy_(label)
+
+    @torch.no_grad()
+    def above(self, total_czyx: Tensor, threshold: float, out_czyx: Tensor) -> None:
+        """Compare; see `Arrays.above`."""
+        out_czyx.copy_(total_czyx > _float32(threshold))
+
+    @torch.no_grad()
     def quantise(self, total_czyx: Tensor, out_czyx: Tensor) -> None:
         """Convert to the dtype of `out_czyx`; see `Arrays.quantise`."""
         if not out_czyx.dtype.is_floating_point:
@@ -126,6 +185,23 @@ class TorchArrays:
         """Return the tensor as an array; from the CPU it shares the tensor's memory."""
         host: npt.NDArray[Any] = array.contiguous().cpu().numpy()
         return host
+
+    def wait(self) -> None:
+        """Wait for an accelerator; a CPU has always done all."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Ask the accelerator's allocator; see `Arrays.peak_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        self.wait()
+        memory = torch.get_device_module(self._device)
+        memory.reset_peak_memory_stats(self._device)
+        before = int(memory.memory_allocated(self._device))
+        call()
+        self.wait()
+        return int(memory.max_memory_allocated(self._device)) - before
 
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
@@ -152,3 +228,8 @@ class TorchArrays:
             buffer = torch.empty(num_values, dtype=torch.float32, device=self._device)
             self._buffers[name] = buffer
         return buffer[:num_values].view(*shape)
+
+
+def _float32(value: float) -> float:
+    """Return the number as float32 has it, so that every device compares with the same one."""
+    return float(np.float32(value))

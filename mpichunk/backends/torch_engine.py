@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends.devices import accelerator_name
-from mpichunk.backends.size_advice import crop_advice, size_advice
+from mpichunk.backends.network_output import failed_forward, find_cut
 from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.backends.torch_network import where_raised
 from mpichunk.engine import EngineInfo, EngineRequest
 from mpichunk.errors import DeviceError, ModelError, UserError
-from mpichunk.geometry import Triple, add, subtract, triple
+from mpichunk.geometry import Triple, triple
 
 _OUT_OF_MEMORY = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
 """What torch, cuDNN and cuBLAS say where they raise no OutOfMemoryError."""
@@ -57,14 +57,25 @@ def prepare_torch(request: EngineRequest) -> None:
 class TorchEngine:
     """Runs a network under `inference_mode`, and cuts what the network had not cut."""
 
-    def __init__(self, network: nn.Module, request: EngineRequest) -> None:
+    def __init__(
+        self, network: nn.Module, request: EngineRequest, *, channels_last: bool = False
+    ) -> None:
+        """Take a network that is on its device.
+
+        Args:
+            network: in `eval` mode.
+            request: what it must do.
+            channels_last: keep the channels of a voxel side by side, which some networks run
+                faster with, and others slower.
+        """
+        self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+        if channels_last:
+            network = network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._network = network
         self._request = request
         self._device = torch.device(request.device)
         self._arrays = TorchArrays(self._device)
         self._thread = 0
-        inner = [slice(c, n - c) for n, c in zip(request.patch_shape, request.crop, strict=True)]
-        self._inner = slice(None), slice(None), *inner
 
     @property
     def arrays(self) -> TorchArrays:
@@ -91,7 +102,8 @@ class TorchEngine:
     def infer(self, batch_nczyx: Tensor) -> Tensor:
         """Run the network; see `Engine.infer`."""
         output_nczyx = _only_tensor(self._forward(batch_nczyx))
-        return self._cut(output_nczyx, len(batch_nczyx)).float()
+        cut = find_cut(output_nczyx.shape, len(batch_nczyx), self._request, self._output_shape)
+        return output_nczyx[cut].float()
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Return whether the device had no memory left; TorchScript and cuDNN tell it in words."""
@@ -119,15 +131,7 @@ class TorchEngine:
                 f"the network takes {match[1]} input channels, but the input has {match[2]}",
                 key="model.path",
             )
-        where = where_raised(error)
-        message = f"the network failed on a batch of shape {shape}"
-        message += f" at {where}: {text}" if where else f": {text}"
-        advice = size_advice(
-            lambda shape: self._output_shape(shape) is not None, self._request.patch_shape
-        )
-        if advice:
-            return ModelError(f"{message}; {advice}", key="patch.shape")
-        return ModelError(message, key="model.path")
+        return failed_forward(text, self._request, self._output_shape, where=where_raised(error))
 
     def _forward(self, batch_nczyx: Tensor) -> Any:
         """Run the network once on this thread."""
@@ -140,7 +144,7 @@ class TorchEngine:
         optimise = not self._request.deterministic
         optimiser = torch.jit.optimized_execution(optimise)  # type: ignore[attr-defined]
         with torch.inference_mode(), optimiser:
-            return self._network(batch_nczyx)
+            return self._network(batch_nczyx.contiguous(memory_format=self._layout))
 
     def _output_shape(self, patch_shape: Triple) -> Triple | None:
         """Return what shape the network makes of one patch of this shape, None if it fails."""
@@ -154,36 +158,6 @@ class TorchEngine:
         """Return the shape of a batch, by default of the size that was asked for."""
         size = batch_size or self._request.batch_size
         return size, self._request.in_channels, *patch_shape
-
-    def _cut(self, output_nczyx: Tensor, batch_size: int) -> Tensor:
-        """Return (n, out_channels, *Q) of what the network returned, or refuse it."""
-        request = self._request
-        found = tuple(output_nczyx.shape)
-        if len(found) != 5 or found[0] != batch_size:
-            raise ModelError(
-                f"the network returned shape {found} for a batch of shape "
-                f"{self._batch_shape(request.patch_shape, batch_size)}; expected "
-                f"({batch_size}, {request.out_channels}, z, y, x)",
-                key="model.path",
-            )
-        if found[1] != request.out_channels:
-            raise ModelError(
-                f"the network returned {found[1]} channels, but model.out_channels is "
-                f"{request.out_channels}; set it to {found[1]}",
-                key="model.out_channels",
-            )
-        if found[2:] == request.patch_shape:
-            return output_nczyx[self._inner]
-        lost = subtract(request.patch_shape, triple(found[2:]))
-        if lost == add(request.crop, request.crop):
-            return output_nczyx
-        cure = crop_advice(self._output_shape, request.patch_shape, triple(found[2:]))
-        raise ModelError(
-            f"the network returned {found[2:]} voxels for a patch of {request.patch_shape}, which "
-            f"neither is that shape nor has lost patch.crop {list(request.crop)} on each side; "
-            f"{cure}",
-            key="patch.crop",
-        )
 
 
 def _only_tensor(output: Any) -> Tensor:

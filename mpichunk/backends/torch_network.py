@@ -1,11 +1,12 @@
 """From a config's `model` to a torch module with its weights, or one message about why not.
 
-Executes the user's Python file when there is one, and never unpickles code. Knows no patches and
-does not run the network.
+Executes the user's Python file when there is one, and unpickles code only when told to. Knows no
+patches and does not run the network.
 """
 
 import importlib
 import importlib.util
+import logging
 import sys
 import traceback
 import warnings
@@ -17,28 +18,118 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpichunk.backends.model_source import ModelSource, find_source, weights_file
+from mpichunk.backends.model_source import (
+    WEIGHTS_KEY,
+    ModelSource,
+    find_source,
+    weights_file,
+)
+from mpichunk.backends.torch_chunkflow import MAKERS, ChunkflowNetwork, make_universal
+from mpichunk.backends.torch_exported import load_exported
 from mpichunk.backends.torch_weights import first_line, load_weights
 from mpichunk.config import Model
+from mpichunk.engine import EngineRequest
 from mpichunk.errors import ModelError
+from mpichunk.fingerprint import file_hash
+
+_CHANNELS_LAST = "channels_last"
+
+log = logging.getLogger(__name__)
 
 
-def load_network(model: Model, device: str) -> nn.Module:
-    """Return the network in float32 on a device, in `eval` mode.
+def load_network(model: Model, request: EngineRequest) -> nn.Module:
+    """Return the network in float32 on the device of a request, in `eval` mode.
 
     Raises:
         ModelError: with the key of the config that must change.
     """
     source, weights = find_source(model), weights_file(model)
+    weights_key = _weights_key(model)
+    if source.kind == "exported":
+        _refuse_arguments(source.path, model)
+        exported = load_exported(source.path, request, trust_pickle=model.trust_pickle)
+        if weights is not None:
+            load_weights(
+                exported.program, weights, key=weights_key, trust_pickle=model.trust_pickle
+            )
+        return exported.eval()
     if source.kind == "script":
         network = _load_script(source.path, model)
     else:
+        _tell_what_is_executed(source)
+        if source.name in MAKERS:
+            return _load_chunkflow(source, model, request).eval().to(request.device)
         network = _make_network(source, model.arguments)
         if weights is None:
             _refuse_random(network, _make_network(source, model.arguments, seed=1))
     if weights is not None:
-        load_weights(network, weights)
-    return network.eval().float().to(device)
+        load_weights(network, weights, key=weights_key, trust_pickle=model.trust_pickle)
+    return network.eval().float().to(request.device)
+
+
+def wants_channels_last(model: Model) -> bool:
+    """Return whether the config asks for that layout.
+
+    Raises:
+        ModelError: what is set there is neither true nor false.
+    """
+    wanted = model.options.get(_CHANNELS_LAST, False)
+    if not isinstance(wanted, bool):
+        raise ModelError(
+            f"{_CHANNELS_LAST} is {wanted!r}; it must be true or false", key="model.options"
+        )
+    return wanted
+
+
+def _weights_key(model: Model) -> str | None:
+    """Return where in a checkpoint the weights are, if the config says so.
+
+    Raises:
+        ModelError: there are options that this backend does not have.
+    """
+    others = model.options.keys() - {WEIGHTS_KEY, _CHANNELS_LAST}
+    if others and model.backend == "pytorch":
+        raise ModelError(
+            f"the pytorch backend has no option {min(others)!r}; it has `{WEIGHTS_KEY}`, the name "
+            f"of the weights in a checkpoint that holds several, and `{_CHANNELS_LAST}`",
+            key="model.options",
+        )
+    key = model.options.get(WEIGHTS_KEY)
+    return None if key is None else str(key)
+
+
+def _tell_what_is_executed(source: ModelSource) -> None:
+    """Put into the log which code is run, and its hash."""
+    log.info("executing %s, SHA-256 %s", source.path, file_hash(source.path))
+
+
+def _load_chunkflow(source: ModelSource, model: Model, request: EngineRequest) -> nn.Module:
+    """Return the network of one of chunkflow's model files."""
+    weights = weights_file(model)
+    path = None if weights is None else str(weights)
+    module = _imported(source)
+    maker = _named(source, module)
+    what = f"{source.name} of {source.path}"
+    if source.name == "PatchInferencer":
+        universal: nn.Module = _run_user_code(
+            lambda: make_universal(maker, path, request), f"{what} cannot be made", "model.path"
+        )
+        return universal
+    if source.name == "load_model":
+        network = _run_user_code(
+            lambda: maker(path, **model.arguments), f"{what} cannot load {path}", "model.weights"
+        )
+    else:
+        network = _only_network(maker, what)
+        if weights is None:
+            again = _only_network(_named(source, _imported(source, seed=1)), what)
+            _refuse_random(network, again)
+        else:
+            key = _weights_key(model)
+            load_weights(network, weights, key=key, trust_pickle=model.trust_pickle)
+    if isinstance(network, nn.Module):
+        network = network.eval().float()
+    return ChunkflowNetwork(network, module, model.out_channels)
 
 
 def where_raised(error: BaseException) -> str:
@@ -52,11 +143,12 @@ def where_raised(error: BaseException) -> str:
 
 def _load_script(path: Path, model: Model) -> nn.Module:
     """Return a TorchScript network with the weights that its file holds."""
-    if model.arguments:
-        raise ModelError(
-            f"{path} is a TorchScript file, which takes no arguments; remove model.arguments",
-            key="model.arguments",
-        )
+    _refuse_arguments(path, model)
+    log.info(
+        "%s is TorchScript, which torch calls deprecated; torch.export.save writes its successor, "
+        ".pt2",
+        path,
+    )
     try:
         with warnings.catch_warnings():
             # torch would rather see torch.export; TorchScript is what labs have.
@@ -69,6 +161,15 @@ def _load_script(path: Path, model: Model) -> nn.Module:
             key="model.path",
         ) from error
     return network
+
+
+def _refuse_arguments(path: Path, model: Model) -> None:
+    """Refuse arguments for a network that is made already."""
+    if model.arguments:
+        raise ModelError(
+            f"{path} is a saved network, which takes no arguments; remove model.arguments",
+            key="model.arguments",
+        )
 
 
 def _refuse_random(network: nn.Module, again: nn.Module) -> None:
@@ -89,16 +190,7 @@ def _refuse_random(network: nn.Module, again: nn.Module) -> None:
 
 def _make_network(source: ModelSource, arguments: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
     """Return what `Name` makes of the arguments, its weights not yet set."""
-    torch.manual_seed(seed)
-    module = _run_user_code(
-        lambda: _import(source), f"{source.path} cannot be imported", "model.path"
-    )
-    maker = getattr(module, source.name, None)
-    if not callable(maker):
-        raise ModelError(
-            f"{source.path} has no network {source.name!r}; it has {_candidates(module)}",
-            key="model.path",
-        )
+    maker = _named(source, _imported(source, seed=seed))
     what = f"{source.name} of {source.path}"
     network = maker
     if not isinstance(maker, nn.Module):
@@ -107,6 +199,31 @@ def _make_network(source: ModelSource, arguments: Mapping[str, Any], *, seed: in
             f"{what} cannot be made with the arguments {dict(arguments)}",
             "model.arguments",
         )
+    return _only_network(network, what)
+
+
+def _imported(source: ModelSource, *, seed: int = 0) -> ModuleType:
+    """Return the module that holds the network, run with torch's chance fixed."""
+    torch.manual_seed(seed)
+    module: ModuleType = _run_user_code(
+        lambda: _import(source), f"{source.path} cannot be imported", "model.path"
+    )
+    return module
+
+
+def _named(source: ModelSource, module: ModuleType) -> Any:
+    """Return what has the name that the config gives, callable at least."""
+    maker = getattr(module, source.name, None)
+    if not callable(maker):
+        raise ModelError(
+            f"{source.path} has no network {source.name!r}; it has {_candidates(module)}",
+            key="model.path",
+        )
+    return maker
+
+
+def _only_network(network: Any, what: str) -> nn.Module:
+    """Return the network, or refuse what is none."""
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"{what} makes a {type(network).__name__}; expected a torch.nn.Module",

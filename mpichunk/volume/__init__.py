@@ -5,7 +5,14 @@ Arrays are (c, z, y, x) and coordinates absolute zyx whatever the format; knows 
 
 from mpichunk.volume.layout import OutputSpec
 from mpichunk.volume.reader import Reader, open_input
-from mpichunk.volume.writer import Writer, check_output, create_output, open_output
+from mpichunk.volume.writer import (
+    Writer,
+    check_output,
+    create_output,
+    local_folder,
+    moved_to,
+    open_output,
+)
 
 __all__ = [
     "OutputSpec",
@@ -13,6 +20,8 @@ __all__ = [
     "Writer",
     "check_output",
     "create_output",
+    "local_folder",
+    "moved_to",
     "open_input",
     "open_output",
 ]

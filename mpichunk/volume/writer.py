@@ -140,6 +140,33 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
         return Writer(info, to_czyx(store, axes, spec.domain.start))
 
 
+def local_folder(spec: OutputSpec) -> Path | None:
+    """Return where the output lies on a file system; None elsewhere.
+
+    Raises:
+        VolumeError: its notation is not understood.
+    """
+    with keyed("output"):
+        return _address(spec).path
+
+
+def moved_to(spec: OutputSpec, folder: Path) -> OutputSpec:
+    """Return the same output, in another folder on a file system.
+
+    Raises:
+        VolumeError: its notation is not understood.
+    """
+    with keyed("output"):
+        address = _address(spec)
+    volume: dict[str, Any] = {
+        "driver": address.driver,
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+    }
+    if address.path is not None:
+        volume |= address.options
+    return replace(spec, volume=volume)
+
+
 def _address(spec: OutputSpec) -> Address:
     """Return where the output lies, format included."""
     address = parse_address(spec.volume)

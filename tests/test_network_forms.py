@@ -1,0 +1,297 @@
+"""Every published network in every form that there is, through every backend that takes it.
+
+Against the values that its authors' framework gave, and over a real volume against one another.
+"""
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpichunk.backends import get_backend
+from mpichunk.comm import SerialCommunicator
+from mpichunk.config import Model
+from mpichunk.engine import EngineRequest
+from mpichunk.nets import em_affinity_resunet
+from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
+from mpichunk.run import run_on
+from tests import published_nets
+from tests.endtoend import read_volume, write_config
+
+EM_CODE = em_affinity_resunet.__file__
+EM_WEIGHTS = Path(EM_CODE).with_suffix(".safetensors")
+CODE = published_nets.__file__
+
+MESHNETS = {
+    "meshnet_gwm_5ch": {"width": 5, "classes": 3},
+    "meshnet_gwm_20ch": {"width": 20, "classes": 3, "elu": True},
+    "meshnet_subcortical18_30ch": {"width": 30, "classes": 18, "elu": True},
+}
+
+NETS = {
+    # name: input, divided by, output, border lost
+    "em_affinity_resunet_same": ("em_in", 255, "em_same_out", 0),
+    "em_affinity_resunet_valid": ("em_valid_in", 255, "em_valid_out", 21),
+    "meshnet_gwm_5ch": ("mri_in", 255, "meshnet_gwm_5ch_out", 0),
+    "meshnet_gwm_20ch": ("mri_in", 255, "meshnet_gwm_20ch_out", 0),
+    "meshnet_subcortical18_30ch": ("mri_in", 255, "meshnet_subcortical18_30ch_argmax", 0),
+    "synapse_unet_microns1": ("synapse_in", 255, "synapse_out", 0),
+    "ffn_fib25_convstack": ("ffn_in", 1, "ffn_out", 0),
+}
+PATCHES = {
+    # Channels and size of what is stored; the whole runs take patches of the same size.
+    "em_affinity_resunet_same": (1, 32, 40, 48),
+    "em_affinity_resunet_valid": (1, 58, 62, 66),
+    "meshnet_gwm_5ch": (1, 40, 40, 48),
+    "meshnet_gwm_20ch": (1, 40, 40, 48),
+    "meshnet_subcortical18_30ch": (1, 40, 40, 48),
+    "synapse_unet_microns1": (1, 18, 64, 72),
+    "ffn_fib25_convstack": (2, 33, 33, 33),
+}
+DYNAMIC = ("em_affinity_resunet_same",)
+"""Exported for any patch; that takes torch a while, and longer where sizes are no multiples."""
+NO_ONNX = "em_affinity_resunet_valid", "ffn_fib25_convstack"
+FORMS = {
+    "pytorch": ("script", "module", "pt2"),
+    "onnxruntime": ("onnx",),
+    "openvino": ("script", "module", "pt2", "onnx", "xml"),
+}
+CASES = [
+    (name, backend, form)
+    for name in NETS
+    for backend, forms in FORMS.items()
+    for form in forms
+    if not (name in NO_ONNX and form in ("onnx", "xml"))
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def need(*packages: str) -> None:
+    """Skip where a package is not installed; in CI that is a failure."""
+    for package in packages:
+        pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{package}]'")
+
+
+@pytest.fixture(scope="module")
+def form_of(tmp_path_factory, real_data):
+    """Return `form_of(name, form)`: what `model` says in the config; files are made once."""
+    folder = tmp_path_factory.mktemp("forms")
+    nets = real_data / "nets"
+
+    @cache
+    def make(name: str, form: str) -> dict[str, object]:
+        if form == "script":
+            return {"path": str(nets / f"{name}.ts.pt")}
+        if form == "onnx":
+            return {"path": str(nets / f"{name}.onnx")}
+        if form == "xml":
+            import openvino
+
+            openvino.save_model(
+                openvino.Core().read_model(nets / f"{name}.onnx"),
+                folder / f"{name}.xml",
+                compress_to_fp16=False,
+            )
+            return {"path": str(folder / f"{name}.xml")}
+        if form == "pt2":
+            path = folder / f"{name}.pt2"
+            export(network(name, nets), path, (1, *PATCHES[name]), dynamic=name in DYNAMIC)
+            return {"path": str(path)}
+        return module_form(name, nets, folder)
+
+    return make
+
+
+def module_form(name: str, nets: Path, folder: Path) -> dict[str, object]:
+    """Return a network as code and weights."""
+    if name.startswith("em_"):
+        arguments = {"padding": name.rpartition("_")[2]}
+        weights = nets / "em_affinity_resunet.state_dict.pt"
+        return {
+            "path": f"{EM_CODE}:EmAffinityResUNet",
+            "weights": str(weights),
+            "arguments": arguments,
+        }
+    weights = nets / f"{name}.state_dict.pt"
+    if name.startswith("ffn"):
+        weights = folder / "ffn.pt"
+        torch.save(torch.jit.load(nets / f"{name}.ts.pt").state_dict(), weights)
+        return {"path": f"{CODE}:FFN", "weights": str(weights)}
+    if name.startswith("synapse"):
+        return {"path": f"{CODE}:SynapseUNet", "weights": str(weights)}
+    return {"path": f"{CODE}:MeshNet", "weights": str(weights), "arguments": MESHNETS[name]}
+
+
+def network(name: str, nets: Path) -> torch.nn.Module:
+    """Return a network with its weights."""
+    if name.startswith("em_"):
+        net: torch.nn.Module = EmAffinityResUNet(padding=name.rpartition("_")[2])
+        net.load_state_dict(load_file(EM_WEIGHTS))
+        return net.eval()
+    if name.startswith("ffn"):
+        net, state = published_nets.FFN(), torch.jit.load(nets / f"{name}.ts.pt").state_dict()
+    elif name.startswith("synapse"):
+        net, state = published_nets.SynapseUNet(), torch.load(nets / f"{name}.state_dict.pt")
+    else:
+        net = published_nets.MeshNet(**MESHNETS[name])
+        state = torch.load(nets / f"{name}.state_dict.pt")
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def export(net: torch.nn.Module, path: Path, shape: tuple[int, ...], *, dynamic: bool) -> None:
+    """Save a network as torch.export does, for patches of this shape or for any."""
+    axes = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3, 4)} if dynamic else {}
+    # An example of 1 would fix an axis.
+    example = torch.zeros(2 if dynamic else shape[0], *shape[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(net, (example,), dynamic_shapes=(axes,))
+        torch.export.save(program, path)
+
+
+@pytest.fixture(scope="module")
+def stored(real_data):
+    with np.load(real_data / "nets" / "expected_io.npz") as file:
+        return dict(file)
+
+
+def scaled(stored, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the network's input (1, c, z, y, x), and the stored output (c, z, y, x)."""
+    source, divide, output, _ = NETS[name]
+    image = stored[source].astype(np.float32)
+    image = (image / np.float32(divide)).reshape(1, -1, *image.shape[-3:])
+    expected = stored[output]
+    return image, expected.reshape(-1, *expected.shape[-3:])
+
+
+@pytest.mark.parametrize(("name", "backend", "form"), CASES)
+def test_expected_values(stored, form_of, name, backend, form):
+    if backend != "pytorch":
+        need(backend)
+    batch_nczyx, expected = scaled(stored, name)
+    labels = name == "meshnet_subcortical18_30ch"
+    lost = NETS[name][3]
+    request = EngineRequest(
+        patch_shape=batch_nczyx.shape[2:],
+        crop=(lost, lost, lost),
+        batch_size=1,
+        in_channels=batch_nczyx.shape[1],
+        out_channels=18 if labels else len(expected),
+        threads=1,
+        precision="float32",
+        device="cpu",
+        deterministic=True,
+    )
+    model = Model(backend=backend, out_channels=request.out_channels, **form_of(name, form))
+    engine = get_backend(backend).load(model, request)
+    arrays = engine.arrays
+    found = np.array(arrays.download(engine.infer(arrays.upload(batch_nczyx[0])[None])))[0]
+    if labels:
+        # Of the logits, only the largest is stored; rounding may decide between two equal ones.
+        differs = found.argmax(axis=0) != expected[0]
+        assert differs.mean() < 1e-4
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert engine.info.precision == "float32"
+    assert (engine.info.backend, engine.info.threads) == (backend, 1)
+
+
+# ---- Over a real volume --------------------------------------------------------------------------
+
+EM = {"volume": "em/fib25_train2_250.h5", "dataset": "image"}
+SYNAPSE = {"volume": "em/microns_phase1_samples.h5", "dataset": "sample1/image"}
+RUNS = {
+    # name: input, ROI, patch, block shape; every one has several blocks, some of them clipped
+    "em_affinity_resunet_same": (
+        EM,
+        ([200, 0, 10], [232, 70, 90]),
+        {"shape": [32, 32, 40], "overlap": [8, 8, 8], "batch_size": 2},
+        [24, 48, 64],
+    ),
+    "em_affinity_resunet_valid": (
+        EM,
+        ([200, 0, 10], [216, 40, 60]),
+        {"shape": [58, 62, 66], "crop": [21, 21, 21], "overlap": [4, 4, 4]},
+        [12, 32, 40],
+    ),
+    "synapse_unet_microns1": (
+        SYNAPSE,
+        ([0, 120, 100], [18, 184, 190]),
+        {"shape": [18, 64, 72], "overlap": [3, 16, 16]},
+        [18, 64, 56],
+    ),
+}
+
+
+WHOLE = ("pytorch", "script"), ("onnxruntime", "onnx"), ("openvino", "onnx"), ("openvino", "script")
+"""What runs whole below; of one network the exported file as well."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_runs_agree(tmp_path, real_data, form_of, name):
+    """Blended and stitched outputs of all backends and forms lie within 1e-4 of one another."""
+    need("onnxruntime", "openvino")
+    source, (start, stop), patch, block = RUNS[name]
+    outputs = {}
+    exported = [(backend, "pt2") for backend in ("pytorch", "openvino") if name in DYNAMIC]
+    for backend, form in [*WHOLE, *exported]:
+        if (name, backend, form) not in CASES:
+            continue
+        folder = tmp_path / f"{backend}-{form}"
+        config = write_config(
+            folder,
+            input=source | {"volume": str(real_data / source["volume"])},
+            roi={"start": start, "stop": stop},
+            model={"backend": backend, "out_channels": 3 if "em" in name[:2] else 1}
+            | form_of(name, form),
+            patch=patch,
+            block={"shape": block},
+            output={"volume": "out.zarr", "domain": "roi"},
+            compute={"device": "cpu", "threads": 1},
+        )
+        assert run_on(SerialCommunicator(), config) == 0
+        outputs[backend, form] = read_volume(folder / "out.zarr")
+    reference = outputs["pytorch", "script"]
+    assert reference.std() > 0.01
+    for found in outputs.values():
+        np.testing.assert_allclose(found, reference, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_of_two_channels_runs_whole(tmp_path, real_data, form_of):
+    """FFN's network: an image, scaled as it was trained, and logits of a seed beside it."""
+    need("openvino")
+    with h5py.File(real_data / EM["volume"]) as file:
+        image = np.asarray(file["image"][100:133, 100:133, 100:150], np.float32)
+    seed = np.full(image.shape, -2.944, np.float32)
+    seed[16, 16, 25] = 2.944
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["data"] = np.stack([(image - 128) / 33, seed])
+    outputs = []
+    for backend, form in (("pytorch", "script"), ("openvino", "pt2")):
+        folder = tmp_path / f"{backend}-{form}"
+        config = write_config(
+            folder,
+            input={"volume": str(tmp_path / "in.h5"), "dataset": "data"},
+            model={"backend": backend} | form_of("ffn_fib25_convstack", form),
+            patch={"shape": [33, 33, 33], "overlap": [8, 8, 8]},
+            block={"shape": [33, 33, 42]},
+            output={"volume": "out.zarr"},
+            compute={"device": "cpu", "threads": 1},
+        )
+        assert run_on(SerialCommunicator(), config) == 0
+        outputs.append(read_volume(folder / "out.zarr"))
+    assert outputs[0].std() > 0.01
+    for found in outputs[1:]:
+        np.testing.assert_allclose(found, outputs[0], rtol=0, atol=1e-4)

@@ -1,0 +1,469 @@
+"""The onnxruntime and openvino backends: values, settings, files, and bad networks in words.
+
+Networks of real data stand in test_network_forms.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpichunk.backends import get_backend
+from mpichunk.backends.onnx_file import onnx_files
+from mpichunk.config import Model
+from mpichunk.configrule import CPU_BACKENDS
+from mpichunk.engine import EngineRequest
+from mpichunk.errors import DeviceError, ModelError
+from mpichunk.inference import check_engine
+from mpichunk.startup import library_versions
+from tests import onnx_maker
+from tests.endtoend import files_of, read_volume, start_lines, trap, write_config
+from tests.launch import REPOSITORY
+
+BOTH = ["onnxruntime", "openvino"]
+both = pytest.mark.parametrize("backend", BOTH)
+
+
+def need(*packages: str) -> None:
+    """Skip where a package is not installed; in CI that is a failure."""
+    for package in packages:
+        pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{package}]'")
+
+
+def request(**changes):
+    values = {
+        "patch_shape": (4, 8, 12),
+        "crop": (0, 0, 0),
+        "batch_size": 2,
+        "in_channels": 1,
+        "out_channels": 2,
+        "threads": 1,
+        "precision": "float32",
+        "device": "cpu",
+        "deterministic": True,
+    }
+    return EngineRequest(**values | changes)
+
+
+def load(backend, path, *, changes=None, **keys):
+    need(backend)
+    asked = request(**changes or {})
+    model = Model(backend=backend, path=str(path), out_channels=asked.out_channels, **keys)
+    assert get_backend(backend).model_files(model)
+    return get_backend(backend).load(model, asked)
+
+
+BATCH = np.random.default_rng(3).random((2, 1, 4, 8, 12), dtype=np.float32)
+
+
+@both
+def test_values_and_smaller_batches(tmp_path, backend):
+    engine = load(backend, onnx_maker.convolution(tmp_path / "net.onnx"))
+    check_engine(engine, request())
+    for n in (2, 1):  # one, after memory has become scarce
+        found = np.array(engine.infer(BATCH[:n]))
+        np.testing.assert_allclose(found[:, 0], 2 * BATCH[:n, 0], rtol=1e-6)
+        np.testing.assert_allclose(found[:, 1], -3 * BATCH[:n, 0], rtol=1e-6)
+        assert found.dtype == np.float32
+    info = engine.info
+    assert (info.backend, info.device, info.precision) == (backend, "cpu", "float32")
+    assert info.version.startswith(f"{backend} 20" if backend == "openvino" else f"{backend} 1.")
+    assert info.device_kind.startswith("cpu ")
+
+
+@both
+def test_a_network_that_has_cut_its_border(tmp_path, backend):
+    path = onnx_maker.convolution(tmp_path / "net.onnx", cut=True)
+    engine = load(backend, path, changes={"crop": (1, 1, 1)})
+    np.testing.assert_allclose(
+        engine.infer(BATCH)[:, 0], 2 * BATCH[:, 0, 1:-1, 1:-1, 1:-1], rtol=1e-6
+    )
+
+
+@both
+def test_threads_are_those_asked_for(tmp_path, backend):
+    path = onnx_maker.convolution(tmp_path / "net.onnx")
+    engine = load(backend, path, changes={"threads": 2})
+    assert engine.info.threads == 2
+    np.testing.assert_allclose(engine.infer(BATCH)[:, 0], 2 * BATCH[:, 0], rtol=1e-6)
+
+
+@both
+def test_weights_beside_the_onnx_file_are_part_of_the_network(tmp_path, backend):
+    path = onnx_maker.external(tmp_path / "net.onnx")
+    assert onnx_files(Model(backend=backend, path=str(path))) == [path, tmp_path / "net.onnx.data"]
+    found = load(backend, path).infer(BATCH)
+    np.testing.assert_allclose(found[:, 1], -3 * BATCH[:, 0], rtol=1e-6)
+    (tmp_path / "net.onnx.data").unlink()
+    with pytest.raises(ModelError, match=r"net\.onnx\.data does not exist"):
+        load(backend, path)
+
+
+# ---- Bad networks --------------------------------------------------------------------------------
+
+
+def cut_short(path: Path) -> Path:
+    data = onnx_maker.convolution(path).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("this is not an ONNX file, whatever its name says")
+    return path
+
+
+def fixed(path: Path) -> Path:
+    return onnx_maker.convolution(path, inputs=(2, 1, 4, 16, 12))
+
+
+def fixed_batch(path: Path) -> Path:
+    return onnx_maker.convolution(path, inputs=(1, 1, "z", "y", "x"))
+
+
+def flat(path: Path) -> Path:
+    return onnx_maker.convolution(path, inputs=("n", 1, "y", "x"))
+
+
+BAD = [
+    # network, request, key, words
+    (cut_short, {}, "model.path", ["net.onnx", "cut short"]),
+    (text, {}, "model.path", ["net.onnx is not an ONNX file"]),
+    (fixed, {}, "patch.shape", ["for patches of [4, 16, 12] only", "dynamic axes"]),
+    (
+        onnx_maker.convolution,
+        {"in_channels": 2},
+        "model.path",
+        ["takes 1 input channels, but the input has 2"],
+    ),
+    (
+        onnx_maker.convolution,
+        {"out_channels": 3},
+        "model.out_channels",
+        ["returned 2 channels", "set it to 2"],
+    ),
+    (
+        lambda path: onnx_maker.convolution(path, cut=True),
+        {},
+        "patch.crop",
+        ["returned (2, 6, 10)", "set patch.crop: [1, 1, 1]"],
+    ),
+    (
+        onnx_maker.pooling,
+        {"patch_shape": (4, 10, 12), "out_channels": 1},
+        "patch.shape",
+        ["multiples of [1, 4, 4]", "[4, 8, 12] or [4, 12, 12]"],
+    ),
+    (onnx_maker.not_a_number, {}, "model.weights", ["NaN or inf"]),
+]
+
+
+@both
+@pytest.mark.parametrize(("make", "changes", "key", "words"), BAD)
+def test_bad_network_is_one_message_with_its_key(tmp_path, backend, make, changes, key, words):
+    path = make(tmp_path / "net.onnx")
+    with pytest.raises(ModelError) as caught:
+        check_engine(load(backend, path, changes=changes), request(**changes))
+    message = str(caught.value)
+    assert caught.value.key == key, message
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_fixed_batch_names_itself_where_it_cannot_be_changed(tmp_path):
+    path = fixed_batch(tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match=r"set patch\.batch_size: 1") as caught:
+        load("onnxruntime", path)
+    assert caught.value.key == "patch.batch_size"
+    load("onnxruntime", path, changes={"batch_size": 1}).infer(BATCH[:1])
+    np.testing.assert_allclose(load("openvino", path).infer(BATCH)[:, 0], 2 * BATCH[:, 0])
+
+
+@both
+def test_networks_of_another_shape_altogether(tmp_path, backend):
+    with pytest.raises(ModelError, match=r"returns 2 (outputs|tensors).* expected one"):
+        load(backend, onnx_maker.two_outputs(tmp_path / "two.onnx"), changes={"out_channels": 1})
+    with pytest.raises(ModelError):
+        load(backend, flat(tmp_path / "flat.onnx"))
+
+
+@both
+@pytest.mark.parametrize(
+    ("location", "words"), [("../secret", "outside its own folder"), ("/etc/passwd", "outside")]
+)
+def test_weights_elsewhere_are_refused(tmp_path, backend, location, words):
+    path = onnx_maker.external(tmp_path / "net.onnx", location=location)
+    with pytest.raises(ModelError, match=words):
+        load(backend, path)
+
+
+def test_a_file_that_is_not_there_and_one_of_another_kind(tmp_path):
+    for backend, name, words in (
+        ("onnxruntime", "absent.onnx", "absent.onnx does not exist; expected an .onnx file"),
+        ("openvino", "absent.onnx", "does not exist"),
+        ("openvino", "absent.xml", "does not exist"),
+        ("openvino", "absent.pt", "does not exist; expected a torch.export file"),
+    ):
+        with pytest.raises(ModelError, match=words) as caught:
+            get_backend(backend).model_files(Model(backend=backend, path=str(tmp_path / name)))
+        assert caught.value.key == "model.path"
+    (tmp_path / "net.xml").write_text("<net/>")
+    with pytest.raises(ModelError, match=r"net\.bin does not exist"):
+        load("openvino", tmp_path / "net.xml")
+    (tmp_path / "net.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"net\.xml cannot be read by openvino") as caught:
+        load("openvino", tmp_path / "net.xml")
+    assert "\n" not in str(caught.value)
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+
+def test_openvino_settings_can_be_overridden_and_are_reported(tmp_path):
+    path = onnx_maker.convolution(tmp_path / "net.onnx")
+    engine = load("openvino", path, changes={"threads": 2}, options={"NUM_STREAMS": 2})
+    assert engine._compiled.get_property("NUM_STREAMS") == 2
+    engine = load("openvino", path)
+    assert engine._compiled.get_property("NUM_STREAMS") == 1
+    assert engine._compiled.get_property("ENABLE_CPU_PINNING") is False
+    with pytest.raises(ModelError, match="cannot be compiled by openvino") as caught:
+        load("openvino", path, options={"NO_SUCH_SETTING": 1})
+    assert caught.value.key == "model.options"
+
+
+def test_openvino_takes_the_weights_that_an_option_names(tmp_path):
+    (tmp_path / "lab_net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Conv3d(1, 2, 1, bias=False)\n"
+    )
+    weight = torch.tensor(onnx_maker.SCALES).reshape(2, 1, 1, 1, 1)
+    torch.save({"state_dict": {"weight": -weight}, "ema": {"weight": weight}}, tmp_path / "w.pt")
+    engine = load(
+        "openvino",
+        f"{tmp_path}/lab_net.py:net",
+        weights=str(tmp_path / "w.pt"),
+        options={"weights_key": "ema", "NUM_STREAMS": 1},
+    )
+    np.testing.assert_allclose(engine.infer(BATCH)[:, 1], -3 * BATCH[:, 0], rtol=1e-6)
+
+
+def test_openvino_file_that_is_cut_short(tmp_path):
+    need("openvino")
+    import openvino
+
+    network = openvino.Core().read_model(onnx_maker.convolution(tmp_path / "net.onnx", cut=True))
+    openvino.serialize(network, tmp_path / "net.xml")
+    load("openvino", tmp_path / "net.xml", changes={"crop": (1, 1, 1)})
+    for name in ("net.bin", "net.xml"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ModelError, match=r"net\.xml .*openvino") as caught:
+            load("openvino", tmp_path / "net.xml", changes={"crop": (1, 1, 1)})
+        assert caught.value.key == "model.path"
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_openvino_computes_in_bfloat16_only_where_the_cpu_can(tmp_path):
+    need("openvino")
+    import openvino
+
+    path = onnx_maker.convolution(tmp_path / "net.onnx")
+    options = {"INFERENCE_PRECISION_HINT": "bf16"}
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        engine = load("openvino", path, options=options)
+        assert engine.info.precision == "bfloat16"
+        np.testing.assert_allclose(engine.infer(BATCH)[:, 0], 2 * BATCH[:, 0], rtol=1e-2)
+        return
+    with pytest.raises(DeviceError, match="cannot compute in bf16") as caught:
+        load("openvino", path, options=options)
+    assert caught.value.key == "model.options"
+
+
+def test_onnxruntime_options_are_session_entries(tmp_path):
+    path = onnx_maker.convolution(tmp_path / "net.onnx")
+    load("onnxruntime", path, options={"session.set_denormal_as_zero": "1"}).infer(BATCH)
+
+
+def test_onnxruntime_refuses_a_device_that_it_cannot_use(tmp_path):
+    need("onnxruntime")
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime is built for CUDA here")
+    path = onnx_maker.convolution(tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DeviceError, match="cannot use the device 'cuda:0'"):
+            load("onnxruntime", path, changes={"device": "cuda:0"})
+    probe = get_backend("onnxruntime").probe("auto")
+    assert probe.accelerators == () and "onnxruntime-gpu" in probe.note
+
+
+# ---- Networks of torch in openvino ---------------------------------------------------------------
+
+NET_PY = """
+import numpy as np
+import torch
+from torch import nn
+
+class Half(nn.Module):
+    def forward(self, x):
+        small = nn.functional.avg_pool3d(x, (1, 4, 4))
+        large = x + nn.functional.interpolate(small, scale_factor=(1.0, 4.0, 4.0))
+        return torch.cat([large, -large], dim=1)
+
+class Outside(nn.Module):
+    def forward(self, x):
+        peak = float(np.asarray(x.detach()).max())
+        mean = torch.from_numpy(np.asarray(x.detach()).mean(axis=(2, 3, 4), keepdims=True))
+        return torch.cat([x - mean, x / peak], dim=1)
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.cat([torch.special.bessel_j0(x), x], dim=1)
+
+def pre_process(patch):
+    return torch.from_numpy(patch)
+
+InstantiatedModel = Half()
+"""
+
+
+def test_a_network_of_torch_is_converted(tmp_path):
+    (tmp_path / "lab_net.py").write_text(NET_PY)
+    engine = load("openvino", f"{tmp_path}/lab_net.py:Half")
+    small = nn.functional.avg_pool3d(torch.from_numpy(BATCH), (1, 4, 4))
+    large = BATCH + nn.functional.interpolate(small, scale_factor=(1.0, 4.0, 4.0)).numpy()
+    np.testing.assert_allclose(engine.infer(BATCH)[:, :1], large, rtol=1e-5)
+    np.testing.assert_allclose(engine.infer(BATCH[:1])[:, 1:], -large[:1], rtol=1e-5)
+
+
+BAD_CONVERSIONS = [
+    ("Half", {"patch_shape": (4, 10, 12)}, "patch.shape", "multiples of [1, 4, 4]"),
+    ("Half", {"out_channels": 1}, "model.out_channels", "set it to 2"),
+    ("Unknown", {}, "model.backend", "cannot convert the network"),
+    ("InstantiatedModel", {}, "model.backend", "computes outside torch"),
+    # What numpy computed while the network was traced would be the same for every patch.
+    ("Outside", {}, "model.backend", "set model.backend: pytorch"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "key", "words"), BAD_CONVERSIONS)
+def test_a_network_that_cannot_be_converted_is_refused(tmp_path, name, changes, key, words):
+    (tmp_path / "lab_net.py").write_text(NET_PY)
+    with pytest.raises(ModelError) as caught:
+        load("openvino", f"{tmp_path}/lab_net.py:{name}", changes=changes)
+    assert caught.value.key == key, str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_rank_converts_for_all_and_the_others_import_no_torch(tmp_path, mpirun):
+    need("openvino")
+    (tmp_path / "lab_net.py").write_text(
+        f"import os\nopen({str(tmp_path / 'imported')!r} + str(os.getpid()), 'w')\n{NET_PY}"
+    )
+    config = tmp_path / "config.yaml"
+    write_config(
+        tmp_path,
+        input={"volume": "synthetic://membranes?shape=8,48,48"},
+        model={"backend": "openvino", "path": "lab_net.py:Half", "out_channels": 2},
+        patch={"shape": [4, 16, 16]},
+        block={"shape": [8, 24, 24]},
+        output={"volume": "out.zarr"},
+        compute={"threads": 1},
+    )
+    done = mpirun(3, "-m", "mpichunk", "run", config)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("imported*"))) == 1
+    engine = start_lines(tmp_path / "runs" / "config")[0]["engine"]
+    assert (engine["backend"], engine["precision"], engine["threads"]) == ("openvino", "float32", 1)
+    # The same on one rank: what was broadcast is what is converted.
+    alone = tmp_path / "alone"
+    done = mpirun(1, "-m", "mpichunk", "run", config, "--set", f"output.volume={alone}.zarr",
+                  "--set", f"run_dir={alone}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "out.zarr") == files_of(tmp_path / "alone.zarr")
+    assert read_volume(tmp_path / "out.zarr").std() > 0.1
+
+
+def test_every_backend_of_the_config_is_there():
+    names = get_args(Model.model_fields["backend"].annotation)
+    assert {name for name in names if get_backend(name).cpu_only} == set(CPU_BACKENDS)
+
+
+# ---- Packages ------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise ModuleNotFoundError('none', name=__name__)", "not installed: pip install 'mpich"),
+        (
+            "import no_such_package",
+            "cannot be imported: No module named 'no_such_package'; install",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_is_one_message(tmp_path, python, backend, code, words):
+    """A package that is broken is not called missing."""
+    onnx_maker.convolution(tmp_path / "net.onnx")
+    (tmp_path / "traps").mkdir()
+    (tmp_path / "traps" / f"{backend}.py").write_text(code + "\n")
+    config = write_config(
+        tmp_path,
+        input={"volume": "synthetic://membranes?shape=8,48,48"},
+        model={"backend": backend, "path": "net.onnx", "out_channels": 2},
+        patch={"shape": [4, 16, 16]},
+        block={"shape": [8, 24, 24]},
+        output={"volume": "out.zarr"},
+        compute={"device": "cpu"},
+    )
+    env = {"PYTHONPATH": f"{tmp_path / 'traps'}{os.pathsep}{REPOSITORY}"}
+    done = python("-m", "mpichunk", "run", config, env=env)
+    assert done.returncode == 2, done.stderr
+    assert "model.backend" in done.stderr and words in done.stderr
+    assert f"mpichunk[{backend}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@both
+def test_plan_starts_no_framework(tmp_path, python, backend):
+    onnx_maker.convolution(tmp_path / "net.onnx")
+    config = write_config(
+        tmp_path,
+        input={"volume": "synthetic://membranes?shape=8,48,48"},
+        model={"backend": backend, "path": "net.onnx", "out_channels": 2},
+        patch={"shape": [4, 16, 16]},
+        block={"shape": [8, 24, 24]},
+        output={"volume": "out.zarr"},
+    )
+    env = trap(tmp_path / "traps", "torch", "onnxruntime", "openvino", "mpi4py")
+    done = python("-m", "mpichunk", "plan", config, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_openvino_does_not_report_its_use():
+    need("openvino")
+    code = """
+import sys
+from mpichunk.backends.openvino_model import import_openvino
+import_openvino()
+assert sys.modules["openvino_telemetry"] is None, "it would send events"
+import openvino
+openvino.convert_model
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_versions_are_recorded():
+    need(*BOTH)
+    assert {"onnxruntime", "openvino"} <= library_versions().keys()
