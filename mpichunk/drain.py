@@ -66,8 +66,8 @@ class Outside:
     signals: Signals = field(default_factory=Signals)
     """What this process was sent."""
 
-    end_time: float | None = None
-    """Known end of the allocation, seconds since the epoch."""
+    end_time: Callable[[], float | None] = lambda: None
+    """Returns the end of the allocation, seconds since the epoch, None if it is not known."""
 
 
 class Watch:
@@ -122,7 +122,7 @@ class Watch:
         return reason_to_stop(
             is_asked=is_there,
             now=self._clock(),
-            end_time=self._outside.end_time,
+            end_time=self._outside.end_time(),
             stop_before_seconds=self._stop_before_seconds,
         )
 

@@ -15,12 +15,6 @@ WORLD_SIZE_VARIABLES = {
 """Variables in which launchers tell each task how many there are."""
 
 
-def allocation_end(environ: Mapping[str, str]) -> float | None:
-    """Return when the job's allocation ends, seconds since the epoch, None if nobody says."""
-    value = environ.get("SLURM_JOB_END_TIME", "")
-    return float(value) if value.isdigit() else None
-
-
 def is_launched(environ: Mapping[str, str]) -> bool:
     """Return whether a launcher has started this process, perhaps as one of several ranks."""
     return any(variable in environ for variable in WORLD_SIZE_VARIABLES)

@@ -20,14 +20,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
 from mpichunk.agreement import on_every_rank, on_rank_0
 from mpichunk.assembly import engine_request, load_engine, make_inference, open_volumes
 from mpichunk.backends import get_backend
-from mpichunk.binding import Bindings, RankFacts, bind, gpu_hints
+from mpichunk.binding import Bindings, RankFacts, bind
 from mpichunk.canary import find_sound_ranks
 from mpichunk.comm import start_mpi
 from mpichunk.communicator import Communicator
@@ -40,7 +40,7 @@ from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference
 from mpichunk.journal import Journal
-from mpichunk.launcher import allocation_end, check_world_size
+from mpichunk.launcher import check_world_size
 from mpichunk.leading import Keeper, Leading
 from mpichunk.lock import this_process
 from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
@@ -52,6 +52,7 @@ from mpichunk.pipeline import Pipeline, Source
 from mpichunk.progress import Counters
 from mpichunk.recovery import Fuse, survive
 from mpichunk.sentry import Lead, Lookout, watch_stopped
+from mpichunk.slurm import Allocation, describe
 from mpichunk.startup import (
     Job,
     changed_versions,
@@ -63,6 +64,7 @@ from mpichunk.startup import (
     threads_of_earlier_start,
     write_run_files,
 )
+from mpichunk.visibility import gpu_hints, visible_devices
 from mpichunk.volume import Writer, create_output
 from mpichunk.worker import Worker
 
@@ -81,6 +83,9 @@ class Life:
 
     fuse: Fuse
     """Burns while ranks wait for one another."""
+
+    allocation: Allocation = field(default_factory=lambda: Allocation({}))
+    """Slurm's job, if there is one."""
 
     has_begun: bool = False
     """Whether the run directory is this run's: then nothing is set aside any more."""
@@ -114,8 +119,9 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
         fuse.put_out()
         fuse = Fuse()
     with Signals() as signals:
-        outside = Outside(signals=signals, end_time=allocation_end(os.environ))
-        life = Life(outside=outside, fuse=fuse)
+        allocation = Allocation(os.environ)
+        outside = Outside(signals=signals, end_time=allocation.end_time)
+        life = Life(outside=outside, fuse=fuse, allocation=allocation)
         code = run_on(comm, config_path, overrides, fresh=fresh, life=life)
     comm.leave(code)
     return code
@@ -216,6 +222,7 @@ def _bind(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
         num_host_cores=os.cpu_count() or 1,
         probe=backend.probe(config.compute.device),
         gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
+        visible=visible_devices(os.environ),
     )
     return bind(
         comm.allgather(facts),
@@ -251,7 +258,7 @@ def _open_run(
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
             clear_stop(job.run_dir)
-        _note_start(journal, bindings)
+        _note_start(journal, bindings, life.allocation)
         return write_run_files(job.config, job)
 
     nonce = on_rank_0(comm, begin)
@@ -260,18 +267,20 @@ def _open_run(
     on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
 
 
-def _note_start(journal: Journal, bindings: Bindings) -> None:
+def _note_start(journal: Journal, bindings: Bindings, allocation: Allocation) -> None:
     """Note this start in the journal, and what has changed since the first."""
     for change in changed_versions(journal.header, library_versions()):
         log.warning("%s", change)
-    journal.append_start(
-        {
-            "num_ranks": len(bindings.ranks),
-            "hosts": sorted({binding.host for binding in bindings.ranks}),
-            "device_kinds": list(bindings.device_kinds),
-            "threads": bindings.ranks[0].threads,
-        }
-    )
+    facts: dict[str, object] = {
+        "num_ranks": len(bindings.ranks),
+        "hosts": sorted({binding.host for binding in bindings.ranks}),
+        "device_kinds": list(bindings.device_kinds),
+        "threads": bindings.ranks[0].threads,
+    }
+    if slurm := allocation.facts():
+        log.info("%s", describe(slurm))
+        facts["slurm"] = slurm
+    journal.append_start(facts)
     sync_first(journal)
 
 

@@ -3,8 +3,9 @@ import time
 
 import pytest
 
-from mpichunk.binding import Accelerator, Probe, RankFacts, bind, gpu_hints
+from mpichunk.binding import Accelerator, Probe, RankFacts, bind
 from mpichunk.errors import DeviceError
+from mpichunk.visibility import gpu_hints
 
 CPU = "cpu AVX512"
 
