@@ -75,8 +75,9 @@ while :; do
     echo "job-ulfm.sh: start on ${nodes[*]}, $before blocks are done"
 
     hosts=$(printf ",%s:$per_node" "${nodes[@]}")
+    # The whole path of python: mpirun puts its own folder first on the PATH of other nodes.
     mpirun --with-ft ulfm --host "${hosts:1}" --map-by "ppr:$per_node:node" --bind-to none \
-        python -m mpichunk run "$config" &
+        "$(command -v python)" -m mpichunk run "$config" &
     mpirun_pid=$!
     # A signal ends `wait` before mpirun has ended.
     while kill -0 "$mpirun_pid" 2>/dev/null; do wait "$mpirun_pid"; done
