@@ -103,11 +103,10 @@ done
 if [ "$gained" -le 0 ]; then
     echo "job-ulfm.sh: NOT requeued: the last start has done no block, and the next would not either." \
         "What is wrong stands above; submit the job again when that is mended"
-elif scontrol requeue "$SLURM_JOB_ID"; then
+else
     echo "job-ulfm.sh: requeued: the last start has done $gained blocks"
     # Slurm ends this script.
-    sleep 60
-else
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
     echo "job-ulfm.sh: NOT requeued: scontrol refuses; submit the job again to go on"
 fi
 exit 75

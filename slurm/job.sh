@@ -84,12 +84,11 @@ if [ "$is_ended" = yes ]; then
 elif [ "$gained" -le 0 ]; then
     echo "job.sh: NOT requeued: this start has done no block, and the next would not either. What is" \
         "wrong stands above; submit the job again when that is mended"
-elif scontrol requeue "$SLURM_JOB_ID"; then
+else
     echo "job.sh: requeued: this start has done $gained blocks"
     # Slurm ends this script.
     trap - TERM
-    sleep 60
-else
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
     echo "job.sh: NOT requeued: scontrol refuses; submit the job again to go on"
 fi
 exit 75

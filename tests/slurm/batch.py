@@ -30,7 +30,7 @@ class Job:
         site,
         folder,
         *,
-        name="job.sh",
+        name,
         seconds=0.3,
         schedule=None,
         faults=None,
@@ -63,6 +63,10 @@ class Job:
         # That of a cancelled job is noted before its script has ended.
         assert last["ExitCode"] == found["ExitCode"] or found["JobState"] == "CANCELLED"
         return found["JobState"], found["ExitCode"]
+
+    def cancel(self):
+        """End it, whatever it does."""
+        self.cluster.run("scancel", self.number)
 
     def pid_of_rank(self, rank):
         """Return the process that is a rank of an mpirun, as this machine numbers it."""

@@ -29,6 +29,9 @@ NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc")
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CPUS_PER_NODE = 2
 GPUS_PER_NODE = 2
+UP = {"idle", "allocated", "mixed", "completing"}
+"""States of a node that answers; others have a `*`, or are down."""
+
 START_SECONDS = 60
 """For the daemons of an overloaded machine."""
 
@@ -265,13 +268,12 @@ class Cluster:
         lines = path.read_text().splitlines() if path.exists() else []
         return [dict(w.split("=", 1) for w in line.split() if "=" in w) for line in lines]
 
-    def tidy(self) -> None:
-        """End all jobs, and switch all nodes on."""
-        self.ask("scancel", "--user=root")
+    def switch_on(self) -> None:
+        """Switch on the nodes that were taken down."""
         for node in self.nodes:
             if node not in self._daemons:
                 self.start_node(node)
-        self._wait(self._is_up, "the nodes to be idle", 120)
+        self._wait(self._is_up, "the nodes to come up")
 
     def told(self) -> str:
         """Return the ends of all logs."""
@@ -281,7 +283,8 @@ class Cluster:
 
     def _is_up(self) -> bool:
         done = self.run("sinfo", "--noheader", "--Node", "--format=%T")
-        return done.stdout.split() == ["idle"] * len(self.nodes)
+        states = done.stdout.split()
+        return len(states) == len(self.nodes) and set(states) <= UP
 
     def _wait(self, is_so: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
         end = time.monotonic() + seconds

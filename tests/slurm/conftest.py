@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.slow import slow_config
+from tests.slurm.batch import Job
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.site import Site, write_site
 
@@ -27,9 +29,26 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def all_nodes_are_up(cluster: Cluster) -> Iterator[None]:
-    """Leave no jobs and no lost nodes to the next test."""
+    """Leave no lost nodes to the next test."""
     yield
-    cluster.tidy()
+    cluster.switch_on()
+
+
+Submit = Callable[..., Job]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, openmpi: Site, folder: Path) -> Iterator[Submit]:
+    """Return `submit(script, ...)`: see `Job`. What still runs after the test is cancelled."""
+    jobs = []
+
+    def start(name: str, **how: Any) -> Job:
+        jobs.append(Job(cluster, openmpi, folder, name=name, **how))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.cancel()
 
 
 @pytest.fixture(scope="session")

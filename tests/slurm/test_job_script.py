@@ -1,19 +1,83 @@
 """slurm/job.sh: it goes on by itself after whatever ends it, stops when that is of no use."""
 
+import pytest
+
 from tests.endtoend import start_lines
 from tests.faults.slow import status_of
 from tests.slurm.batch import Job
 
 
-def test_undisturbed(cluster, openmpi, folder, undisturbed):
-    job = Job(cluster, openmpi, folder, seconds=0.0)
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster, openmpi):
+    """A job whose time limit is too short; it runs beside others, which leave a node free."""
+    folder = cluster.folder / "jobs" / "limited"
+    folder.mkdir(parents=True)
+    # Slurm knows no limit below 60 s: the run is told to end after 16 s.
+    how = {"schedule": {"stop_before_seconds": 44}, "time": "1", "nodes": "1"}
+    job = Job(cluster, openmpi, folder, name="job.sh", seconds=1.8, **how)
+    yield job
+    job.cancel()
+
+
+def test_a_job_that_cannot_progress_is_not_requeued(cluster, submit):
+    fault = {"kind": "exit", "code": 1, "rank": None, "point": "read", "after": 1}
+    job = submit("job.sh", nodes="1", faults={"faults": [fault]})
+    assert job.wait() == ("FAILED", "75:0"), job.told
+    assert "job.sh: NOT requeued: this start has done no block" in job.told
+    assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_failed_blocks_are_listed(cluster, submit):
+    job = submit("job.sh", seconds=0.0, nodes="1", faults={"nan_blocks": [7]})
+    assert job.wait() == ("FAILED", "3:0"), job.told
+    assert "failed   block 7, " in job.told
+    assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_mistake_is_told(submit):
+    job = submit("job.sh", nodes="1", schedule={"mode": "dinamic"})
+    assert job.wait() == ("FAILED", "2:0"), job.told
+    assert "dinamic" in job.told
+
+
+def test_a_cancelled_job_stays_cancelled(submit):
+    job = submit("job.sh", seconds=0.5, nodes="1")
+    job.wait_for_blocks(2)
+    job.cancel()
+    state, _ = job.wait()
+    assert state == "CANCELLED", job.told
+    assert "job.sh: requeued" not in job.told
+
+
+def test_a_lost_node(cluster, submit, undisturbed):
+    job = submit("job.sh", seconds=0.8, nodes="2")
+    job.wait_for_blocks(8)
+    first, lost = start_lines(job.run_dir)[0]["hosts"]
+    cluster.kill_node(lost)
+    assert job.wait() == ("COMPLETED", "0:0"), job.told
+    job.assert_complete(undisturbed, num_ranks=4)
+    hosts = start_lines(job.run_dir)[-1]["hosts"]
+    assert len(hosts) == 2
+    assert first in hosts and lost not in hosts
+
+
+def test_a_time_limit_too_short_for_the_job(limited, undisturbed):
+    assert limited.wait(300) == ("COMPLETED", "0:0"), limited.told
+    assert limited.assert_complete(undisturbed) == 0
+    assert len(start_lines(limited.run_dir)) >= 3
+    assert "ending early: the allocation ends in" in limited.told
+    assert "job.sh: requeued: this start has done" in limited.told
+
+
+def test_undisturbed(submit, undisturbed):
+    job = submit("job.sh", seconds=0.0)
     assert job.wait() == ("COMPLETED", "0:0"), job.told
     assert job.assert_complete(undisturbed) == 0
     assert "state    complete" in job.told
 
 
-def test_requeued_in_the_middle(cluster, openmpi, folder, undisturbed, capsys):
-    job = Job(cluster, openmpi, folder, seconds=0.5)
+def test_requeued_in_the_middle(cluster, submit, undisturbed, capsys):
+    job = submit("job.sh", seconds=0.5)
     job.wait_for_blocks(8)
     cluster.ask("scontrol", "requeue", job.number)
     assert job.wait() == ("COMPLETED", "0:0"), job.told
@@ -23,19 +87,8 @@ def test_requeued_in_the_middle(cluster, openmpi, folder, undisturbed, capsys):
     assert [s["slurm"]["num_restarts"] for s in start_lines(job.run_dir)] == [0, 1]
 
 
-def test_a_time_limit_too_short_for_the_job(cluster, openmpi, folder, undisturbed):
-    # What Slurm allows is 60 s at least; the run is told to end well before.
-    schedule = {"stop_before_seconds": 48}
-    job = Job(cluster, openmpi, folder, seconds=2, schedule=schedule, time="1")
-    assert job.wait(300) == ("COMPLETED", "0:0"), job.told
-    assert job.assert_complete(undisturbed) == 0
-    assert len(start_lines(job.run_dir)) >= 3
-    assert "ending early: the allocation ends in" in job.told
-    assert "job.sh: requeued: this start has done" in job.told
-
-
-def test_sigterm_to_all_ranks(cluster, openmpi, folder, undisturbed):
-    job = Job(cluster, openmpi, folder, seconds=0.5)
+def test_sigterm_to_all_ranks(cluster, submit, undisturbed):
+    job = submit("job.sh", seconds=0.5)
     job.wait_for_blocks(8)
     cluster.ask("scancel", "--signal=TERM", job.number)
     assert job.wait() == ("COMPLETED", "0:0"), job.told
@@ -44,44 +97,10 @@ def test_sigterm_to_all_ranks(cluster, openmpi, folder, undisturbed):
     assert job.told.count("job.sh: requeued") == 1
 
 
-def test_a_lost_node(cluster, openmpi, folder, undisturbed):
-    job = Job(cluster, openmpi, folder, seconds=0.5, nodes="3")
-    job.wait_for_blocks(8)
-    cluster.kill_node("node2")
-    assert job.wait() == ("COMPLETED", "0:0"), job.told
-    job.assert_complete(undisturbed, num_ranks=6)
-    starts = start_lines(job.run_dir)
-    assert [s["hosts"] for s in starts] == [
-        ["node1", "node2", "node3"],
-        ["node1", "node3", "node4"],
-    ]
-
-
-def test_a_job_that_cannot_progress_is_not_requeued(cluster, openmpi, folder):
-    fault = {"kind": "exit", "code": 1, "rank": None, "point": "read", "after": 1}
-    job = Job(cluster, openmpi, folder, nodes="1", faults={"faults": [fault]})
-    assert job.wait() == ("FAILED", "75:0"), job.told
-    assert "job.sh: NOT requeued: this start has done no block" in job.told
-    assert cluster.job(job.number)["Restarts"] == "0"
-
-
-def test_failed_blocks_are_listed(cluster, openmpi, folder):
-    job = Job(cluster, openmpi, folder, seconds=0.0, nodes="1", faults={"nan_blocks": [7]})
-    assert job.wait() == ("FAILED", "3:0"), job.told
-    assert "failed   block 7, " in job.told
-    assert cluster.job(job.number)["Restarts"] == "0"
-
-
-def test_a_mistake_is_told(cluster, openmpi, folder):
-    job = Job(cluster, openmpi, folder, nodes="1", schedule={"mode": "dinamic"})
-    assert job.wait() == ("FAILED", "2:0"), job.told
-    assert "dinamic" in job.told
-
-
-def test_a_cancelled_job_stays_cancelled(cluster, openmpi, folder):
-    job = Job(cluster, openmpi, folder, seconds=0.5, nodes="1")
+def test_a_job_that_must_not_be_requeued_ends_in_good_order(cluster, submit):
+    job = submit("job.sh", seconds=0.5, nodes="1")
     job.wait_for_blocks(2)
-    cluster.ask("scancel", job.number)
-    state, _ = job.wait()
-    assert state == "CANCELLED", job.told
-    assert "job.sh: requeued" not in job.told
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "Requeue=0")
+    cluster.ask("scancel", "--signal=TERM", job.number)
+    assert job.wait() == ("FAILED", "75:0"), job.told
+    assert "NOT requeued: scontrol refuses" in job.told

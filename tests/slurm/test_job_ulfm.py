@@ -5,7 +5,6 @@ import signal
 import time
 
 from tests.endtoend import start_lines
-from tests.slurm.batch import Job
 
 
 def wait_for_start(job, number, timeout=120):
@@ -15,8 +14,8 @@ def wait_for_start(job, number, timeout=120):
         time.sleep(0.1)
 
 
-def test_a_rank_dies_then_time_runs_out_then_a_node_is_lost(cluster, openmpi, folder, undisturbed):
-    job = Job(cluster, openmpi, folder, name="job-ulfm.sh", seconds=1.0, signal="B:USR2@1")
+def test_a_rank_dies_then_time_runs_out_then_a_node_is_lost(cluster, submit, undisturbed):
+    job = submit("job-ulfm.sh", seconds=1.0, signal="B:USR2@1")
     job.wait_for_blocks(4)
     os.kill(job.pid_of_rank(5), signal.SIGKILL)
     job.wait_for_blocks(14)
@@ -37,15 +36,9 @@ def test_a_rank_dies_then_time_runs_out_then_a_node_is_lost(cluster, openmpi, fo
     assert [start["slurm"]["num_restarts"] for start in starts] == [0, 1, 1]
 
 
-def test_a_job_that_cannot_progress_is_not_started_again(cluster, openmpi, folder):
+def test_a_job_that_cannot_progress_is_not_started_again(submit):
     fault = {"kind": "exit", "code": 1, "rank": None, "point": "read", "after": 1}
-    job = Job(
-        *(cluster, openmpi, folder),
-        name="job-ulfm.sh",
-        faults={"faults": [fault]},
-        nodes="1",
-        signal="B:USR2@1",
-    )
+    job = submit("job-ulfm.sh", faults={"faults": [fault]}, nodes="1", signal="B:USR2@1")
     assert job.wait() == ("FAILED", "75:0"), job.told
     assert "job-ulfm.sh: 1 of 1 nodes are left: node1" in job.told
     assert "job-ulfm.sh: NOT requeued: the last start has done no block" in job.told
