@@ -19,7 +19,7 @@ VARIABLES: Mapping[str, str] = {
     "SLURM_RESTART_COUNT": "how often the job was requeued; unset: never",
     "SLURM_JOB_PARTITION": "partition that the job runs in",
     "SLURM_CLUSTER_NAME": "cluster that the job runs on",
-    "SLURM_JOB_END_TIME": "end of the allocation, seconds since the epoch; not before Slurm 23.02",
+    "SLURM_JOB_END_TIME": "end of the allocation, seconds since the epoch; not in Slurm 22.05",
     "SLURM_STEP_NUM_TASKS": "how many tasks srun has started, against the ranks that MPI sees",
     "SLURM_JOB_GPUS": "GPUs of the job on this node, a list",
     "SLURM_STEP_GPUS": "GPUs of the step on this node, a list",

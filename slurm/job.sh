@@ -49,10 +49,9 @@ num_done() {
         python -c 'import json, sys; print(json.load(sys.stdin)["num_done"])' 2>/dev/null || echo 0
 }
 
-# Slurm sends SIGTERM to this shell when it ends the job. Unless that is for the time limit, somebody wants
-# it to end, or Slurm starts it again by itself.
+# Slurm sends SIGTERM to this shell when it ends the job.
 is_ended=no
-trap 'scontrol show job "$SLURM_JOB_ID" | grep --quiet Reason=TimeLimit || is_ended=yes' TERM
+trap 'is_ended=yes' TERM
 
 before=$(num_done)
 echo "job.sh: start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID, $before blocks are done"
@@ -79,7 +78,7 @@ for _ in {1..20}; do
 done
 
 gained=$(($(num_done) - before))
-if [ "$is_ended" = yes ]; then
+if [ "$is_ended" = yes ] && ! scontrol show job "$SLURM_JOB_ID" | grep --quiet Reason=TimeLimit; then
     echo "job.sh: NOT requeued: somebody has ended this job (scancel), or Slurm, which then starts it again"
 elif [ "$gained" -le 0 ]; then
     echo "job.sh: NOT requeued: this start has done no block, and the next would not either. What is" \

@@ -21,6 +21,9 @@ OPTIONS = {
 }
 
 
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+
+
 class Job:
     """A submitted job, its config and its files."""
 
@@ -51,7 +54,7 @@ class Job:
         path = self.run_dir / journal.NAME
         while not path.exists() or path.read_bytes().count(b'"state":"done"') < num_blocks:
             assert time.monotonic() < end, f"{self.told}\n{self.cluster.told()}"
-            assert self.state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.told
+            assert self.state in ALIVE, self.told
             time.sleep(0.1)
 
     def wait(self, timeout=180):
@@ -63,6 +66,14 @@ class Job:
         # That of a cancelled job is noted before its script has ended.
         assert last["ExitCode"] == found["ExitCode"] or found["JobState"] == "CANCELLED"
         return found["JobState"], found["ExitCode"]
+
+    def wait_for_restart(self, timeout=240):
+        """Wait until it has been requeued and runs again."""
+        end = time.monotonic() + timeout
+        while self.told.count(": start ") < 2:
+            assert time.monotonic() < end, f"{self.told}\n{self.cluster.told()}"
+            assert self.state in ALIVE, self.told
+            time.sleep(0.1)
 
     def cancel(self):
         """End it, whatever it does."""

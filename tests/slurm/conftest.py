@@ -14,12 +14,12 @@ from tests.slurm.batch import Job
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.site import Site, write_site
 
-NUM_NODES = 4
+NUM_NODES = 5
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Return a Slurm of four nodes with two cores and two GPUs each, or skip."""
+    """Return a Slurm of five nodes with two cores and two GPUs each, or skip."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)

@@ -9,12 +9,23 @@ from tests.slurm.batch import Job
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster, openmpi):
-    """A job whose time limit is too short; it runs beside others, which leave a node free."""
+    """A job whose time limit is too short; it runs beside others, which leave nodes free."""
     folder = cluster.folder / "jobs" / "limited"
     folder.mkdir(parents=True)
     # Slurm knows no limit below 60 s: the run is told to end after 16 s.
     how = {"schedule": {"stop_before_seconds": 44}, "time": "1", "nodes": "1"}
     job = Job(cluster, openmpi, folder, name="job.sh", seconds=1.8, **how)
+    yield job
+    job.cancel()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def overdue(cluster, openmpi):
+    """A job whose blocks take so long that it is killed at its limit; beside others, too."""
+    folder = cluster.folder / "jobs" / "overdue"
+    folder.mkdir(parents=True)
+    how = {"schedule": {"stop_before_seconds": 0}, "time": "1", "nodes": "1"}
+    job = Job(cluster, openmpi, folder, name="job.sh", seconds=25, **how)
     yield job
     job.cancel()
 
@@ -67,6 +78,12 @@ def test_a_time_limit_too_short_for_the_job(limited, undisturbed):
     assert len(start_lines(limited.run_dir)) >= 3
     assert "ending early: the allocation ends in" in limited.told
     assert "job.sh: requeued: this start has done" in limited.told
+
+
+def test_a_time_limit_that_is_met(overdue):
+    overdue.wait_for_restart()
+    assert "SIGUSR2 on rank" in overdue.told or "DUE TO TIME LIMIT" in overdue.told
+    assert "job.sh: requeued: this start has done" in overdue.told
 
 
 def test_undisturbed(submit, undisturbed):
