@@ -78,7 +78,8 @@ for _ in {1..20}; do
 done
 
 gained=$(($(num_done) - before))
-if [ "$is_ended" = yes ] && ! scontrol show job "$SLURM_JOB_ID" | grep --quiet Reason=TimeLimit; then
+if [ "$is_ended" = yes ] &&
+    ! scontrol show job "$SLURM_JOB_ID" | grep --quiet -E 'Reason=TimeLimit|PreemptTime=[0-9]'; then
     echo "job.sh: NOT requeued: somebody has ended this job (scancel), or Slurm, which then starts it again"
 elif [ "$gained" -le 0 ]; then
     echo "job.sh: NOT requeued: this start has done no block, and the next would not either. What is" \

@@ -68,7 +68,10 @@ MinJobAge=3600
 InactiveLimit=0
 MailProg=/bin/true
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 NODE_SCRIPT = """\
@@ -98,8 +101,11 @@ def why_not() -> str | None:
     if missing:
         return (
             f"no Slurm here: {', '.join(missing)} not found "
-            "(Debian, Ubuntu: apt-get install slurm-wlm munge libpmix2)"
+            "(Debian, Ubuntu: apt-get install slurm-wlm munge libpmix-dev)"
         )
+    plugins = list(Path("/usr/lib").glob("*/slurm-wlm/mpi_pmix*.so"))
+    if plugins and not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")):
+        return "no Slurm here: its plug-in finds no libpmix.so (apt-get install libpmix-dev)"
     command = ["unshare", *NAMESPACES, "true"]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return "no Slurm here: namespaces cannot be made (a container without privileges?)"
@@ -282,7 +288,7 @@ class Cluster:
         return "\n".join(f"---- {path.name}\n{tail}" for path, tail in tails if tail)
 
     def _is_up(self) -> bool:
-        done = self.run("sinfo", "--noheader", "--Node", "--format=%T")
+        done = self.run("sinfo", "--noheader", "--partition=all", "--Node", "--format=%T")
         states = done.stdout.split()
         return len(states) == len(self.nodes) and set(states) <= UP
 

@@ -60,6 +60,19 @@ def test_a_cancelled_job_stays_cancelled(submit):
     assert "job.sh: requeued" not in job.told
 
 
+def test_preempted_by_an_urgent_job(cluster, submit):
+    job = submit("job.sh", seconds=0.6, nodes="1")
+    job.wait_for_blocks(4)
+    (host,) = start_lines(job.run_dir)[0]["hosts"]
+    wanted = ("--partition=urgent", "--exclusive", f"--nodelist={host}", "--output=/dev/null")
+    urgent = cluster.submit(*wanted, "--wrap=true")
+    assert job.wait() == ("COMPLETED", "0:0"), job.told
+    assert "ending early: SIGTERM on rank" in job.told
+    assert job.told.count("job.sh: requeued") == 1
+    assert len(start_lines(job.run_dir)) == 2
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+
+
 def test_a_lost_node(cluster, submit, undisturbed):
     job = submit("job.sh", seconds=0.8, nodes="2")
     job.wait_for_blocks(8)
