@@ -10,7 +10,7 @@ from glob import glob
 
 from mpichunk.agreement import on_rank_0
 from mpichunk.backends import get_backend
-from mpichunk.binding import Binding, Bindings, RankFacts, bind, gpu_hints
+from mpichunk.binding import Binding, Bindings, RankFacts, bind
 from mpichunk.communicator import Communicator
 from mpichunk.config import Config
 from mpichunk.engine import Engine, EngineRequest
@@ -20,6 +20,7 @@ from mpichunk.predictionrule import channel_offsets
 from mpichunk.reduction import Reduction
 from mpichunk.startup import Job, threads_of_earlier_start
 from mpichunk.symmetry import Augmentation
+from mpichunk.visibility import gpu_hints, visible_devices
 from mpichunk.volume import Reader, Writer, open_output
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
         num_host_cores=os.cpu_count() or 1,
         probe=backend.probe(config.compute.device),
         gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
+        visible=visible_devices(os.environ),
     )
     return bind(
         comm.allgather(facts),

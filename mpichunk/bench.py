@@ -109,10 +109,8 @@ def bench_on(
         try:
             check_world_size(comm.size, os.environ)
             loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
-            try:
+            with loaded.locating():
                 found = _bench(comm, loaded, options)
-            except UserError as error:
-                raise loaded.locate_error(error) from None
             if comm.is_coordinator:
                 text = json.dumps(bench_json(found), indent=2) if options.as_json else None
                 print(text or render_bench(found), flush=True)

@@ -6,21 +6,13 @@ out.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mpichunk.errors import DeviceError
+from mpichunk.matching import match
 
 _KEY = "compute.device"
-_GPU_LISTS = "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"
-_GPU_COUNTS = (
-    "SLURM_GPUS",
-    "SLURM_GPUS_ON_NODE",
-    "SLURM_GPUS_PER_NODE",
-    "SLURM_GPUS_PER_SOCKET",
-    "SLURM_GPUS_PER_TASK",
-)
-_HIDING = "", "-1", "NoDevFiles", "void", "none"
 _NUM_NAMED = 8
 
 
@@ -81,7 +73,10 @@ class RankFacts:
     """Devices that it sees."""
 
     gpu_hints: tuple[str, ...] = ()
-    """Signs that the job was given accelerators; see `gpu_hints`."""
+    """Signs that the job was given accelerators; see `visibility`."""
+
+    visible: str = "all"
+    """Which accelerators the environment restricts it to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +91,12 @@ class Binding:
 
     device: str
     """The framework's name, e.g. `cuda:0` or `cpu`."""
+
+    device_id: str
+    """What names the device on its node, `-` for a CPU."""
+
+    visible: str
+    """Which accelerators the environment restricts the rank to."""
 
     device_kind: str
     """Accelerator model or CPU instruction set: what the bytes depend on."""
@@ -128,36 +129,24 @@ class Bindings:
 
     @property
     def table(self) -> str:
-        """Rank, host, device and threads of all ranks as text."""
-        rows = [("rank", "host", "device", "threads", "cores", "kind")]
-        rows += [
-            (str(b.rank), b.host, b.device, str(b.threads), str(b.num_cores), b.device_kind)
-            for b in self.ranks
+        """Rank, host, device and threads of all ranks as text; which device where there are any."""
+        columns = {
+            "rank": [str(b.rank) for b in self.ranks],
+            "host": [b.host for b in self.ranks],
+            "device": [b.device for b in self.ranks],
+            "id": [b.device_id for b in self.ranks],
+            "visible": [b.visible for b in self.ranks],
+            "threads": [str(b.threads) for b in self.ranks],
+            "cores": [str(b.num_cores) for b in self.ranks],
+            "kind": [b.device_kind for b in self.ranks],
+        }
+        if all(b.device == "cpu" for b in self.ranks):
+            del columns["id"], columns["visible"]
+        padded = [
+            [cell.ljust(max(map(len, [name, *cells]))) for cell in [name, *cells]]
+            for name, cells in columns.items()
         ]
-        widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]])
-            for row in rows
-        )
-
-
-def gpu_hints(environ: Mapping[str, str], device_files: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return signs that this process should see accelerators.
-
-    Args:
-        environ: the environment.
-        device_files: what matches /dev/nvidia[0-9]*; does not count when CUDA_VISIBLE_DEVICES
-            hides all devices, as Slurm does for jobs that asked for none.
-    """
-    hints = [f"{name}={environ[name]}" for name in _GPU_LISTS if environ.get(name)]
-    for name in _GPU_COUNTS:
-        # A count, or counts by model: "2", "a100:2", "a100:1,v100:1".
-        numbers = [part.rpartition(":")[2] for part in environ.get(name, "").split(",")]
-        if any(number.isdigit() and int(number) > 0 for number in numbers):
-            hints.append(f"{name}={environ[name]}")
-    if environ.get("CUDA_VISIBLE_DEVICES", "all") not in _HIDING:
-        hints += sorted(device_files)
-    return tuple(hints)
+        return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def bind(
@@ -176,7 +165,7 @@ def bind(
         DeviceError: a rank finds no device of the kind asked for, the job was given accelerators
             that the framework does not see, or two ranks would share one.
     """
-    chosen = [_choose(facts, device) for facts in ranks]
+    chosen = _choose([_usable(facts, device) for facts in ranks], ranks)
     if not share_device:
         _refuse_sharing(ranks, chosen)
     shares = _thread_shares(ranks)
@@ -186,6 +175,8 @@ def bind(
             rank=facts.rank,
             host=facts.host,
             device=f"{found.kind}:{found.index}" if found else "cpu",
+            device_id=found.physical_id if found else "-",
+            visible=facts.visible,
             device_kind=found.name if found else facts.probe.cpu_kind,
             threads=num_threads,
             num_cores=len(facts.cores),
@@ -201,8 +192,33 @@ def bind(
     return Bindings(ranks=bindings, warnings=tuple(warnings))
 
 
-def _choose(facts: RankFacts, device: str) -> Accelerator | None:
-    """Return the accelerator of one rank, or None for its CPU."""
+def _choose(
+    usable: Sequence[Sequence[Accelerator]], ranks: Sequence[RankFacts]
+) -> list[Accelerator | None]:
+    """Return the accelerator of each rank, None for its CPU.
+
+    Ranks of a node take one each in order of their local ranks: of four that see the same four
+    devices the k-th takes the k-th. Where each sees some, as Slurm may bind them, no two take the
+    same unless there are too few.
+    """
+    chosen: list[Accelerator | None] = [None] * len(ranks)
+    nodes: dict[str, list[int]] = defaultdict(list)
+    for k, facts in enumerate(ranks):
+        if usable[k]:
+            nodes[facts.host].append(k)
+    for members in nodes.values():
+        members.sort(key=lambda k: ranks[k].local_rank)
+        ids = match([[a.physical_id for a in usable[k]] for k in members])
+        for k, physical_id in zip(members, ids, strict=True):
+            seen = usable[k]
+            own = [a for a in seen if a.physical_id == physical_id]
+            # Too few: they take turns.
+            chosen[k] = own[0] if None not in ids else seen[ranks[k].local_rank % len(seen)]
+    return chosen
+
+
+def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
+    """Return the accelerators that a rank may take, [] for its CPU."""
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", device)
     if match is None:
         raise DeviceError(
@@ -210,14 +226,12 @@ def _choose(facts: RankFacts, device: str) -> Accelerator | None:
         )
     kind, index = match.groups()
     if kind == "cpu":
-        return None
+        return []
     visible = [a for a in facts.probe.accelerators if kind in ("auto", a.kind)]
     if index is not None:
         visible = [a for a in visible if a.index == int(index)]
     if visible:
-        # By node-local rank. Under --gpus-per-task each rank sees its own devices, counted from 0:
-        # with one each, that one.
-        return visible[0] if index else visible[facts.local_rank % len(visible)]
+        return visible
     who, seen = f"rank {facts.rank} on {facts.host}", _what_is_seen(facts)
     if kind != "auto":
         raise DeviceError(
@@ -231,7 +245,7 @@ def _choose(facts: RankFacts, device: str) -> Accelerator | None:
             "torch that is built for them and for the node's driver, or say `cpu` if that is meant",
             key=_KEY,
         )
-    return None
+    return []
 
 
 def _what_is_seen(facts: RankFacts) -> str:

@@ -70,8 +70,8 @@ class Outside:
     signals: Signals = field(default_factory=Signals)
     """What this process was sent."""
 
-    end_time: float | None = None
-    """Known end of the allocation, seconds since the epoch."""
+    end_time: Callable[[], float | None] = lambda: None
+    """Returns the end of the allocation, seconds since the epoch, None if it is not known."""
 
 
 class Watch:
@@ -117,7 +117,7 @@ class Watch:
     @property
     def is_time_up(self) -> bool:
         """Whether the allocation ends at once, and nothing in flight can be finished."""
-        end_time = self._outside.end_time
+        end_time = self._outside.end_time()
         seconds = min(DROP_SECONDS, self._stop_before_seconds / 4)
         return end_time is not None and self._clock() >= end_time - seconds
 
@@ -133,7 +133,7 @@ class Watch:
         return reason_to_stop(
             is_asked=is_there,
             now=self._clock(),
-            end_time=self._outside.end_time,
+            end_time=self._outside.end_time(),
             stop_before_seconds=self._stop_before_seconds,
         )
 

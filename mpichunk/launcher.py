@@ -18,12 +18,6 @@ RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID
 """Variables in which launchers tell each task its number."""
 
 
-def allocation_end(environ: Mapping[str, str]) -> float | None:
-    """Return when the job's allocation ends, seconds since the epoch, None if nobody says."""
-    value = environ.get("SLURM_JOB_END_TIME", "")
-    return float(value) if value.isdigit() else None
-
-
 def name_of(environ: Mapping[str, str], host: str) -> str:
     """Return how to call this process before MPI has said which rank it is."""
     rank = next((environ[name] for name in RANK_VARIABLES if name in environ), None)

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpichunk.agreement import on_every_rank, on_rank_0
@@ -47,7 +47,7 @@ from mpichunk.errors import ExitCode, UserError
 from mpichunk.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.inference import BlockInference
 from mpichunk.journal import Journal
-from mpichunk.launcher import allocation_end, check_world_size, name_of
+from mpichunk.launcher import check_world_size, name_of
 from mpichunk.leading import Keeper, Leading
 from mpichunk.lock import this_process
 from mpichunk.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
@@ -59,6 +59,7 @@ from mpichunk.pipeline import Pipeline, Source
 from mpichunk.progress import Counters
 from mpichunk.recovery import Fuse, survive
 from mpichunk.sentry import Lead, Lookout, watch_stopped
+from mpichunk.slurm import Allocation, describe
 from mpichunk.startup import (
     Job,
     changed_versions,
@@ -87,6 +88,9 @@ class Life:
 
     fuse: Fuse
     """Burns while ranks wait for one another."""
+
+    allocation: Allocation = field(default_factory=lambda: Allocation({}))
+    """Slurm's job, if there is one."""
 
     has_begun: bool = False
     """Whether the run directory is this run's: then nothing is set aside any more."""
@@ -121,8 +125,9 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
         fuse.put_out()
         fuse = Fuse()
     with Signals() as signals:
-        outside = Outside(signals=signals, end_time=allocation_end(os.environ))
-        life = Life(outside=outside, fuse=fuse)
+        allocation = Allocation(os.environ)
+        outside = Outside(signals=signals, end_time=allocation.end_time)
+        life = Life(outside=outside, fuse=fuse, allocation=allocation)
         code = run_on(comm, config_path, overrides, fresh=fresh, life=life)
     comm.leave(code)
     return code
@@ -236,7 +241,7 @@ def _open_run(
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
             clear_stop(job.run_dir, before=lock.taken)
-        _note_start(journal, bindings, engine)
+        _note_start(journal, bindings, engine, life.allocation)
         return write_run_files(job.config, job)
 
     nonce = on_rank_0(comm, begin)
@@ -245,19 +250,23 @@ def _open_run(
     on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
 
 
-def _note_start(journal: Journal, bindings: Bindings, engine: EngineInfo) -> None:
+def _note_start(
+    journal: Journal, bindings: Bindings, engine: EngineInfo, allocation: Allocation
+) -> None:
     """Note this start in the journal, and what has changed since the first."""
     for change in changed_versions(journal.header, library_versions()):
         log.warning("%s", change)
-    journal.append_start(
-        {
-            "num_ranks": len(bindings.ranks),
-            "hosts": sorted({binding.host for binding in bindings.ranks}),
-            "device_kinds": list(bindings.device_kinds),
-            "threads": bindings.ranks[0].threads,
-            "engine": asdict(engine),
-        }
-    )
+    facts: dict[str, object] = {
+        "num_ranks": len(bindings.ranks),
+        "hosts": sorted({binding.host for binding in bindings.ranks}),
+        "device_kinds": list(bindings.device_kinds),
+        "threads": bindings.ranks[0].threads,
+        "engine": asdict(engine),
+    }
+    if slurm := allocation.facts():
+        log.info("%s", describe(slurm))
+        facts["slurm"] = slurm
+    journal.append_start(facts)
     sync_first(journal)
 
 

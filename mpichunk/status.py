@@ -19,6 +19,7 @@ from mpichunk.errors import ExitCode, JournalError
 from mpichunk.fingerprint import differing_keys
 from mpichunk.lock import is_held
 from mpichunk.messages import DRAINED, FAILURES, Failure, State
+from mpichunk.slurm import describe
 from mpichunk.words import duration
 
 WATCH_SECONDS = 2.0
@@ -49,6 +50,9 @@ class RunStatus:
 
     num_ranks: int
     """Ranks of the latest start."""
+
+    slurm: dict[str, Any] | None
+    """Slurm's job of the latest start; None: it was not started under Slurm."""
 
     is_alive: bool
     """Whether the run has given a sign of life lately."""
@@ -171,6 +175,7 @@ def read_status(run_dir: Path) -> RunStatus:
         num_running=num_running if is_alive else 0,
         num_failed=num_failed,
         num_ranks=int(start.get("num_ranks", 0)),
+        slurm=start.get("slurm"),
         is_alive=is_alive,
         blocks_per_second=pace,
         seconds_left=(header["num_blocks"] - num_done) / pace if pace and is_alive else None,
@@ -205,6 +210,8 @@ def _text(found: RunStatus) -> str:
         lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
     if found.seconds_left is not None:
         lines.append(f"left     {duration(found.seconds_left)}")
+    if found.slurm:
+        lines.append(f"job      {describe(found.slurm)}")
     lines.append(f"state    {_state(found)}")
     for failure in found.failures[:MOST_FAILURES_SHOWN]:
         lines.append(

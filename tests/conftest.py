@@ -30,6 +30,7 @@ from tests.launch import (
 )
 
 MPI_TESTS = REPOSITORY / "tests" / "mpi"
+SLURM_TESTS = REPOSITORY / "tests" / "slurm"
 REAL_DATA = Path(os.environ.get("MPICHUNK_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
@@ -95,13 +96,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark what stands in tests/mpi, and leave out what needs more ranks than there are.
 
     `@pytest.mark.mpi(min_ranks=2)` is left out of a world of one, where it would prove nothing.
+    tests/slurm is left out unless it is asked for: `pytest tests/slurm`.
     """
     for item in items:
         if MPI_TESTS in item.path.parents:
             item.add_marker(pytest.mark.mpi)
+    _leave_out_slurm(config, items)
     left_out = [item for item in items if _min_ranks(item) > NUM_RANKS]
     if left_out and NUM_RANKS > 1:
         raise pytest.UsageError(f"{left_out[0].nodeid} needs {_min_ranks(left_out[0])} ranks")
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _leave_out_slurm(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that start a Slurm, which takes root and minutes, unless named."""
+    named = [
+        Path(config.invocation_params.dir, a.partition("::")[0]).resolve() for a in config.args
+    ]
+    if any(SLURM_TESTS in [path, *path.parents] for path in named):
+        return
+    left_out = [item for item in items if SLURM_TESTS in item.path.parents]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
@@ -159,6 +175,7 @@ MAY_SKIP: Mapping[str, Callable[[], bool]] = {
     "no compiler and headers of Python": lambda: not _can_compile(),
     "no chunkflow": lambda: "MPICHUNK_CHUNKFLOW" not in os.environ,
     "no real pznet": lambda: "MPICHUNK_PZNET_NET" not in os.environ,
+    "no Slurm here": lambda: not _can_unshare(),
 }
 """How the reason of a skip may begin in CI, and what must then really be so."""
 
@@ -171,6 +188,14 @@ def _can_compile() -> bool:
 def _can_mount() -> bool:
     command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return (
+        shutil.which("unshare") is not None and not subprocess.run(command, check=False).returncode
+    )
+
+
+def _can_unshare() -> bool:
+    """Return whether processes can be given namespaces of their own, as the nodes of a Slurm."""
+    command = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "true"]
+    return os.geteuid() == 0 and (
         shutil.which("unshare") is not None and not subprocess.run(command, check=False).returncode
     )
 

@@ -1,10 +1,12 @@
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 
-from mpichunk.binding import Accelerator, Probe, RankFacts, bind, gpu_hints
+from mpichunk.binding import Accelerator, Probe, RankFacts, bind
 from mpichunk.errors import DeviceError
+from mpichunk.visibility import gpu_hints
 
 CPU = "cpu AVX512"
 
@@ -55,7 +57,31 @@ def test_ranks_that_see_one_device_each_take_it():
 
 def test_ranks_that_see_their_own_two_devices():
     ranks = [facts(r, gpu(0, f"GPU-{r}a"), gpu(1, f"GPU-{r}b")) for r in range(3)]
-    assert devices(decide(ranks)) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices(decide(ranks)) == ["cuda:0"] * 3
+
+
+def test_ranks_that_see_the_devices_of_their_socket():
+    # Dealt out in turn: ranks 0 and 2 on one socket, 1 and 3 on the other.
+    sockets = [(gpu(0, "A"), gpu(1, "B")), (gpu(0, "C"), gpu(1, "D"))]
+    found = decide([facts(r, *sockets[r % 2]) for r in range(4)])
+    assert [b.device_id for b in found.ranks] == ["A", "C", "B", "D"]
+    assert devices(found) == ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]
+
+
+def test_a_rank_with_a_choice_makes_room():
+    ranks = [facts(0, gpu(0, "A"), gpu(1, "B")), facts(1, gpu(0, "A"))]
+    assert [b.device_id for b in decide(ranks).ranks] == ["B", "A"]
+
+
+def test_local_ranks_count_not_ranks():
+    four = [gpu(i) for i in range(4)]
+    ranks = [facts(r, *four, local_rank=3 - r) for r in range(4)]
+    assert devices(decide(ranks)) == ["cuda:3", "cuda:2", "cuda:1", "cuda:0"]
+
+
+def test_shared_devices_are_shared_evenly():
+    ranks = [facts(r, gpu(0), gpu(1)) for r in range(4)]
+    assert devices(decide(ranks, share_device=True)) == ["cuda:0", "cuda:1"] * 2
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -201,11 +227,12 @@ def test_a_mask_of_one_core_is_warned_about_when_cores_are_left():
 
 def test_the_table_has_a_row_per_rank():
     ranks = [facts(0, gpu(0), host="node1"), facts(1, host="node22", local_rank=0)]
+    ranks[0] = replace(ranks[0], visible="CUDA_VISIBLE_DEVICES=3")
     lines = decide(ranks).table.splitlines()
     assert [line.split() for line in lines] == [
-        ["rank", "host", "device", "threads", "cores", "kind"],
-        ["0", "node1", "cuda:0", "2", "2", "NVIDIA", "H100"],
-        ["1", "node22", "cpu", "2", "2", "cpu", "AVX512"],
+        ["rank", "host", "device", "id", "visible", "threads", "cores", "kind"],
+        ["0", "node1", "cuda:0", "GPU-0", "CUDA_VISIBLE_DEVICES=3", "2", "2", "NVIDIA", "H100"],
+        ["1", "node22", "cpu", "-", "all", "2", "2", "cpu", "AVX512"],
     ]
     assert (
         len(
@@ -216,6 +243,14 @@ def test_the_table_has_a_row_per_rank():
         )
         == 1
     )
+
+
+def test_on_cpus_the_table_is_silent_about_devices():
+    lines = decide([facts(0, host="node1")], "cpu").table.splitlines()
+    assert [line.split() for line in lines] == [
+        ["rank", "host", "device", "threads", "cores", "kind"],
+        ["0", "node1", "cpu", "2", "2", "cpu", "AVX512"],
+    ]
 
 
 HINTS = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import _can_unshare
 from tests.launch import REPOSITORY, Launch
 
 SUITE = """
@@ -54,6 +55,26 @@ def test_missing_real_data_may_be_skipped_only_when_missing(python: Launch, suit
 
     code, _ = run_suite(python, suite, CI="true", MPICHUNK_TEST_DATA=str(suite))
     assert code == 1
+
+
+def test_slurm_may_be_skipped_only_where_it_cannot_be_started(python: Launch, suite: Path) -> None:
+    (suite / "tests/test_it.py").write_text(SUITE.format(reason="no Slurm here: not installed"))
+    code, _ = run_suite(python, suite, CI="true")
+    assert code == int(_can_unshare())
+
+
+def test_slurm_is_left_out_unless_it_is_named(python: Launch, suite: Path) -> None:
+    (suite / "tests/slurm").mkdir()
+    (suite / "tests/slurm/test_it.py").write_text("def test_it():\n    pass\n")
+    (suite / "tests/test_it.py").write_text("def test_it():\n    pass\n")
+    for arguments, told in (
+        ([], "1 passed, 1 deselected"),
+        (["tests/test_it.py"], "1 passed"),
+        (["tests/slurm"], "1 passed"),
+        (["tests", "tests/slurm/test_it.py::test_it"], "2 passed"),
+    ):
+        done = python("-m", "pytest", "-p", "no:cacheprovider", *arguments, cwd=suite)
+        assert told in done.stdout
 
 
 def test_a_file_that_skips_itself_fails_in_ci(python: Launch, suite: Path) -> None:

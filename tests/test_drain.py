@@ -19,7 +19,6 @@ from mpichunk.drain import (
     reason_to_stop,
     request_stop,
 )
-from mpichunk.launcher import allocation_end
 from mpichunk.lock import RunLock
 
 
@@ -104,7 +103,7 @@ def test_the_end_of_the_allocation_is_a_reason_ahead_of_time(tmp_path):
     times = iter([800.0, 880.0])
     found = watch(
         tmp_path,
-        outside=Outside(end_time=1000.0),
+        outside=Outside(end_time=lambda: 1000.0),
         stop_before_seconds=120,
         clock=lambda: next(times),
     )
@@ -114,10 +113,3 @@ def test_the_end_of_the_allocation_is_a_reason_ahead_of_time(tmp_path):
 
 def test_without_a_known_end_there_is_always_time():
     assert reason_to_stop(is_asked=False, now=1e12, end_time=None, stop_before_seconds=120) is None
-
-
-@pytest.mark.parametrize(
-    ("environ", "end"), [({}, None), ({"SLURM_JOB_END_TIME": "1760000000"}, 1.76e9)]
-)
-def test_slurm_says_when_the_allocation_ends(environ, end):
-    assert allocation_end(environ) == end

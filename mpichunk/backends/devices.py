@@ -3,12 +3,15 @@
 Looks, and decides nothing: `binding` does that. torch is imported when accelerators are asked for.
 """
 
+import os
 import platform
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpichunk.binding import Accelerator, Probe
+from mpichunk.visibility import listed_name
 
 
 def probe_devices(requested: str = "auto") -> Probe:
@@ -68,18 +71,23 @@ def _accelerator(torch: Any, kind: str, index: int) -> Accelerator:
     )
 
 
-def _physical_id(torch: Any, kind: str, index: int) -> str:
-    """Return the UUID, else the PCI address; else the index, which at worst refuses too much."""
+def _physical_id(torch: Any, kind: str, index: int, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the UUID, else the PCI address; else a number, which at worst refuses too much."""
     module: Any = getattr(torch, kind, None)
+    listed = listed_name(environ, index)
+    if listed is not None and listed.startswith("MIG-"):
+        # Instances of one device may all be told with the UUID and address of that device.
+        return listed
+    number = f"{kind}:{index if listed is None else listed}"
     if not hasattr(module, "get_device_properties"):
-        return f"{kind}:{index}"
+        return number
     properties = module.get_device_properties(index)
     uuid = str(getattr(properties, "uuid", None) or "")
     if uuid.strip("0-"):
         return uuid
     bus = getattr(properties, "pci_bus_id", None)
     if bus is None:
-        return f"{kind}:{index}"
+        return number
     domain, device = (getattr(properties, f"pci_{n}_id", 0) for n in ("domain", "device"))
     return f"{domain:04x}:{bus:02x}:{device:02x}"
 
