@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -59,6 +60,9 @@ MOST_BLOCKS_SEEN = 10_000
 
 FEWEST_BLOCKS, MOST_BLOCKS, PASS_SECONDS = 4, 12, 30.0
 """Blocks per rank and repeat: as many as fill this time, within these bounds."""
+
+FAREWELL_SECONDS = 1.0
+"""How long an interrupted rank waits for the others before it ends."""
 
 LONG_SECONDS = 600.0
 """From so long a measurement on, ways to shorten it are named."""
@@ -115,6 +119,10 @@ def bench_on(
                 text = json.dumps(bench_json(found), indent=2) if options.as_json else None
                 print(text or render_bench(found), flush=True)
             return ExitCode.ALL_DONE
+        except KeyboardInterrupt:
+            # The first rank to end takes the others with it: let them tidy up, too.
+            time.sleep(FAREWELL_SECONDS if comm.size > 1 else 0)
+            raise
         except UserError as error:
             if comm.is_coordinator:
                 print(f"mpichunk: {error}", file=sys.stderr)

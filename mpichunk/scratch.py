@@ -1,16 +1,20 @@
-"""A temporary output like the real one, which leaves nothing behind.
+"""A temporary output like the real one, which leaves nothing behind unless the process is killed.
 
 Knows no blocks. The only place where mpichunk removes files: those that it has just made.
 """
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mpichunk.errors import VolumeError
 from mpichunk.volume import OutputSpec, create_output, local_folder, moved_to
+
+NUM_LOOKS, LOOK_SECONDS = 3, 0.05
+"""How often, and how long after one another, a removed folder is looked for again."""
 
 
 def scratch_parent(spec: OutputSpec, wanted: Path | None) -> Path:
@@ -51,4 +55,13 @@ def scratch_output(spec: OutputSpec, parent: Path) -> Iterator[OutputSpec]:
         create_output(scratch)
         yield scratch
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also what a write that was under way has put there meanwhile."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(NUM_LOOKS):
+        time.sleep(LOOK_SECONDS)
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -6,10 +6,11 @@ Knows no other rank, and not what the numbers mean.
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
+from typing import TypeVar
 
 from mpichunk.benchfigures import Pass
 from mpichunk.checksum import checksum_of
@@ -22,6 +23,8 @@ from mpichunk.pipeline import Pipeline, Source, load_block
 from mpichunk.plan import Plan
 from mpichunk.stageclock import StageClock
 from mpichunk.volume import OutputSpec, Writer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class Trial:
         records: Records = queue.SimpleQueue()
         waiting = iter(blocks)
         done: list[Done] = []
+        may_write = threading.Event()
+        may_write.set()
         with Pipeline(
             plan=self.plan,
             source=self.source,
@@ -58,6 +63,7 @@ class Trial:
             dtype=self.output.dtype,
             records=records,
             wake=threading.Event(),
+            may_write=lambda lease: may_write.is_set(),
         ) as pipeline:
             started = perf_counter()
             try:
@@ -67,9 +73,12 @@ class Trial:
                     done.append(_done(records.get()))
                     for block in islice(waiting, 1):
                         pipeline.submit(Lease(block=block, attempt=1))
-            except BaseException:
-                # Only the block that is computed just now is finished.
+            except BaseException as error:
                 pipeline.drop_waiting()
+                may_write.clear()
+                if not isinstance(error, Exception):
+                    # Whoever interrupts does not wait for the block that is computed just now.
+                    pipeline.abandon()
                 raise
             seconds = perf_counter() - started
         return Pass(
@@ -83,12 +92,13 @@ class Trial:
 
     def bare(self, num_batches: int) -> float:
         """Return the seconds of so many forwards of one batch that is on the device already."""
-        # In a thread of its own, as the pipeline's are.
-        with ThreadPoolExecutor(1, thread_name_prefix="bare") as pool:
-            return pool.submit(self._forwards, num_batches).result()
+        return _in_thread(lambda: self._forwards(num_batches))
 
     def stages(self, index: int) -> dict[str, float]:
         """Return the seconds of each stage of one block, none beside another."""
+        return _in_thread(lambda: self._stages(index))
+
+    def _stages(self, index: int) -> dict[str, float]:
         clock = StageClock(self.engine)
         inference = self.make_inference(clock)
         block = self.plan[index]
@@ -114,6 +124,23 @@ class Trial:
             self.engine.infer(batch_nczyx)
         arrays.wait()
         return perf_counter() - started
+
+
+def _in_thread(measure: Callable[[], T]) -> T:
+    """Return the result of what runs in a thread of its own, as the pipeline's does.
+
+    An interrupt does not wait for it.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(measure())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="measure", daemon=True).start()
+    return outcome.result()
 
 
 def _done(record: object) -> Done:
