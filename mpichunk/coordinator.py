@@ -78,12 +78,13 @@ class Coordinator:
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
         self._wanted: dict[int, int] = {}
+        self._parked: dict[int, int] = {}
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
         self._tempo = tempo or Tempo(float("inf"))
         self._next_back_up = float("-inf")
-        self._contested: dict[int, bool] = {}
+        self._contested: dict[int, tuple[int, Lease, bool]] = {}
         self._writers: dict[int, int] = {}
         self._doubtful: set[int] = set()
         self._excluded: set[int] = set()
@@ -104,7 +105,9 @@ class Coordinator:
         match message:
             case Request(num_blocks=num_blocks):
                 # Asked last, served last: what it still wants moves to the end of the queue.
-                self._wanted[rank] = self._wanted.pop(rank, 0) + num_blocks
+                if rank not in self._excluded and num_blocks:
+                    queue = self._parked if rank in self._parked else self._wanted
+                    queue[rank] = queue.pop(rank, 0) + num_blocks
             case Done():
                 self._finish(rank, message)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
@@ -114,7 +117,7 @@ class Coordinator:
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Contested(lease=lease):
                 if self._scheduler.holds(rank, lease):
-                    self._contested[lease.block] = True
+                    self._contested[lease.block] = rank, lease, True
                     self._next_back_up = float("-inf")
             case Drain(reason=reason):
                 self._end(DRAINED, f"{reason} on rank {rank} ({self._hosts[rank]})")
@@ -146,19 +149,25 @@ class Coordinator:
         self.ending = self.ending or ending
         lost = set(self._ranks).difference(held)
         self._ranks = tuple(sorted(held))
-        idle = self._excluded.union(idle)
-        working = {rank: leases for rank, leases in held.items() if rank not in idle}
+        self._excluded.update(idle)
+        self._newly_excluded.clear()
+        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
+        working = {rank: leases for rank, leases in held.items() if rank not in self._excluded}
         if not working and not self._scheduler.is_finished:
             self._end(FAILURES, "no rank is left that computes right")
-        fates = self._scheduler.regroup(working, now, lost=lost)
+        # A rank that is left out may still write what it has begun to write.
+        busy = {rank: writing.get(rank, ()) for rank in self._excluded.intersection(held)}
+        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=self._writers)
+        for rank in busy:
+            self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
         self._wanted.clear()
+        self._parked.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
         self._contested.clear()
-        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
         for rank, lease, state in fates:
             self._note_death(rank, lease, state)
 
@@ -189,13 +198,26 @@ class Coordinator:
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others."""
         self._doubtful.add(rank)
+        self._parked[rank] = self._wanted.get(rank, 0) + self._parked.get(rank, 0)
+        self._take_back(rank)
+
+    def welcome_back(self, rank: int) -> None:
+        """Count on a rank that was given up; it does not ask twice for the same."""
+        num_wanted = self._parked.pop(rank, 0)
+        if rank not in self._excluded:
+            self._scheduler.welcome_back(rank)
+            self.handle(rank, Request(num_blocks=num_wanted))
+
+    def note_end(self, rank: int) -> None:
+        """Lease to others what a rank has not done that was left out and writes no more."""
+        if rank in self._excluded:
+            self._take_back(rank)
+
+    def _take_back(self, rank: int) -> None:
+        """Lease what a rank holds to others."""
         self._scheduler.give_up_rank(rank)
         self._wanted.pop(rank, None)
         self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
-
-    def welcome_back(self, rank: int) -> None:
-        """Count on a rank that was given up."""
-        self._scheduler.welcome_back(rank)
 
     def _back_up(self, now: float) -> list[Outgoing]:
         """Lease slow blocks once more, to idle ranks, when there are no others.
@@ -208,10 +230,12 @@ class Coordinator:
         outgoing: list[Outgoing] = []
         idle = list(self._wanted)
         for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
-            if late.block not in self._contested:
-                self._contested[late.block] = False
+            # What the rank that had it before has promised does not bind this one.
+            *whose, has_promised = self._contested.get(late.block, (None, None, False))
+            if whose != [holder, late]:
+                self._contested[late.block] = holder, late, False
                 outgoing.append((holder, Contest(lease=late)))
-            elif self._contested[late.block]:
+            elif has_promised:
                 outgoing += self._lease_again(late.block, idle, now)
         return outgoing
 
@@ -292,9 +316,9 @@ class Coordinator:
     def _compare(self, rank: int, done: Done) -> None:
         """Compute a block again of which two ranks have written different values.
 
-        Happens only to a rank that was stopped while it wrote, given up, and came back.
+        Happens only when a rank was stopped while it wrote, given up, and came back.
         """
-        if rank not in self._doubtful:
+        if not self._doubtful:
             return
         self._sync()
         block = done.lease.block
@@ -339,12 +363,12 @@ class Coordinator:
 
     def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
         """End the run when the breaker says so; what was to be tried again is listed as failed."""
-        if self._breaker is None:
+        if self._breaker is None or rank in self._excluded:
             return
         left = self._scheduler.num_pending + self._scheduler.num_leased
         why = self._breaker.fail(rank, failed, num_left=left)
         if not why:
-            if self._breaker.is_broken(rank):
+            if self._breaker.is_broken(rank) and rank not in self._excluded:
                 self._exclude(rank, failed)
             return
         self._end(FAILURES, why)
@@ -364,7 +388,9 @@ class Coordinator:
         )
         self._excluded.add(rank)
         self._newly_excluded.append(rank)
-        self.give_up_rank(rank)
+        self._wanted.pop(rank, None)
+        # It keeps what it may be writing until it has ended: two never write one block.
+        self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks -= 1
 

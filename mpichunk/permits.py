@@ -75,7 +75,9 @@ class Permits:
                 self._wake.set()
                 self._changed.wait_for(lambda: self._is_closed or lease in self._answers)
                 self._open.discard(lease)
-            if self._is_closed or not self._answers.pop(lease, True):
+            if lease in self._answers:
+                return self._answers.pop(lease)
+            if self._is_closed:
                 return False
             self._writing.add(lease)
             return True
@@ -96,6 +98,9 @@ class Permits:
         with self._changed:
             if lease in self._open:
                 self._answers[lease] = may_write
+                if may_write:
+                    # Now, not when the thread wakes: others may ask meanwhile what is written.
+                    self._writing.add(lease)
                 self._changed.notify_all()
 
     def close(self, held: Iterable[Lease]) -> set[Lease]:

@@ -1,12 +1,18 @@
 """Which blocks have failed where, and in which order they are tried again.
 
-Knows neither the states of blocks nor who holds them: `scheduler` does.
+Changes no state of a block and does not know who holds it: `scheduler` does.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.messages import State
+from mpichunk.staticrun import WINDOW
 
 NOBODY: frozenset[int] = frozenset()
 
@@ -33,6 +39,23 @@ class Retries:
 
     def __contains__(self, block: int) -> bool:
         return block in self._tries
+
+    def never_tried(
+        self, states: npt.NDArray[np.uint8], start: int = 0, stop: int | None = None
+    ) -> Iterator[int]:
+        """Yield the pending blocks never tried, in plan order; one that was passed stays so.
+
+        Args:
+            states: (num_blocks,) the `State` of each block, which may change meanwhile.
+            start: The first block.
+            stop: The one after the last.
+        """
+        stop = len(states) if stop is None else stop
+        for first in range(start, stop, WINDOW):
+            window = states[first : min(first + WINDOW, stop)]
+            for block in (np.flatnonzero(window == State.PENDING) + first).tolist():
+                if block not in self._tries:
+                    yield block
 
     def num_tries(self, block: int) -> int:
         """Return how often a block has failed."""

@@ -11,19 +11,22 @@ A block that takes long may be leased to a second rank as well: the first result
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from mpichunk.messages import Lease, State
 from mpichunk.retries import Retries
-from mpichunk.staticrun import WINDOW, static_starts
+from mpichunk.staticrun import static_starts
 
 MOST_DEATHS = 3
 """Ranks that may die over a block before it is given up: it may be what kills them."""
+
+IN_PLAY = (State.PENDING, State.LEASED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class _Holder:
 
     attempt: int
     since: float
+    is_backup: bool = False
 
 
 class Scheduler:
@@ -72,8 +76,8 @@ class Scheduler:
 
         # Blocks to lease: first those never tried, in plan order, then those that failed. Trying
         # again late gives a fault time to pass.
-        self._fresh = self._pending_blocks()
         self._retries = Retries()
+        self._fresh = self._retries.never_tried(self._states)
 
         if mode == "static":
             self._lease_runs()
@@ -182,7 +186,8 @@ class Scheduler:
             ((rank, holder), *others) = holders.items()
             is_late = now - holder.since > seconds * max(1, self._num_held[rank])
             if is_late and not others and self._states[block] == State.LEASED:
-                found.append((holder.since, rank, Lease(block=block, attempt=holder.attempt)))
+                lease = Lease(block=block, attempt=holder.attempt, is_backup=holder.is_backup)
+                found.append((holder.since, rank, lease))
         found.sort(key=lambda item: (item[0], item[2].block))
         return [(rank, lease) for _, rank, lease in found]
 
@@ -191,12 +196,18 @@ class Scheduler:
         has_failed = self._retries.has_failed_on(block, rank)
         if self._num_held[rank] or has_failed or rank in self._holders[block]:
             return None
-        return replace(self._hold(rank, block, now), is_backup=True)
+        lease = replace(self._hold(rank, block, now), is_backup=True)
+        self._holders[block][rank] = _Holder(attempt=lease.attempt, since=now, is_backup=True)
+        return lease
+
+    def retire(self, rank: int) -> None:
+        """Let no block wait for a rank any more; what it holds it may finish."""
+        self._given_up.add(rank)
+        self._retries.sort(self._others, self._is_pending)
 
     def give_up_rank(self, rank: int) -> None:
         """Make pending what a rank alone holds, and count on it no more; it may yet finish it."""
-        self._given_up.add(rank)
-        self._retries.sort(self._others, self._is_pending)
+        self.retire(rank)
         held = [block for block, holders in self._holders.items() if rank in holders]
         for block in held:
             del self._holders[block][rank]
@@ -219,7 +230,12 @@ class Scheduler:
             self._make_pending(block)
 
     def regroup(
-        self, held: Mapping[int, Iterable[Lease]], now: float, *, lost: Iterable[int] = ()
+        self,
+        held: Mapping[int, Iterable[Lease]],
+        now: float,
+        *,
+        lost: Iterable[int] = (),
+        writers: Mapping[int, int] = MappingProxyType({}),
     ) -> list[tuple[int, Lease, State]]:
         """Go on with other ranks: they hold what they say and no more; the rest is pending.
 
@@ -227,6 +243,7 @@ class Scheduler:
             held: By rank, what it computes, or has finished without knowing whether it counts.
             now: Seconds.
             lost: Ranks that have died since.
+            writers: By block the rank that writes it, so that it has not failed there.
 
         Returns:
             What each lost rank may have died of, as far as it is known, and what becomes of it.
@@ -240,14 +257,15 @@ class Scheduler:
         self._run_starts.clear()
         for rank, leases in held.items():
             for lease in leases:
-                is_told = self._retries.is_told_again(lease.block, rank, lease.attempt)
-                if self._states[lease.block] in (State.PENDING, State.LEASED) and not is_told:
-                    self._states[lease.block] = State.LEASED
-                    holder = _Holder(attempt=lease.attempt, since=now)
-                    self._holders.setdefault(lease.block, {})[rank] = holder
+                block, is_writing = lease.block, writers.get(lease.block) == rank
+                is_told = self._retries.is_told_again(block, rank, lease.attempt)
+                if self._states[block] in IN_PLAY and (is_writing or not is_told):
+                    self._states[block] = State.LEASED
+                    holder = _Holder(attempt=lease.attempt, since=now, is_backup=lease.is_backup)
+                    self._holders.setdefault(block, {})[rank] = holder
                     self._num_held[rank] += 1
         self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
-        self._fresh = self._pending_blocks()
+        self._fresh = self._retries.never_tried(self._states)
         self._given_up.clear()
         fates = [(rank, lease, self._suspect(lease.block)) for rank, lease in suspects]
         self._retries.sort_failed(self._others, self._is_pending)
@@ -275,10 +293,10 @@ class Scheduler:
         self._retries.sort_failed(self._others, self._is_pending)
 
     def give_back(self, rank: int, lease: Lease) -> None:
-        """Take back a lease that was not begun, when no more will be leased: the run ends early."""
-        is_leased = self._release(rank, lease) and self._states[lease.block] == State.LEASED
-        if is_leased and lease.block not in self._holders:
-            self._move(lease.block, State.PENDING)
+        """Take back a lease that was not begun, or whose block was not to be written."""
+        is_held = self._release(rank, lease) and self._states[lease.block] == State.LEASED
+        if is_held and lease.block not in self._holders:
+            self._make_pending(lease.block)
 
     def _oldest(self, rank: int) -> Lease | None:
         """Return what a rank was most likely computing: of what it holds, what it has held longest.
@@ -289,10 +307,8 @@ class Scheduler:
         if mine:
             block = min(mine)[1]
             return Lease(block=block, attempt=self._holders[block][rank].attempt)
-        start, stop = self._run_of(rank)
-        leased = self._states[start:stop] == State.LEASED
-        leased[[block - start for block in self._holders if start <= block < stop]] = False
-        return Lease(block=start + int(np.argmax(leased)), attempt=1) if leased.any() else None
+        start, _, is_rest = self._rest_of_run(rank)
+        return Lease(block=start + int(np.argmax(is_rest)), attempt=1) if is_rest.any() else None
 
     def _suspect(self, block: int) -> State:
         """Note that a rank has died on a block; return its state."""
@@ -302,13 +318,14 @@ class Scheduler:
             self._move(block, State.FAILED)
         return self.state(block)
 
-    def _run_of(self, rank: int) -> tuple[int, int]:
-        """Return where the static run of a rank begins and ends; an empty one without."""
-        if not self._run_starts or rank not in self._ranks:
-            return 0, 0
-        place = self._ranks.index(rank)
-        ends = [*self._run_starts[1:], len(self._states)]
-        return (self._run_starts[place], ends[place]) if place < len(ends) else (0, 0)
+    def _rest_of_run(self, rank: int) -> tuple[int, int, npt.NDArray[np.bool_]]:
+        """Return the bounds of a static run, and which of its blocks have not been heard of."""
+        starts, num_runs = self._run_starts, len(self._run_starts)
+        place = min(self._ranks.index(rank), num_runs) if rank in self._ranks else num_runs
+        start, stop = [*starts, len(self._states), 0][place:][:2]
+        is_rest = self._states[start:stop] == State.LEASED
+        is_rest[[block - start for block in self._holders if start <= block < stop]] = False
+        return start, stop, is_rest
 
     def _lease_runs(self) -> None:
         """Give each rank its static run."""
@@ -319,27 +336,14 @@ class Scheduler:
         self._counts[State.PENDING] = 0
         self._fresh = iter(())
 
-    def _pending_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[int]:
-        """Yield the blocks never tried, in plan order; a block once passed does not come again."""
-        stop = len(self._states) if stop is None else stop
-        for first in range(start, stop, WINDOW):
-            window = self._states[first : min(first + WINDOW, stop)]
-            for block in (np.flatnonzero(window == State.PENDING) + first).tolist():
-                if block not in self._retries:
-                    yield block
-
     def _next_block(self, rank: int) -> int | None:
         """Take the next block for `rank` off its queue."""
-        while (block := self._take(rank)) is not None:
+        while True:
+            block = next(self._fresh, None)
+            block = self._retries.take(rank) if block is None else block
             # A late result may have come while the block was waiting to be tried again.
-            if self._states[block] == State.PENDING:
+            if block is None or self._is_pending(block):
                 return block
-        return None
-
-    def _take(self, rank: int) -> int | None:
-        """Take a block off the fresh ones, else off those that failed on other ranks only."""
-        block = next(self._fresh, None)
-        return self._retries.take(rank) if block is None else block
 
     def _hold(self, rank: int, block: int, now: float) -> Lease:
         """Make `rank` the holder of a pending block."""
@@ -370,14 +374,11 @@ class Scheduler:
 
     def _give_up_run(self, rank: int) -> None:
         """Make pending what has not been heard of in the static run of a rank."""
-        start, stop = self._run_of(rank)
-        is_rest = self._states[start:stop] == State.LEASED
-        is_rest[[block - start for block in self._holders if start <= block < stop]] = False
+        start, stop, is_rest = self._rest_of_run(rank)
         self._states[start:stop][is_rest] = State.PENDING
-        num_rest = int(np.count_nonzero(is_rest))
-        self._counts[State.LEASED] -= num_rest
+        self._counts[State.LEASED] -= (num_rest := int(np.count_nonzero(is_rest)))
         self._counts[State.PENDING] += num_rest
-        self._fresh = chain(self._fresh, self._pending_blocks(start, stop))
+        self._fresh = chain(self._fresh, self._retries.never_tried(self._states, start, stop))
 
     def _make_pending(self, block: int) -> None:
         """Take a block back."""

@@ -188,8 +188,10 @@ class Lookout:
     def _look_after(self, lead: Lead, now: float) -> list[tuple[int, Message]]:
         """Find the ranks that hang, and let the others hear of this one."""
         comm, outgoing = self._comm, list[tuple[int, Message]]()
-        self._look_at_all(lead, now)
-        for rank in lead.vigil.new_hung(now):
+        is_ending = lead.coordinator.ending is not None
+        if not is_ending:
+            self._look_at_all(lead, now)
+        for rank in lead.vigil.new_hung(now, is_ending=is_ending):
             self._tell_hung(rank, lead.vigil.tempo.lease_seconds)
             if comm.is_fault_tolerant and comm.size > 1:
                 outgoing += [(killer, Kill(rank=rank)) for killer in self._killers(rank, lead)]
@@ -287,6 +289,7 @@ def note_beat(lead: Lead, rank: int, beat: Beat, now: float) -> None:
     counters = totals(beat.counters)
     if counters["ended"]:
         lead.vigil.excuse(rank)
+        lead.coordinator.note_end(rank)
         return
     if lead.vigil.note(rank, counters["steps"], now, is_idle=not counters["held"]):
         log.warning("rank %d moves again", rank)

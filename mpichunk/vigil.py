@@ -139,10 +139,15 @@ class Vigil:
         """Return for how long no rank at all has moved: then it is no fault of a single one."""
         return min((now - sign.since for sign in self._signs.values()), default=0.0)
 
-    def new_hung(self, now: float) -> list[int]:
-        """Return, once, each rank that has not moved for too long while another one has."""
+    def new_hung(self, now: float, *, is_ending: bool = False) -> list[int]:
+        """Return, once, each rank that has not moved for too long while another one has.
+
+        Args:
+            now: Seconds.
+            is_ending: Whether ranks only finish what they hold: then those that move have ended.
+        """
         limit = self.tempo.lease_seconds
-        if self.standstill_seconds(now) > limit / 2:
+        if self.standstill_seconds(now) > limit / 2 and not is_ending:
             return []
         found = [
             rank

@@ -61,7 +61,7 @@ class Holding:
     """What it was told, if it was told to stop."""
 
     is_idle: bool = False
-    """Whether it computes nothing, because it would compute wrongly."""
+    """Whether it computes nothing: it would compute wrongly, or was told that all is done."""
 
 
 class Worker:
@@ -162,6 +162,9 @@ class Worker:
         self._to_send_again = list(self.unacknowledged.values())
         self._permits.ask_again()
         stop, self._stop = self._stop, None
+        if stop is not None and stop.reason == FINISHED:
+            # Nothing more may be written here: all was done, or this rank is left out.
+            self._depth = 0
         leases = *self.held, *self.unacknowledged
         written = {
             lease for lease, record in self.unacknowledged.items() if isinstance(record, Done)
@@ -234,7 +237,9 @@ class Worker:
         self.held.intersection_update(writing)
 
     def _submit(self, lease: Lease) -> None:
-        """Give a block to the pipeline."""
+        """Give a block to the pipeline, unless it has it: this rank was given up, and is back."""
+        if lease in self.held:
+            return
         self.held.add(lease)
         self._permits.begin(lease)
         self._pipeline.submit(lease)

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from mpichunk.messages import Lease, State
-from mpichunk.scheduler import Scheduler
+from mpichunk.scheduler import MOST_DEATHS, Scheduler
 from mpichunk.staticrun import WINDOW, static_blocks, static_run
 
 
@@ -212,7 +212,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.failed, self.held = set(), {}
         self.pending = set(np.flatnonzero(~done).tolist())
         self.tries = dict.fromkeys(self.pending, 0)
-        self.own, self.culprits = {}, {}
+        self.own, self.culprits, self.given = {}, {}, []
         if mode == "static":
             for rank in range(size):
                 for block in static_blocks(~done, size, rank):
@@ -226,6 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tries[lease.block] = lease.attempt
         assert rank not in self.culprits.get(lease.block, ())
         self.held[lease.block] = (rank, lease)
+        self.given.append((rank, lease))
 
     @rule(target=leases, rank=st.integers(0, 3), num=st.integers(1, 4))
     def lease(self, rank, num):
@@ -322,6 +323,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for rank, lease in list(self.held.values()):
             assert self.scheduler.finish(rank, lease)
+        # Also what another rank was quicker with is reported in the end.
+        for rank, lease in self.given:
+            self.scheduler.give_back(rank, lease)
         for _ in range(2):
             for rank in range(self.size):
                 drain(self.scheduler, rank)
@@ -345,3 +349,198 @@ def test_blocks_that_fail_in_thousands_cost_no_search(size):
     drain(scheduler, 0)
     assert scheduler.is_finished
     assert scheduler.num_failed == 0
+
+
+def test_a_block_that_failed_on_all_others_is_not_stranded_when_the_last_is_given_up():
+    scheduler = Scheduler(1, size=3, max_attempts=9)
+    for rank in (0, 1):
+        (lease,) = scheduler.lease(rank, 1, 0.0)
+        scheduler.fail(rank, lease)
+    assert scheduler.lease(0, 1, 0.0) == ()
+    scheduler.give_up_rank(2)
+    assert drain(scheduler, 0) == [0]
+
+
+def test_a_failure_told_again_after_a_regroup_counts_once():
+    scheduler = Scheduler(2, size=3, max_attempts=2)
+    (lease,) = scheduler.lease(0, 1, 0.0)
+    assert scheduler.fail(0, lease) == State.PENDING
+    scheduler.regroup({0: [lease], 1: []}, 1.0, lost=[2])
+    assert scheduler.fail(0, lease) is None
+    assert scheduler.num_pending == 2
+    assert sorted(drain(scheduler, 1)) == [0, 1]
+
+
+def test_what_was_not_to_be_written_is_leased_again():
+    scheduler = Scheduler(1, size=2)
+    (first,) = scheduler.lease(0, 1, 0.0)
+    second = scheduler.back_up(1, 0, 5.0)
+    assert second == Lease(block=0, attempt=1, is_backup=True)
+    assert scheduler.fail(1, second) == State.LEASED
+    scheduler.give_back(0, first)
+    assert drain(scheduler, 0) == [0]
+
+
+def test_a_block_is_given_up_after_so_many_deaths():
+    scheduler = Scheduler(2, size=5)
+    for dead in (4, 3, 2):
+        (lease,) = scheduler.lease(dead, 1, 0.0)
+        assert lease.block == 0
+        left = {rank: [] for rank in range(dead)}
+        ((rank, found, state),) = scheduler.regroup(left, 0.0, lost=[dead])
+        assert (rank, found) == (dead, lease)
+    assert state == State.FAILED
+    assert drain(scheduler, 0) == [1]
+    assert scheduler.is_finished
+
+
+class Survivors(RuleBasedStateMachine):
+    """Ranks fail, die, are given up and come back; whatever happens, no block is lost."""
+
+    NUM_BLOCKS = 7
+
+    @initialize(size=st.integers(1, 4), mode=st.sampled_from(["dynamic", "static"]))
+    def start(self, size, mode):
+        self.ranks, self.away = set(range(size)), set()
+        self.scheduler = Scheduler(self.NUM_BLOCKS, size=size, mode=mode, max_attempts=3)
+        self.held = {rank: set() for rank in range(size)}
+        todo = np.ones(self.NUM_BLOCKS, bool)
+        if mode == "static":
+            for rank in range(size):
+                own = static_blocks(todo, size, rank)
+                self.held[rank] = {Lease(block=block, attempt=1) for block in own}
+        self.untold = {rank: set() for rank in range(size)}
+        self.done, self.failures, self.deaths, self.now = set(), {}, {}, 0.0
+
+    def draw(self, data, ranks):
+        return data.draw(st.sampled_from(sorted(ranks)))
+
+    @rule(data=st.data(), num=st.integers(1, 3))
+    def lease(self, data, num):
+        self.now += 1
+        rank = self.draw(data, self.ranks - self.away)
+        self.held[rank].update(self.scheduler.lease(rank, num, self.now))
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data(), way=st.sampled_from(["done", "failed", "back"]), is_told=st.booleans())
+    def report(self, data, way, is_told):
+        rank = self.draw(data, [rank for rank, held in self.held.items() if held])
+        lease = data.draw(
+            st.sampled_from(sorted(self.held[rank], key=lambda x: (x.block, x.attempt)))
+        )
+        self.held[rank].discard(lease)
+        if not is_told:
+            self.untold[rank].add(lease)
+        if way == "done":
+            self.scheduler.finish(rank, lease)
+            self.done.add(lease.block)
+        elif way == "failed":
+            if self.scheduler.fail(rank, lease) is not None:
+                self.failures[lease.block] = self.failures.get(lease.block, 0) + 1
+        else:
+            self.scheduler.give_back(rank, lease)
+
+    @rule(data=st.data())
+    def back_up(self, data):
+        late = self.scheduler.late_leases(self.now + 100.0, 1.0)
+        if late:
+            rank, lease = data.draw(st.sampled_from(late))
+            assert self.scheduler.holds(rank, lease)
+            other = self.draw(data, self.ranks - self.away)
+            again = self.scheduler.back_up(other, lease.block, self.now)
+            if again is not None:
+                assert other != rank
+                assert self.scheduler.holds(other, again)
+                self.held[other].add(again)
+
+    @precondition(lambda self: len(self.ranks - self.away) > 1)
+    @rule(data=st.data())
+    def give_up(self, data):
+        rank = self.draw(data, self.ranks - self.away)
+        self.away.add(rank)
+        self.scheduler.give_up_rank(rank)
+
+    @precondition(lambda self: self.away)
+    @rule(data=st.data())
+    def welcome_back(self, data):
+        rank = self.draw(data, self.away)
+        self.away.discard(rank)
+        self.scheduler.welcome_back(rank)
+
+    @precondition(lambda self: self.done)
+    @rule(data=st.data())
+    def reopen(self, data):
+        block = self.draw(data, self.done)
+        self.scheduler.reopen(block)
+        self.done.discard(block)
+        assert self.scheduler.state(block) == State.PENDING
+
+    @precondition(lambda self: len(self.ranks) > 1)
+    @rule(data=st.data(), is_new=st.booleans())
+    def die(self, data, is_new):
+        rank = self.draw(data, self.ranks)
+        self.ranks.discard(rank)
+        self.held.pop(rank)
+        self.untold.pop(rank)
+        self.away.clear()
+        if is_new:
+            self.take_over()
+        told = {r: self.held[r] | self.untold[r] for r in self.ranks}
+        lost = [] if is_new else [rank]
+        for dead, lease, _ in self.scheduler.regroup(told, self.now, lost=lost):
+            assert dead == rank
+            self.deaths[lease.block] = self.deaths.get(lease.block, 0) + 1
+        # What was told before is told again, and counts as it did.
+        before = self.scheduler.num_failed
+        for r in self.ranks:
+            for lease in self.untold[r]:
+                if lease.block in self.done:
+                    self.scheduler.finish(r, lease)
+                else:
+                    self.scheduler.give_back(r, lease)
+            self.untold[r].clear()
+        assert self.scheduler.num_failed == before
+
+    def take_over(self):
+        failed = self.scheduler.failed_blocks().tolist()
+        done = np.isin(np.arange(self.NUM_BLOCKS), sorted(self.done))
+        self.scheduler = Scheduler(
+            self.NUM_BLOCKS, ranks=sorted(self.ranks), done=done, max_attempts=3
+        )
+        tries = {b: [0] * n for b, n in self.failures.items() if b not in self.done}
+        died = {b: [9] * n for b, n in self.deaths.items()}
+        self.scheduler.recall(tries, died, failed)
+
+    @invariant()
+    def every_block_is_in_one_state(self):
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        states = [scheduler.state(block) for block in range(self.NUM_BLOCKS)]
+        counts = (scheduler.num_pending, scheduler.num_leased)
+        counts += (scheduler.num_done, scheduler.num_failed)
+        assert counts == tuple(states.count(state) for state in State)
+        assert {b for b, state in enumerate(states) if state == State.DONE} == self.done
+        for block in scheduler.failed_blocks().tolist():
+            has_failed = self.failures.get(block, 0) >= 3
+            assert has_failed or self.deaths.get(block, 0) >= MOST_DEATHS
+
+    def teardown(self):
+        """Those who are left and not given up finish all that has not failed."""
+        if not hasattr(self, "scheduler"):
+            return
+        left = sorted(self.ranks - self.away)
+        for rank in left:
+            for lease in self.held[rank]:
+                if self.scheduler.holds(rank, lease):
+                    self.scheduler.finish(rank, lease)
+                else:
+                    self.scheduler.give_back(rank, lease)
+        for _ in range(3):
+            for rank in left:
+                drain(self.scheduler, rank)
+        assert self.scheduler.is_finished
+
+
+TestSurvivors = Survivors.TestCase
+TestSurvivors.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk import cli
+from mpichunk import cli, vigil
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.errors import BlockError
 from mpichunk.inference import BlockInference
@@ -26,6 +26,9 @@ from mpichunk.messages import Done
 from mpichunk.pipeline import Pipeline
 from mpichunk.volume import Writer
 from mpichunk.worker import Worker
+
+DEADLY_SECONDS = 0.4
+"""What a block takes that kills its rank: by then all is reported that was computed before."""
 
 VARIABLE = "MPICHUNK_TEST_FAULTS"
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
@@ -49,6 +52,8 @@ class Faults:
         self._nan = threading.local()
         self.seconds_per_block = float(told["seconds_per_block"])
         self.bad_blocks = set(told["nan_blocks"])
+        self.deadly_blocks = set(told.get("deadly_blocks", ()))
+        vigil.LEAST_SLOW_SECONDS = told.get("least_slow_seconds", vigil.LEAST_SLOW_SECONDS)
         self.is_bad = RANK in told["bad_ranks"]
 
     def install(self) -> None:
@@ -109,6 +114,10 @@ class Faults:
 
         def spoilt_run(this: Any, block: Any, *arguments: Any, **named: Any) -> Any:
             self._nan.on = block.index in self.bad_blocks
+            if block.index in self.deadly_blocks:
+                self.note("met", f"kill rank {RANK} block {block.index}")
+                time.sleep(DEADLY_SECONDS)
+                os.kill(os.getpid(), signal.SIGKILL)
             return run(this, block, *arguments, **named)
 
         def spoilt_infer(this: Any, batch: Any) -> Any:

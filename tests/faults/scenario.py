@@ -106,11 +106,12 @@ def _attempt(random: Random, *, min_ranks: int = 1, **more: Any) -> Attempt:
     )
 
 
-def _fault(random: Random, kind: str, num_ranks: int, point: str | None = None) -> Fault:
-    point = point or random.choice([*POINTS, "time"])
+def _fault(random: Random, kind: str, rank: int, point: str | None = None) -> Fault:
+    # Only the coordinator comes past `sync`.
+    points = [p for p in POINTS if rank == 0 or p != "sync"]
+    if point is None or (point == "sync" and rank != 0):
+        point = random.choice([*points, "time"])
     after = random.uniform(0.8, 2.5) if point == "time" else random.randint(1, POINTS[point])
-    # Rank 0 is one of several, but has two roles; and only it comes past `sync`.
-    rank = 0 if point == "sync" or random.random() < 0.25 else random.randrange(num_ranks)
     code = random.choice([0, 1, 3, 75])
     seconds = random.uniform(0.2, 1.5)
     return Fault(kind=kind, rank=rank, point=point, after=after, code=code, seconds=seconds)
@@ -123,9 +124,13 @@ def _rank_faults(
 
     def draw_attempts(random: Random, num_blocks: int) -> list[Attempt]:
         attempt = _attempt(random, min_ranks=2)
+        num_faults = min(attempt.num_ranks, random.randint(min(2, most), most))
+        ranks = random.sample(range(attempt.num_ranks), num_faults)
+        # Rank 0 is one of several, but has two roles.
+        if 0 not in ranks and random.random() < 0.25:
+            ranks[0] = 0
         faults = tuple(
-            _fault(random, random.choice(kinds), attempt.num_ranks, random.choice(points))
-            for _ in range(random.randint(min(2, most), most))
+            _fault(random, random.choice(kinds), rank, random.choice(points)) for rank in ranks
         )
         return [_with(attempt, faults=faults)]
 

@@ -16,11 +16,14 @@ import psutil
 import pytest
 
 from mpichunk import cli
+from mpichunk.errors import ExitCode
 from mpichunk.recovery import Fuse
+from mpichunk.scheduler import MOST_DEATHS
 from tests.endtoend import assert_same_files, kill_tree, wait_until_done
 from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
 from tests.faults.program import VARIABLE
 from tests.faults.scenario import POINTS, Attempt, Fault, Scenario
+from tests.faults.slow import status_of
 from tests.launch import REPOSITORY, launch_environment
 
 pytestmark = pytest.mark.slow
@@ -45,13 +48,14 @@ class Job:
             self.command = [w for w in self.command if w not in ("--with-ft", "ulfm")]
         self.log = self.folder / "start.log"
 
-    def start(self):
+    def start(self, **more):
         told = {
             "folder": str(self.folder),
             "faults": [],
             "nan_blocks": [],
             "bad_ranks": [],
             "seconds_per_block": 0.02,
+            **more,
         }
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -71,6 +75,24 @@ class Job:
             pytest.fail(f"still running after {timeout} s\n{self.log.read_text()}")
         finally:
             kill_tree(self.process)
+
+    def until_told(self, words, timeout=30):
+        end = time.monotonic() + timeout
+        while words not in self.log.read_text():
+            assert time.monotonic() < end, f"no {words!r}\n{self.log.read_text()}"
+            assert self.process.poll() is None, f"no {words!r}\n{self.log.read_text()}"
+            time.sleep(0.02)
+
+    def verify(self):
+        command = [sys.executable, "-m", "mpichunk", "verify", str(self.config)]
+        done = subprocess.run(
+            command,
+            env=launch_environment(self.folder),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def until(self, num_blocks):
         wait_until_done(self.process, self.run_dir, num_blocks)
@@ -168,6 +190,71 @@ def test_without_fault_tolerance_the_others_finish_for_a_stopped_rank(bench):
     job.check()
     assert "rank 1 on " in job.log.read_text()
     assert "cannot be left behind" in job.log.read_text()
+
+
+def test_a_stopped_rank_whose_blocks_went_to_others_may_come_back(bench):
+    job = Job(bench, "back-plain", 3, tolerant=False, min_lease_seconds=2)
+    job.start(seconds_per_block=0.12)
+    job.until(NUM_BLOCKS // 6)
+    stopped = job.pids()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        job.until_told("cannot be left behind")
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    job.wait()
+    job.verify()
+    job.check()
+    assert "Traceback" not in job.log.read_text()
+
+
+def slow(rank, point, after, seconds):
+    return {"kind": "slow", "rank": rank, "point": point, "after": after, "seconds": seconds}
+
+
+def test_a_block_that_kills_every_rank_that_computes_it_is_given_up(bench, capsys):
+    deadly = NUM_BLOCKS // 2
+    job = Job(bench, "deadly", 5)
+    # What the coordinator dies of nobody knows, so it is kept from this block.
+    job.start(deadly_blocks=[deadly], faults=[slow(0, "infer", 2, 5)])
+    assert job.wait() == ExitCode.BLOCKS_FAILED, job.log.read_text()
+    met = (job.folder / "met").read_text().splitlines()
+    assert len({line for line in met if line.startswith("kill")}) == MOST_DEATHS
+    text = job.log.read_text()
+    assert f"block {deadly}: rank" in text
+    assert "as others did; given up" in text
+    capsys.readouterr()
+    found = status_of(job.config, capsys)
+    assert (found["num_done"], found["num_failed"]) == (NUM_BLOCKS - 1, 1)
+    assert [failure["block"] for failure in found["failures"]] == [deadly]
+
+
+def test_a_standstill_of_all_ranks_is_told_and_ends_the_job(bench):
+    job = Job(bench, "standstill", 3, min_lease_seconds=1)
+    # Both threads that read, on every rank.
+    job.start(faults=[slow(None, "read", after, 80) for after in (8, 9)])
+    assert job.wait(40) not in (0, 2, 3, 75)
+    text = job.log.read_text()
+    assert "no rank has moved for" in text
+    assert "is a file system down?" in text
+    assert "run the same again to resume" in text
+    assert "Traceback" not in text
+    assert "hangs" not in text
+    assert job.start().wait() == 0
+    job.check()
+
+
+def test_an_idle_rank_computes_what_is_slow_at_the_end(bench):
+    job = Job(bench, "backup", 3, min_lease_seconds=60)
+    started = time.monotonic()
+    job.start(faults=[slow(1, "infer", 10, 50)], least_slow_seconds=0.5)
+    assert job.wait(45) == 0
+    assert time.monotonic() - started < 40
+    text = job.log.read_text()
+    assert "is slow; rank" in text
+    assert "computes it as well" in text
+    job.verify()
+    job.check()
 
 
 def test_without_fault_tolerance_a_death_ends_the_job_and_tells_how_to_resume(bench):

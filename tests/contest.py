@@ -1,0 +1,419 @@
+"""Ranks that compute and write blocks on a made-up network and a made-up disk, in one thread.
+
+Coordinator, scheduler, workers and permits are real; what they wait for happens when a random
+number says so: a block is computed, a letter arrives, a thread wakes, a rank dies.
+"""
+
+import queue
+import random
+import threading
+from collections import defaultdict, deque
+from contextlib import suppress
+
+import numpy as np
+
+from mpichunk.breaker import Breaker
+from mpichunk.coordinator import Coordinator
+from mpichunk.geometry import Box
+from mpichunk.messages import (
+    FINISHED,
+    RANK_LOST,
+    Ask,
+    Assign,
+    Done,
+    Dropped,
+    Failed,
+    State,
+    ToWorker,
+    Verdict,
+)
+from mpichunk.permits import Permits
+from mpichunk.progress import Counters
+from mpichunk.scheduler import Scheduler
+from mpichunk.staticrun import static_blocks
+from mpichunk.vigil import Tempo
+from mpichunk.worker import Worker
+
+LEASE_SECONDS = 5.0
+"""What is late: such blocks ask, too."""
+
+
+class Turns:
+    """Stands in for a `threading.Condition`: who waits goes on when the test says so, not before.
+
+    Only one thread runs at a time, so that no lock is needed.
+    """
+
+    def __init__(self):
+        self.local = threading.local()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def notify_all(self):
+        pass
+
+    def wait_for(self, predicate):
+        write = self.local.write
+        write.predicate = predicate
+        write.yield_()
+        write.predicate = None
+
+
+class Write:
+    """A writer thread of a rank, from its question to the last byte."""
+
+    def __init__(self, permits, lease):
+        self.lease, self.permits, self.predicate = lease, permits, None
+        self.answer = None
+        self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_dead = False
+        threading.Thread(target=self._run, daemon=True).start()
+        self._theirs.acquire()
+
+    def _run(self):
+        self.permits._changed.local.write = self
+        with suppress(SystemExit):
+            self.answer = self.permits.may_write(self.lease)
+        self._theirs.release()
+
+    def yield_(self):
+        self._theirs.release()
+        self._mine.acquire()
+        if self._is_dead:
+            raise SystemExit
+
+    def wake(self):
+        """Let the thread go on, if what it waits for has come."""
+        if self.predicate is not None and self.predicate():
+            self._mine.release()
+            self._theirs.acquire()
+
+    def kill(self):
+        if self.answer is None:
+            self._is_dead = True
+            self._mine.release()
+            self._theirs.acquire()
+
+
+class Rank:
+    """A worker, its permits, and a pipeline in which things happen one at a time."""
+
+    num_steps = 0
+
+    def __init__(self, world, number, own):
+        self.world, self.number = world, number
+        self.permits = Permits(threading.Event(), clock=lambda: world.now)
+        self.permits._changed = Turns()
+        self.permits.lease_seconds = LEASE_SECONDS
+        self.waiting, self.writes, self.records = [], [], queue.SimpleQueue()
+        self.worker = Worker(
+            self,
+            self.records,
+            Counters(),
+            depth=world.depth,
+            own_blocks=own,
+            permits=self.permits,
+        )
+
+    def submit(self, lease):
+        self.waiting.append(lease)
+
+    def drop_waiting(self):
+        dropped, self.waiting = self.waiting[1:], self.waiting[:1]
+        return dropped
+
+    def compute(self):
+        lease = self.waiting.pop(0)
+        self.world.computed[lease.block] += 1
+        if self.world.fails(self.number, lease):
+            self.records.put(Failed(lease=lease, error="BlockError", message=f"no {lease.block}"))
+        else:
+            write = Write(self.permits, lease)
+            self.writes.append(write)
+            self.look_at(write)
+
+    def look_at(self, write):
+        """Begin to write, or drop a block, once the thread has its answer."""
+        if write.answer is False:
+            self.writes.remove(write)
+            self.records.put(Dropped(lease=write.lease))
+        elif write.answer:
+            self.world.disk.begin(self.number, write.lease.block)
+
+    def wake(self, write):
+        write.wake()
+        self.look_at(write)
+
+    def end(self, write):
+        """Write the last byte, or find that the disk does not want it."""
+        self.writes.remove(write)
+        block = write.lease.block
+        if self.world.random.random() < self.world.write_failures:
+            self.world.disk.end(self.number, block, None)
+            record = Failed(lease=write.lease, error="OSError", message="disk")
+        else:
+            value = self.world.value(self.number)
+            self.world.disk.end(self.number, block, value)
+            record = Done(
+                lease=write.lease,
+                num_patches=1,
+                num_voxels=1,
+                nbytes_read=1,
+                nbytes_written=1,
+                seconds={"read": 0.0, "infer": 0.01, "write": 0.0},
+                checksum=value,
+            )
+        self.records.put(record)
+
+    def actions(self):
+        """Return what may happen next in this rank's threads."""
+        found = [self.compute] if self.waiting else []
+        for write in self.writes:
+            if write.answer:
+                found.append(lambda w=write: self.end(w))
+            elif write.predicate():
+                found.append(lambda w=write: self.wake(w))
+        return found
+
+    def die(self):
+        for write in self.writes:
+            if write.answer:
+                self.world.disk.end(self.number, write.lease.block, None)
+            write.kill()
+
+
+class Disk:
+    """What is stored of each block, and who writes it."""
+
+    def __init__(self):
+        self.writers, self.values, self.may_overlap = defaultdict(list), {}, set()
+
+    def begin(self, rank, block):
+        others = self.writers[block]
+        assert not others or block in self.may_overlap, f"{others} and {rank} write {block}"
+        self.writers[block].append(rank)
+
+    def end(self, rank, block, value):
+        self.writers[block].remove(rank)
+        if value is not None:
+            self.values[block] = value
+
+
+class Book:
+    """A journal, also of what is lost with a coordinator that dies."""
+
+    path = property(lambda self: self)
+
+    def __init__(self):
+        self.lines, self.num_synced = [], 0
+
+    def append(self, record, state, *, core, rank, host):
+        checksum = record.checksum if isinstance(record, Done) else None
+        error = getattr(record, "error", None)
+        self.lines.append((record.lease.block, state, rank, checksum, error))
+
+    def sync(self):
+        self.num_synced = len(self.lines)
+
+    def last(self):
+        """Return the last line of each block."""
+        return {line[0]: line for line in self.lines}
+
+
+def read_checksum(book, block):
+    """Stands in for `history.read_checksum`."""
+    found = [line[3] for line in book.lines if line[:2] == (block, "done")]
+    return found[-1] if found else None
+
+
+class World:
+    """All ranks; `run` lets things happen until every rank has ended."""
+
+    def __init__(
+        self,
+        seed,
+        *,
+        size,
+        num_blocks,
+        mode="dynamic",
+        depth=2,
+        fails=lambda rank, lease: False,
+        value=lambda rank: "xxh3:0",
+        write_failures=0.0,
+        deaths=0,
+        give_ups=0,
+        limit=None,
+        max_attempts=3,
+        slow=lambda rank: False,
+    ):
+        self.random, self.now, self.depth = random.Random(seed), 0.0, depth
+        self.fails, self.value, self.write_failures = fails, value, write_failures
+        self.deaths, self.give_ups, self.limit, self.slow = deaths, give_ups, limit, slow
+        self.max_attempts = max_attempts
+        self.num_blocks, self.computed = num_blocks, defaultdict(int)
+        self.disk, self.book, self.mail = Disk(), Book(), defaultdict(deque)
+        self.given_up, self.ended, self.was_given_up = set(), set(), set()
+        todo = np.ones(num_blocks, bool)
+        self.ranks = {
+            rank: Rank(self, rank, static_blocks(todo, size, rank) if mode == "static" else ())
+            for rank in range(size)
+        }
+        self.hosts = dict.fromkeys(range(size), "host")
+        self.lead(Scheduler(num_blocks, size=size, mode=mode, max_attempts=max_attempts))
+
+    @property
+    def head(self):
+        return min(self.ranks)
+
+    def lead(self, scheduler):
+        """Make the coordinator."""
+        tempo = Tempo(1.0)
+        tempo.note(0.01)
+        breaker = None
+        if self.limit is not None:
+            breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=self.limit)
+        self.scheduler = scheduler
+        self.coordinator = Coordinator(
+            scheduler,
+            self.book,
+            core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
+            hosts={rank: self.hosts[rank] for rank in self.ranks},
+            breaker=breaker,
+            tempo=tempo,
+        )
+
+    def run(self, max_steps=20_000):
+        for _ in range(max_steps):
+            if self.is_over():
+                return
+            self.step()
+        raise AssertionError("it does not end")
+
+    def is_over(self):
+        ended = all(
+            rank.worker.is_ended for n, rank in self.ranks.items() if n not in self.given_up
+        )
+        return ended and not any(self.mail.values())
+
+    def step(self):
+        draw = self.random
+        self.now += draw.choice([0.0, 0.01, 0.1, 0.6])
+        if self.deaths and len(self.ranks) > 1 and draw.random() < 0.02:
+            self.deaths -= 1
+            return self.lose(draw.choice(list(self.ranks)))
+        if self.give_ups and len(self.ranks) > 1 and draw.random() < 0.05:
+            self.give_ups -= 1
+            return self.give_up(draw.choice([r for r in self.ranks if r != self.head]))
+        if self.given_up and draw.random() < 0.03:
+            return self.welcome_back(draw.choice(list(self.given_up)))
+        awake = [rank for rank in self.ranks if rank not in self.given_up]
+        number = draw.choice(awake)
+        rank = self.ranks[number]
+        actions = rank.actions()
+        if actions and draw.random() < (0.05 if self.slow(number) else 0.6):
+            return draw.choice(actions)()
+        self.turn(number, rank)
+        return None
+
+    def turn(self, number, rank):
+        """Take a turn of the main thread."""
+        for (source, dest), letters in list(self.mail.items()):
+            if dest == number:
+                for _ in range(self.random.randint(0, len(letters))):
+                    self.deliver(source, number, letters.popleft())
+        self.post(number, [(self.head, message) for message in rank.worker.step()])
+        if number == self.head:
+            self.post(number, self.coordinator.assign(self.now))
+            self.post(number, self.coordinator.commit(self.now))
+        self.tell_end(number, rank)
+
+    def tell_end(self, number, rank):
+        """Send the last sign of life."""
+        if rank.worker.is_ended and number not in self.ended:
+            self.ended.add(number)
+            self.mail[number, self.head].append("ended")
+
+    def deliver(self, source, dest, message):
+        if message == "ended":
+            self.coordinator.note_end(source)
+        elif isinstance(message, Ask):
+            verdict = self.coordinator.may_write(source, message.lease)
+            self.mail[dest, source].append(Verdict(lease=message.lease, may_write=verdict))
+        elif isinstance(message, ToWorker):
+            self.ranks[dest].worker.handle(message)
+        else:
+            self.coordinator.handle(source, message)
+
+    def post(self, source, outgoing):
+        for dest, message in outgoing:
+            self.mail[source, dest].append(message)
+
+    def lose(self, number):
+        """Let a rank die, and the others begin again."""
+        head = self.head
+        self.ranks.pop(number).die()
+        self.given_up.discard(number)
+        if number == head:
+            self.take_over()
+        self.mail.clear()
+        self.ended.clear()
+        self.given_up.clear()
+        holdings = {n: rank.worker.rejoin() for n, rank in self.ranks.items()}
+        stops = [h.stop for h in holdings.values() if h.stop is not None]
+        self.coordinator.regroup(
+            {n: holding.leases for n, holding in holdings.items()},
+            self.now,
+            writing={n: holding.writing for n, holding in holdings.items()},
+            ending=next((stop for stop in stops if stop.reason != FINISHED), None),
+            idle={n for n, holding in holdings.items() if holding.is_idle},
+        )
+
+    def take_over(self):
+        """Make a coordinator that knows what is in the journal and no more."""
+        del self.book.lines[self.book.num_synced :]
+        done = np.zeros(self.num_blocks, bool)
+        for block, line in self.book.last().items():
+            done[block] = line[1] == "done"
+        scheduler = Scheduler(
+            self.num_blocks, ranks=sorted(self.ranks), done=done, max_attempts=self.max_attempts
+        )
+        failed_on, died_on = defaultdict(list), defaultdict(list)
+        for block, state, rank, _, error in self.book.lines:
+            if state == "retry":
+                (died_on if error == RANK_LOST else failed_on)[block].append(rank)
+        given_up = [line[0] for line in self.book.lines if line[1] == "failed"]
+        scheduler.recall(failed_on, died_on, given_up)
+        self.lead(scheduler)
+
+    def give_up(self, number):
+        """Take a rank for hung, whatever it is doing."""
+        if number in self.given_up:
+            return
+        self.given_up.add(number)
+        self.was_given_up.add(number)
+        rank = self.ranks[number]
+        # What such a rank writes cannot be prevented, only found out.
+        self.disk.may_overlap.update(lease.block for lease in rank.worker.held)
+        for message in self.mail[self.head, number]:
+            if isinstance(message, Assign):
+                self.disk.may_overlap.update(lease.block for lease in message.leases)
+        self.coordinator.give_up_rank(number)
+
+    def welcome_back(self, number):
+        self.given_up.discard(number)
+        self.coordinator.welcome_back(number)
+
+    def check(self):
+        """Compare the journal with the disk."""
+        assert self.scheduler.is_finished
+        for block, line in self.book.last().items():
+            if line[1] == "done":
+                assert self.disk.values[block] == line[3], f"block {block}: other bytes"
+        states = [self.scheduler.state(block) for block in range(self.num_blocks)]
+        told = self.book.last()
+        for block, state in enumerate(states):
+            assert told[block][1] == {State.DONE: "done", State.FAILED: "failed"}[state]

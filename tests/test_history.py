@@ -1,0 +1,42 @@
+"""What one who takes over reads in the journal."""
+
+from mpichunk.geometry import Box
+from mpichunk.history import read_checksum, read_tries
+from mpichunk.journal import Journal
+from mpichunk.messages import RANK_LOST, Failed, Lease
+from tests.test_worker import done
+
+CORE = Box.from_shape((0, 0, 0), (1, 1, 1))
+
+
+def note(journal, record, state, rank=0):
+    journal.append(record, state, core=CORE, rank=rank, host="node")
+
+
+def failed(block, error="BlockError"):
+    return Failed(lease=Lease(block=block, attempt=1), error=error, message='"state":"failed"')
+
+
+def test_tries_and_deaths_of_the_latest_start(tmp_path):
+    with Journal.open(tmp_path, num_blocks=20, fingerprint={}, versions={}) as journal:
+        note(journal, failed(1), "retry", rank=9)
+        journal.append_start({})
+        note(journal, failed(1), "retry", rank=2)
+        note(journal, failed(1), "retry", rank=3)
+        note(journal, failed(4, RANK_LOST), "retry", rank=1)
+        note(journal, failed(5, RANK_LOST), "failed", rank=1)
+        note(journal, failed(6), "undone")
+        journal.sync()
+        tries = read_tries(journal.path)
+    assert tries.failed_on == {1: [2, 3]}
+    assert tries.died_on == {4: [1]}
+    assert tries.given_up == [5]
+
+
+def test_the_checksum_is_that_of_the_last_line_of_this_block(tmp_path):
+    with Journal.open(tmp_path, num_blocks=20, fingerprint={}, versions={}) as journal:
+        note(journal, done(Lease(block=12, attempt=1)), "done")
+        journal.sync()
+        assert read_checksum(journal.path, 12) == "xxh3:0"
+        assert read_checksum(journal.path, 1) is None
+        assert read_checksum(journal.path, 2) is None

@@ -1,0 +1,89 @@
+"""Never two ranks write one block, whatever the order in which things happen."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpichunk import coordinator
+from mpichunk.messages import State
+from tests.contest import World, read_checksum
+
+SEEDS = st.integers(0, 10**9)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checksums_from_the_book():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator, "read_checksum", read_checksum)
+        yield
+
+
+@given(seed=SEEDS, size=st.integers(2, 3), mode=st.sampled_from(["dynamic", "static"]))
+@settings(max_examples=150, deadline=None)
+def test_two_ranks_never_write_one_block(seed, size, mode):
+    world = World(seed, size=size, num_blocks=5, mode=mode, slow=lambda rank: rank == seed % size)
+    world.run()
+    world.check()
+    assert world.scheduler.num_done == 5
+
+
+@given(seed=SEEDS, size=st.integers(2, 4), mode=st.sampled_from(["dynamic", "static"]))
+@settings(max_examples=300, deadline=None)
+def test_two_ranks_never_write_one_block_though_ranks_die_and_blocks_fail(seed, size, mode):
+    world = World(
+        seed,
+        size=size,
+        num_blocks=5,
+        mode=mode,
+        slow=lambda rank: rank == seed % size,
+        fails=lambda rank, lease: world.random.random() < 0.15,
+        write_failures=0.15,
+        deaths=size - 1,
+        max_attempts=4,
+    )
+    world.run()
+    world.check()
+
+
+@given(seed=SEEDS, deaths=st.integers(0, 2), mode=st.sampled_from(["dynamic", "static"]))
+@settings(max_examples=200, deadline=None)
+def test_a_rank_that_is_left_out_costs_no_block_and_writes_none_with_others(seed, deaths, mode):
+    world = World(
+        seed,
+        size=4,
+        num_blocks=12,
+        mode=mode,
+        fails=lambda rank, lease: rank == 2 and world.random.random() < 0.8,
+        slow=lambda rank: rank == seed % 4,
+        limit=2,
+        deaths=deaths,
+        max_attempts=6,
+    )
+    world.run()
+    world.check()
+
+
+@given(seed=SEEDS, is_equal=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_what_is_journaled_is_what_is_stored_though_given_up_ranks_come_back(seed, is_equal):
+    world = World(
+        seed,
+        size=3,
+        num_blocks=5,
+        slow=lambda rank: rank == seed % 3,
+        write_failures=0.1,
+        give_ups=3,
+        max_attempts=9,
+        value=lambda rank: "xxh3:0" if is_equal else f"xxh3:{rank}",
+    )
+    world.run()
+    # What a rank does that is away to the end: then the job is ended by force.
+    away = [world.ranks[rank].worker.held for rank in world.given_up]
+    untold = {lease.block for held in away for lease in held}
+    for block, line in world.book.last().items():
+        if line[1] == "done" and block not in untold:
+            assert world.disk.values[block] == line[3], f"block {block}: other bytes"
+    if is_equal:
+        assert not any(line[1] == "undone" for line in world.book.lines)
+        assert world.scheduler.num_done == 5
+        assert all(world.scheduler.state(block) == State.DONE for block in range(5))
