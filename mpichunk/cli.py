@@ -132,19 +132,19 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mpichunk.run import run
+    from mpichunk.verbs.run import run
 
     return run(options.config, options.overrides, fresh=options.fresh)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mpichunk.preview import preview
+    from mpichunk.verbs.plan import preview
 
     return preview(options.config, options.overrides, num_ranks=options.ranks, as_json=options.json)
 
 
 def _status(options: argparse.Namespace) -> int:
-    from mpichunk.status import status
+    from mpichunk.verbs.status import status
 
     return status(
         options.config,
@@ -156,19 +156,19 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from mpichunk.status import stop
+    from mpichunk.verbs.status import stop
 
     return stop(options.config, options.overrides)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from mpichunk.verify import verify
+    from mpichunk.verbs.verify import verify
 
     return verify(options.config, options.overrides, repair=options.repair, as_json=options.json)
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from mpichunk.bench import Options, bench
+    from mpichunk.verbs.bench import Options, bench
 
     return bench(
         options.config,
@@ -186,7 +186,7 @@ class _PrintSchema(argparse.Action):
     """Like `--help`: needs no config, prints and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from mpichunk.configfile import json_schema
+        from mpichunk.config.file import json_schema
 
         print(json_schema())
         parser.exit()

@@ -12,10 +12,12 @@ from contextlib import suppress
 
 import numpy as np
 
-from mpichunk.breaker import Breaker
-from mpichunk.coordinator import Coordinator
-from mpichunk.geometry import Box
-from mpichunk.messages import (
+from mpichunk.geometry.box import Box
+from mpichunk.roles.coordinator import Coordinator
+from mpichunk.roles.worker import Worker
+from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.messages import (
     FINISHED,
     RANK_LOST,
     Ask,
@@ -27,12 +29,10 @@ from mpichunk.messages import (
     ToWorker,
     Verdict,
 )
-from mpichunk.permits import Permits
-from mpichunk.progress import Counters
-from mpichunk.scheduler import Scheduler
-from mpichunk.staticrun import static_blocks
-from mpichunk.vigil import Tempo
-from mpichunk.worker import Worker
+from mpichunk.schedule.permits import Permits
+from mpichunk.schedule.progress import Counters
+from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.staticrun import static_blocks
 
 LEASE_SECONDS = 5.0
 """What is late: such blocks ask, too."""

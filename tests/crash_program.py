@@ -4,9 +4,9 @@ import sys
 import threading
 import time
 
-from mpichunk.comm import start_mpi
-from mpichunk.crash import crash_guard
 from mpichunk.errors import UserError
+from mpichunk.ranks.comm import start_mpi
+from mpichunk.ranks.crash import crash_guard
 from tests.fakeranks import run
 
 VICTIM = 1

@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import yaml
 
-from mpichunk import history, journal
-from mpichunk.geometry import Box
+from mpichunk.geometry.box import Box
+from mpichunk.rundir import history, journal
 from mpichunk.volume import open_input
 
 

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpichunk.attendance import Attendance
-from mpichunk.coordinator import Coordinator
-from mpichunk.geometry import Box
-from mpichunk.journal import Journal
-from mpichunk.loop import Loop, Pulse
-from mpichunk.messages import Done, Failed, Lease
-from mpichunk.progress import Counters, NullDisplay
-from mpichunk.scheduler import Scheduler
-from mpichunk.sentry import Lead, Lookout
-from mpichunk.staticrun import static_blocks
-from mpichunk.vigil import Tempo, Vigil
-from mpichunk.worker import Worker
+from mpichunk.geometry.box import Box
+from mpichunk.roles.coordinator import Coordinator
+from mpichunk.roles.loop import Loop, Pulse
+from mpichunk.roles.sentry import Lead, Lookout
+from mpichunk.roles.worker import Worker
+from mpichunk.rundir.journal import Journal
+from mpichunk.schedule.attendance import Attendance
+from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.messages import Done, Failed, Lease
+from mpichunk.schedule.progress import Counters, NullDisplay
+from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.staticrun import static_blocks
 
 
 class SleepingPipeline:

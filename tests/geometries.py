@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from mpichunk.config import Config
-from mpichunk.geometry import Box, Triple, triple
-from mpichunk.plan import Plan
-from mpichunk.volumeinfo import VolumeInfo
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box, Triple, triple
+from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.plan.plan import Plan
 
 
 def make_config(patch: Triple, block: Triple, **more: Any) -> Config:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.config import Config
-from mpichunk.geometry import Box, Triple, triple
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box, Triple, triple
 
 Array = npt.NDArray[Any]
 Net = Callable[[npt.NDArray[np.float32]], Array]

@@ -1,6 +1,6 @@
-from mpichunk.attendance import Attendance
-from mpichunk.messages import Beat
-from mpichunk.progress import Counters, NullDisplay
+from mpichunk.schedule.attendance import Attendance
+from mpichunk.schedule.messages import Beat
+from mpichunk.schedule.progress import Counters, NullDisplay
 
 
 def start(*ranks):

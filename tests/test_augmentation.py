@@ -11,11 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.engine import Scaling
-from mpichunk.geometry import Box, Triple
-from mpichunk.symmetry import NAMES, STRAIGHT, Augmentation, Offsets, Turn, partner, turns_of
+from mpichunk.geometry.box import Box, Triple
+from mpichunk.geometry.symmetry import (
+    NAMES,
+    STRAIGHT,
+    Augmentation,
+    Offsets,
+    Turn,
+    partner,
+    turns_of,
+)
 
 Net = Callable[[np.ndarray], np.ndarray]
 OPERATIONS: dict[str, Net] = {

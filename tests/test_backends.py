@@ -13,14 +13,14 @@ from torch import nn
 
 import mpichunk.backends.devices as devices
 from mpichunk.backends import get_backend
+from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.size_advice import size_advice
 from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest, Scaling
+from mpichunk.block.inference import check_engine
+from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
-from mpichunk.inference import check_engine
 
 ARRAYS = [NumpyArrays, lambda: TorchArrays(torch.device("cpu"))]
 ARRAY_IDS = ["numpy", "torch"]
@@ -236,9 +236,9 @@ def test_identity_imports_no_torch():
 import sys
 import numpy as np
 from mpichunk.backends import get_backend
-from mpichunk.config import Model
-from mpichunk.inference import BlockInference, check_engine, scaling_for
-from mpichunk.engine import EngineRequest
+from mpichunk.config.schema import Model
+from mpichunk.block.inference import BlockInference, check_engine, scaling_for
+from mpichunk.backends.engine import EngineRequest
 request = EngineRequest(patch_shape=(4, 4, 4), crop=(0, 0, 0), batch_size=1, in_channels=1,
     out_channels=1, threads=1, precision="float32", device="cpu", deterministic=True)
 backend = get_backend("identity")

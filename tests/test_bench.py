@@ -14,21 +14,21 @@ import h5py
 import numpy as np
 import pytest
 
-from mpichunk.bench import Options, bench_on, choose_blocks
-from mpichunk.benchfigures import Pass, RankFigures, combine, suggest
+from mpichunk.backends.stageclock import STAGES
+from mpichunk.bench.figures import Pass, RankFigures, combine, suggest
+from mpichunk.bench.scratch import scratch_output, scratch_parent
 from mpichunk.cli import main
-from mpichunk.comm import SerialCommunicator
-from mpichunk.config import Config
-from mpichunk.configfile import load_config
+from mpichunk.config.file import load_config
+from mpichunk.config.schema import Config
 from mpichunk.errors import UserError, VolumeError
-from mpichunk.estimate import Probe
-from mpichunk.geometry import Box
-from mpichunk.probing import read_probe, write_probe
-from mpichunk.run import run_on
-from mpichunk.scratch import scratch_output, scratch_parent
-from mpichunk.stageclock import STAGES
-from mpichunk.startup import prepare
-from mpichunk.work import work_of
+from mpichunk.geometry.box import Box
+from mpichunk.job.probing import read_probe, write_probe
+from mpichunk.job.startup import prepare
+from mpichunk.plan.estimate import Probe
+from mpichunk.plan.work import work_of
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.verbs.bench import Options, bench_on, choose_blocks
+from mpichunk.verbs.run import run_on
 from tests.endtoend import files_of, write_config
 from tests.geometries import make_config, make_plan
 from tests.launch import Launch, finish

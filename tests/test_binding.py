@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.binding import Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.binding import Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.visibility import gpu_hints
 from mpichunk.errors import DeviceError
-from mpichunk.visibility import gpu_hints
 
 CPU = "cpu AVX512"
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.blending import FLOOR, sum_of_windows, window
+from mpichunk.geometry.blending import FLOOR, sum_of_windows, window
 from tests.reference import window as naive_window
 from tests.reference import window_axis
 

@@ -7,13 +7,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpichunk.backends import get_backend
-from mpichunk.config import Config
-from mpichunk.engine import EngineRequest
-from mpichunk.geometry import Box, Triple, triple
-from mpichunk.inference import BlockInference, scaling_for
-from mpichunk.masking import MaskGrid
-from mpichunk.padding import pad, source_box
-from mpichunk.plan import Plan
+from mpichunk.backends.engine import EngineRequest
+from mpichunk.block.inference import BlockInference, scaling_for
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box, Triple, triple
+from mpichunk.geometry.masking import MaskGrid
+from mpichunk.geometry.padding import pad, source_box
+from mpichunk.plan.plan import Plan
 from tests.geometries import cases, make_info
 from tests.reference import ReferenceMask, reference
 

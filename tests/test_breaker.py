@@ -1,7 +1,7 @@
 import pytest
 
-from mpichunk.breaker import Breaker
-from mpichunk.messages import Failed, Lease
+from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.messages import Failed, Lease
 
 PLENTY = 1000
 

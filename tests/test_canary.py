@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from mpichunk.backends.absent import AbsentEngine
-from mpichunk.canary import (
+from mpichunk.block.inference import check_engine
+from mpichunk.config.schema import Model
+from mpichunk.errors import DeviceError, ModelError
+from mpichunk.job.canary import (
     TOLERANCES,
     Finding,
     deviation,
@@ -13,10 +16,7 @@ from mpichunk.canary import (
     judge,
     median_of,
 )
-from mpichunk.comm import SerialCommunicator
-from mpichunk.config import Model
-from mpichunk.errors import DeviceError, ModelError
-from mpichunk.inference import check_engine
+from mpichunk.ranks.comm import SerialCommunicator
 from tests.test_inference import ENGINES, make_plan, make_request
 
 RIGHT = np.linspace(-2, 4, 60, dtype=np.float32).reshape(3, 4, 5)

@@ -13,10 +13,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mpichunk.comm import SerialCommunicator
 from mpichunk.nets import em_affinity_resunet
-from mpichunk.run import run_on
-from mpichunk.synthetic import Membranes
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.verbs.run import run_on
+from mpichunk.volume.synthetic import Membranes
 from tests.endtoend import read_volume, write_config
 
 CHUNKFLOW = os.environ.get("MPICHUNK_CHUNKFLOW")

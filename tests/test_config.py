@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from mpichunk.config import Config, Section, flatten
-from mpichunk.configcheck import check
-from mpichunk.configrule import default_chunk_shape, find_problems
+from mpichunk.config.checks import check
+from mpichunk.config.rules import default_chunk_shape, find_problems
+from mpichunk.config.schema import Config, Section, flatten
 from mpichunk.errors import Problem
 
 Values = dict[str, Any]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.config import Config, Schedule
-from mpichunk.configfile import LoadedConfig, dump_config, json_schema, load_config
-from mpichunk.configtext import parse, render
+from mpichunk.config.file import LoadedConfig, dump_config, json_schema, load_config
+from mpichunk.config.schema import Config, Schedule
+from mpichunk.config.text import parse, render
 from mpichunk.errors import ConfigError
 
 SCHEDULE_KEYS = ", ".join(f"`{name}`" for name in Schedule.model_fields)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk.configfile import load_config
+from mpichunk.config.file import load_config
 from tests.launch import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

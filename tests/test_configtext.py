@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.configtext import parse, render
+from mpichunk.config.text import parse, render
 from mpichunk.errors import ConfigError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -6,11 +6,12 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 
-from mpichunk.coordinator import Coordinator
-from mpichunk.geometry import Box
-from mpichunk.history import read_failures
-from mpichunk.journal import Journal, scan
-from mpichunk.messages import (
+from mpichunk.geometry.box import Box
+from mpichunk.roles.coordinator import Coordinator
+from mpichunk.roles.worker import Worker
+from mpichunk.rundir.history import read_failures
+from mpichunk.rundir.journal import Journal, scan
+from mpichunk.schedule.messages import (
     Acknowledge,
     Assign,
     Done,
@@ -20,10 +21,9 @@ from mpichunk.messages import (
     State,
     Stop,
 )
-from mpichunk.progress import Counters
-from mpichunk.scheduler import Scheduler
-from mpichunk.staticrun import static_blocks
-from mpichunk.worker import Worker
+from mpichunk.schedule.progress import Counters
+from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.staticrun import static_blocks
 from tests.test_worker import FakePipeline, done
 
 

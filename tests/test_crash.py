@@ -37,7 +37,7 @@ def test_a_user_error_on_every_rank_is_left_to_the_caller(mpirun):
 
 def test_without_an_mpi_library_there_is_one_rank(python):
     script = (
-        "from mpichunk.comm import start_mpi; c = start_mpi();"
+        "from mpichunk.ranks.comm import start_mpi; c = start_mpi();"
         "print(type(c).__name__, c.size, c.library)"
     )
     done = python("-c", script, env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})

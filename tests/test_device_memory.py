@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk import inference as inference_module
+from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.engine import Scaling
+from mpichunk.block import inference as inference_module
+from mpichunk.block.inference import BlockInference
 from mpichunk.errors import BlockError, DeviceMemoryError
-from mpichunk.inference import BlockInference
 from tests.test_inference import FLOAT32, Mix, make_plan, make_request
 
 

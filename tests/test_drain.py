@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mpichunk.drain import (
+from mpichunk.roles.drain import (
     LOOK_SECONDS,
     REPEAT_SECONDS,
     STOP_NAME,
@@ -19,7 +19,7 @@ from mpichunk.drain import (
     reason_to_stop,
     request_stop,
 )
-from mpichunk.lock import RunLock
+from mpichunk.rundir.lock import RunLock
 
 
 def watch(run_dir, **kwargs):
@@ -47,7 +47,7 @@ def test_a_reason_is_told_again_now_and_then(tmp_path):
 
 def test_a_second_interrupt_ends_the_process_at_once():
     script = (
-        "import os, signal; from mpichunk.drain import Signals\n"
+        "import os, signal; from mpichunk.roles.drain import Signals\n"
         "with Signals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print(signals.received.name, flush=True)\n"

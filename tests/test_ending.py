@@ -7,15 +7,16 @@ import os
 import numpy as np
 import pytest
 
-from mpichunk.breaker import Breaker
-from mpichunk.conclusion import conclude, note_end
-from mpichunk.coordinator import Coordinator
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.geometry import Box
-from mpichunk.history import read_events, read_failures
-from mpichunk.journal import Journal, scan
-from mpichunk.lock import RunLock
-from mpichunk.messages import (
+from mpichunk.geometry.box import Box
+from mpichunk.job.conclusion import conclude, note_end
+from mpichunk.roles.coordinator import Coordinator
+from mpichunk.rundir.history import read_events, read_failures
+from mpichunk.rundir.journal import Journal, scan
+from mpichunk.rundir.lock import RunLock
+from mpichunk.rundir.runstatus import read_status
+from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.messages import (
     DRAINED,
     FAILURES,
     FINISHED,
@@ -28,8 +29,7 @@ from mpichunk.messages import (
     State,
     Stop,
 )
-from mpichunk.scheduler import Scheduler
-from mpichunk.status import read_status
+from mpichunk.schedule.scheduler import Scheduler
 from tests.test_worker import done, leases
 from tests.test_worker import start as start_worker
 

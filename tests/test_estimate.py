@@ -11,12 +11,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpichunk.config import Config
+from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
-from mpichunk.estimate import Estimate, Probe, estimate
-from mpichunk.geometry import Box, Grid, Triple, triple
-from mpichunk.plan import Plan
-from mpichunk.work import floor_sum, work_of
+from mpichunk.geometry.box import Box, Grid, Triple, triple
+from mpichunk.plan.estimate import Estimate, Probe, estimate
+from mpichunk.plan.plan import Plan
+from mpichunk.plan.work import floor_sum, work_of
 from tests.geometries import cases, make_config, make_info, make_plan, triples
 
 Case = tuple[Config, Box]

@@ -5,14 +5,17 @@ import sys
 
 import pytest
 
-from mpichunk.launcher import name_of
-from mpichunk.recovery import Fuse
+from mpichunk.ranks.launcher import name_of
+from mpichunk.ranks.recovery import Fuse
 from tests.launch import REPOSITORY
 
 
 def burn(script):
     """Run a script with a fuse of 0.8 s."""
-    start = "import time; from mpichunk.recovery import Fuse; f = Fuse(0.8, who='rank 3 on node7')"
+    start = (
+        "import time; from mpichunk.ranks.recovery import Fuse\n"
+        "f = Fuse(0.8, who='rank 3 on node7')"
+    )
     return subprocess.run(
         [sys.executable, "-c", f"{start}\n{script}"],
         cwd=REPOSITORY,

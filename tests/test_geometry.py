@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.geometry import Box, Grid, Triple, ceil_div
+from mpichunk.geometry.box import Box, Grid, Triple, ceil_div
 from tests.geometries import boxes, triples
 
 

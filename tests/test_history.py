@@ -1,9 +1,9 @@
 """What one who takes over reads in the journal."""
 
-from mpichunk.geometry import Box
-from mpichunk.history import read_checksum, read_tries
-from mpichunk.journal import Journal
-from mpichunk.messages import RANK_LOST, Failed, Lease
+from mpichunk.geometry.box import Box
+from mpichunk.rundir.history import read_checksum, read_tries
+from mpichunk.rundir.journal import Journal
+from mpichunk.schedule.messages import RANK_LOST, Failed, Lease
 from tests.test_worker import done
 
 CORE = Box.from_shape((0, 0, 0), (1, 1, 1))

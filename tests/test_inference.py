@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch import nn
 
+from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.blending import window
-from mpichunk.config import Normalize
-from mpichunk.engine import EngineRequest, Scaling
+from mpichunk.block.inference import BlockInference, _slabs, check_engine, is_blank, scaling_for
+from mpichunk.config.schema import Normalize
 from mpichunk.errors import BlockError, ModelError, UserError
-from mpichunk.geometry import Box
-from mpichunk.inference import BlockInference, _slabs, check_engine, is_blank, scaling_for
-from mpichunk.plan import Plan
+from mpichunk.geometry.blending import window
+from mpichunk.geometry.box import Box
+from mpichunk.plan.plan import Plan
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -4,17 +4,17 @@ import time
 import numpy as np
 import pytest
 
-from mpichunk import journal as journals
 from mpichunk.errors import JournalError
-from mpichunk.geometry import Box
-from mpichunk.history import read_failures, read_starts
-from mpichunk.journal import (
+from mpichunk.geometry.box import Box
+from mpichunk.job.startup import changed_versions
+from mpichunk.rundir import journal as journals
+from mpichunk.rundir.history import read_failures, read_starts
+from mpichunk.rundir.journal import (
     Journal,
     read_header,
     scan,
 )
-from mpichunk.messages import Done, Failed, Lease, State
-from mpichunk.startup import changed_versions
+from mpichunk.schedule.messages import Done, Failed, Lease, State
 
 CORE = Box(start=(-3, 0, 64), stop=(61, 64, 128))
 FINGERPRINT = {"input": "file:///em", "patch.shape": (20, 256, 256), "model": {"sha256": "ab"}}

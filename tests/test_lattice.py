@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.lattice import AxisLattice, axis_lattice
+from mpichunk.geometry.lattice import AxisLattice, axis_lattice
 from tests.reference import lattice as naive_lattice
 
 

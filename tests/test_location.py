@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.location import (
+from mpichunk.config.location import (
     is_read_only,
     model_path_mistake,
     place,

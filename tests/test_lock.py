@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk import lock as locks
 from mpichunk.errors import JournalError
-from mpichunk.lock import (
+from mpichunk.rundir import lock as locks
+from mpichunk.rundir.lock import (
     Claim,
     Process,
     RunLock,
@@ -59,7 +59,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path):
 
 def test_the_lock_of_a_dead_job_of_this_machine_is_taken_at_once(tmp_path, caplog):
     script = (
-        "import os, sys; from pathlib import Path; from mpichunk.lock import RunLock;"
+        "import os, sys; from pathlib import Path; from mpichunk.rundir.lock import RunLock;"
         "RunLock.acquire(Path(sys.argv[1])); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
@@ -161,7 +161,7 @@ def test_of_many_jobs_that_start_at_once_at_most_one_gets_the_lock(tmp_path):
     write_claim(tmp_path, age=1000)
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from mpichunk.lock import RunLock; from mpichunk.errors import JournalError\n"
+        "from mpichunk.rundir.lock import RunLock; from mpichunk.errors import JournalError\n"
         "while time.time() < float(sys.argv[2]): pass\n"
         "try: RunLock.acquire(Path(sys.argv[1]))\n"
         "except JournalError: print('refused', flush=True)\n"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mpichunk.nets import em_affinity_resunet
 from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet, Padding
-from mpichunk.synthetic import Membranes
+from mpichunk.volume.synthetic import Membranes
 from tests.metrics import auc
 
 WEIGHTS = Path(em_affinity_resunet.__file__).with_suffix(".safetensors")

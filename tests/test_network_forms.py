@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from mpichunk.backends import get_backend
-from mpichunk.comm import SerialCommunicator
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
+from mpichunk.backends.engine import EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.nets import em_affinity_resunet
 from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
-from mpichunk.run import run_on
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.verbs.run import run_on
 from tests import published_nets
 from tests.endtoend import read_volume, write_config
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from mpichunk.backends import get_backend
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.onnx_file import onnx_files
-from mpichunk.config import Model
-from mpichunk.configrule import CPU_BACKENDS
-from mpichunk.engine import EngineRequest
+from mpichunk.block.inference import check_engine
+from mpichunk.config.rules import CPU_BACKENDS
+from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
-from mpichunk.inference import check_engine
-from mpichunk.startup import library_versions
+from mpichunk.job.startup import library_versions
 from tests import onnx_maker
 from tests.endtoend import files_of, read_volume, start_lines, trap, write_config
 from tests.launch import REPOSITORY

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.geometry import Box, triple
-from mpichunk.padding import pad, source_box
+from mpichunk.geometry.box import Box, triple
+from mpichunk.geometry.padding import pad, source_box
 
 MODES = ("reflect", "edge", "zero")
 NUMPY_MODES = {"reflect": "reflect", "edge": "edge", "zero": "constant"}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk import coordinator
-from mpichunk.messages import State
+from mpichunk.roles import coordinator
+from mpichunk.schedule.messages import State
 from tests.contest import World, read_checksum
 
 SEEDS = st.integers(0, 10**9)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.config import Config
+from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
-from mpichunk.geometry import Box, Grid, Triple, triple
-from mpichunk.plan import Plan
+from mpichunk.geometry.box import Box, Grid, Triple, triple
+from mpichunk.plan.plan import Plan
 from tests import reference
 from tests.geometries import cases, make_config, make_plan, triples
 

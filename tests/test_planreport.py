@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpichunk.config import Config
-from mpichunk.estimate import Estimate, Probe, estimate
-from mpichunk.geometry import Box
-from mpichunk.plan import Plan
-from mpichunk.planreport import plan_json, render_plan
-from mpichunk.volumeinfo import VolumeInfo
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box
+from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.plan.estimate import Estimate, Probe, estimate
+from mpichunk.plan.plan import Plan
+from mpichunk.plan.report import plan_json, render_plan
 from tests.geometries import make_config, make_info
 
 MODEL = {"backend": "pytorch", "path": "/nets/net.pt", "out_channels": 3}

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 
-from mpichunk.progress import (
+from mpichunk.schedule.progress import (
     COUNTERS,
     BarDisplay,
     LineDisplay,

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from mpichunk.backends import get_backend
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.pznet import try_net
 from mpichunk.backends.pznet_net import needed_python, write_resolver
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from tests.endtoend import read_volume, write_config
 
@@ -83,9 +83,9 @@ PRELUDE = """
 import json, os, sys, threading
 import numpy as np
 from mpichunk.backends import get_backend
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
-from mpichunk.inference import check_engine
+from mpichunk.config.schema import Model
+from mpichunk.backends.engine import EngineRequest
+from mpichunk.block.inference import check_engine
 folder, given = sys.argv[1], json.loads(sys.argv[2])
 request = EngineRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 backend = get_backend("pznet")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk.configfile import load_config
+from mpichunk.config.file import load_config
 from tests.launch import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mpichunk.geometry import Box, Triple
+from mpichunk.geometry.box import Box, Triple
 from tests.geometries import make_config, make_plan
 from tests.reference import ReferenceMask, quantise, reference
 

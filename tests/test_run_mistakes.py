@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mpichunk import cli, comm
-from mpichunk.comm import SerialCommunicator
+from mpichunk import cli
+from mpichunk.ranks import comm
+from mpichunk.ranks.comm import SerialCommunicator
 
 NETS = """
 import torch
@@ -32,7 +33,7 @@ class Net(torch.nn.Module):
 def attempt(tmp_path, monkeypatch, capfd):
     """Return `attempt(verb, changes) -> (exit code, what stderr says)`, on one rank without MPI."""
     monkeypatch.setattr(comm, "start_mpi", SerialCommunicator)
-    monkeypatch.setattr("mpichunk.run.start_mpi", SerialCommunicator)
+    monkeypatch.setattr("mpichunk.verbs.run.start_mpi", SerialCommunicator)
     with h5py.File(tmp_path / "raw.h5", "w") as file:
         random = np.random.default_rng(0)
         file["raw"] = random.integers(1, 256, (16, 24, 24), dtype=np.uint8)

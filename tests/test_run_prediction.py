@@ -11,26 +11,26 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpichunk import journal
-from mpichunk.assembly import (
+from mpichunk.backends.reduction import Reduction
+from mpichunk.cli import main
+from mpichunk.config.file import dump_config, load_config
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box
+from mpichunk.geometry.padding import pad, source_box
+from mpichunk.geometry.symmetry import NAMES, turns_of
+from mpichunk.job.assembly import (
     bind_ranks,
     engine_request,
     load_engine,
     make_augmentation,
     make_inference,
 )
-from mpichunk.cli import main
-from mpichunk.comm import SerialCommunicator
-from mpichunk.config import Config
-from mpichunk.configfile import dump_config, load_config
-from mpichunk.estimate import estimate
-from mpichunk.geometry import Box
-from mpichunk.padding import pad, source_box
-from mpichunk.plan import Plan
-from mpichunk.reduction import Reduction
-from mpichunk.run import run_on
-from mpichunk.startup import fingerprint_of, prepare
-from mpichunk.symmetry import NAMES, turns_of
+from mpichunk.job.startup import fingerprint_of, prepare
+from mpichunk.plan.estimate import estimate
+from mpichunk.plan.plan import Plan
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir import journal
+from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, write_config
 from tests.geometries import cases, make_config, make_info, make_plan
 from tests.metrics import auc

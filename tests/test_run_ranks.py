@@ -11,13 +11,14 @@ import h5py
 import numpy as np
 import pytest
 
-from mpichunk import cli, journal
-from mpichunk.comm import SerialCommunicator
-from mpichunk.configfile import load_config
+from mpichunk import cli
+from mpichunk.config.file import load_config
 from mpichunk.errors import LaunchError
-from mpichunk.geometry import Box
-from mpichunk.plan import Plan
-from mpichunk.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
+from mpichunk.geometry.box import Box
+from mpichunk.job.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
+from mpichunk.plan.plan import Plan
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir import journal
 from mpichunk.volume import OutputSpec, create_output, open_output
 from tests.endtoend import (
     TRAPPED,
@@ -279,7 +280,7 @@ def status_json(config: Path, capsys: Any) -> dict[str, Any]:
 @pytest.fixture
 def alone(monkeypatch, capfd):
     """Return `alone(*arguments) -> (exit code, stderr)`: the program in this process, no MPI."""
-    monkeypatch.setattr("mpichunk.run.start_mpi", SerialCommunicator)
+    monkeypatch.setattr("mpichunk.verbs.run.start_mpi", SerialCommunicator)
 
     def run(*arguments: object) -> tuple[int, str]:
         capfd.readouterr()

@@ -11,8 +11,8 @@ import torch
 import zarr
 from cloudvolume import CloudVolume
 
-from mpichunk.configfile import load_config
-from mpichunk.geometry import Box, triple
+from mpichunk.config.file import load_config
+from mpichunk.geometry.box import Box, triple
 from mpichunk.nets import em_affinity_resunet
 from tests.endtoend import files_of, read_volume, write_config
 from tests.metrics import auc
@@ -143,7 +143,7 @@ def test_sharded_zarr(tmp_path, mpirun, real_data, expected, padding, script, dt
 
 
 def load_plan(config: Path) -> Any:
-    from mpichunk.plan import Plan
+    from mpichunk.plan.plan import Plan
 
     return Plan.from_config(load_config(config).config, DOMAIN)
 

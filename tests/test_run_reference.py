@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 import mpichunk.nets
-from mpichunk import journal
-from mpichunk.comm import SerialCommunicator
-from mpichunk.config import Config
-from mpichunk.configfile import load_config
-from mpichunk.geometry import Box
-from mpichunk.run import run_on
-from mpichunk.synthetic import parse_synthetic
+from mpichunk.config.file import load_config
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Box
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir import journal
+from mpichunk.verbs.run import run_on
 from mpichunk.volume import open_input
+from mpichunk.volume.synthetic import parse_synthetic
 from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
 

@@ -13,9 +13,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from mpichunk.messages import Lease, State
-from mpichunk.scheduler import MOST_DEATHS, Scheduler
-from mpichunk.staticrun import WINDOW, static_blocks, static_run
+from mpichunk.schedule.messages import Lease, State
+from mpichunk.schedule.scheduler import MOST_DEATHS, Scheduler
+from mpichunk.schedule.staticrun import WINDOW, static_blocks, static_run
 
 
 def drain(scheduler, rank):

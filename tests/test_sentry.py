@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.messages import Beat, Heard
-from mpichunk.progress import Counters
-from mpichunk.sentry import Lead, Lookout, MustEnd, note_beat
-from mpichunk.vigil import Tempo, Vigil
+from mpichunk.roles.sentry import Lead, Lookout, MustEnd, note_beat
+from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.messages import Beat, Heard
+from mpichunk.schedule.progress import Counters
 
 
 class FakeCoordinator:

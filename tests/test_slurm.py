@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from mpichunk.slurm import (
+from mpichunk.ranks.slurm import (
     AGAIN_SECONDS,
     VARIABLES,
     Allocation,

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk import synthetic
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, triple
-from mpichunk.synthetic import TILE, Membranes, parse_synthetic
+from mpichunk.geometry.box import Box, triple
+from mpichunk.volume import synthetic
+from mpichunk.volume.synthetic import TILE, Membranes, parse_synthetic
 from tests.metrics import auc
 
 URL = "synthetic://membranes?shape=64,512,512"

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from mpichunk.backends import get_backend
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.exported_archive import strange_parts
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
+from mpichunk.block.inference import check_engine
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
-from mpichunk.fingerprint import file_hash
-from mpichunk.inference import check_engine
+from mpichunk.filehash import file_hash
 
 NET_PY = """
 import torch

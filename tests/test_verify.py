@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpichunk import cli, journal
-from mpichunk.checksum import checksum_of, digest_of
-from mpichunk.comm import SerialCommunicator
-from mpichunk.digests import read_digests
-from mpichunk.run import run_on
+from mpichunk import cli
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir import journal
+from mpichunk.rundir.checksum import checksum_of, digest_of
+from mpichunk.rundir.digests import read_digests
+from mpichunk.verbs.run import run_on
 from tests.endtoend import TRAPPED, assert_same_files, block_lines, trap, write_config
 
 OUTPUTS = {

@@ -1,6 +1,6 @@
 import pytest
 
-from mpichunk.vigil import KILL_SECONDS, Tempo, Vigil
+from mpichunk.schedule.hang import KILL_SECONDS, Tempo, Vigil
 
 
 def start(*ranks, seconds=0.1):

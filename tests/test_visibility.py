@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from mpichunk.backends import devices
-from mpichunk.matching import match
-from mpichunk.visibility import listed_name, visible_devices
+from mpichunk.backends.matching import match
+from mpichunk.backends.visibility import listed_name, visible_devices
 
 VISIBLE = [
     ({}, "all"),

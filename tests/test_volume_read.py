@@ -16,7 +16,7 @@ import tensorstore as ts
 import zarr
 
 from mpichunk.errors import BlockError, VolumeError
-from mpichunk.geometry import Box, Grid
+from mpichunk.geometry.box import Box, Grid
 from mpichunk.volume import Reader, open_input
 
 RNG = np.random.default_rng(7)

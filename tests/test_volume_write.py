@@ -12,7 +12,7 @@ import tensorstore as ts
 import zarr
 
 from mpichunk.errors import BlockError, DiskFullError, VolumeError
-from mpichunk.geometry import Box, Grid
+from mpichunk.geometry.box import Box, Grid
 from mpichunk.volume import (
     OutputSpec,
     Writer,

@@ -3,7 +3,8 @@ import threading
 
 import pytest
 
-from mpichunk.messages import (
+from mpichunk.roles.worker import Worker
+from mpichunk.schedule.messages import (
     Acknowledge,
     Ask,
     Assign,
@@ -17,9 +18,8 @@ from mpichunk.messages import (
     Stop,
     Verdict,
 )
-from mpichunk.permits import Permits
-from mpichunk.progress import Counters
-from mpichunk.worker import Worker
+from mpichunk.schedule.permits import Permits
+from mpichunk.schedule.progress import Counters
 
 
 class FakePipeline:

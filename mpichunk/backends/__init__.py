@@ -6,14 +6,14 @@ Importing this package imports no framework: a backend does so when it probes or
 from pathlib import Path
 from typing import Protocol
 
+from mpichunk.backends.binding import Probe
+from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.identity import IdentityBackend
 from mpichunk.backends.onnxruntime import OnnxruntimeBackend
 from mpichunk.backends.openvino import OpenvinoBackend
 from mpichunk.backends.pytorch import PytorchBackend
 from mpichunk.backends.pznet import PznetBackend
-from mpichunk.binding import Probe
-from mpichunk.config import Model
-from mpichunk.engine import Engine, EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 
 

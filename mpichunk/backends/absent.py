@@ -5,8 +5,8 @@ Knows no framework and no device: those may be what is broken.
 
 from typing import NoReturn
 
+from mpichunk.backends.engine import DeviceArray, EngineInfo, EngineRequest
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.engine import DeviceArray, EngineInfo, EngineRequest
 from mpichunk.errors import ModelError, UserError
 
 

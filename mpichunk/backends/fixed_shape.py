@@ -6,7 +6,7 @@ Knows no framework: a shape is five numbers, None where the network takes any.
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpichunk.engine import EngineRequest
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.errors import ModelError
 
 

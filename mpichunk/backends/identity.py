@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.backends.binding import Probe
 from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.binding import Probe
-from mpichunk.config import Model
-from mpichunk.engine import EngineInfo, EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError, UserError
 
 

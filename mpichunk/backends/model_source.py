@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mpichunk.config import Model
+from mpichunk.config.location import split_model_path
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
-from mpichunk.location import split_model_path
 
 _FORMS = (
     "expected a torch.export file (.pt2), a TorchScript file, `file.py:Name` or "

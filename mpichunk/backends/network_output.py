@@ -5,10 +5,10 @@ Knows no framework: only shapes come in, and slices go out.
 
 from collections.abc import Sequence
 
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.size_advice import OutputShape, crop_advice, size_advice
-from mpichunk.engine import EngineRequest
 from mpichunk.errors import ModelError
-from mpichunk.geometry import add, subtract, triple
+from mpichunk.geometry.box import add, subtract, triple
 
 Cut = tuple[slice, slice, slice, slice, slice]
 """What to keep of (n, c, z, y, x)."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.engine import Scaling, Vectors
-from mpichunk.geometry import Slices, Triple
-from mpichunk.symmetry import STRAIGHT, Move, Turn
+from mpichunk.backends.engine import Scaling, Vectors
+from mpichunk.geometry.box import Slices, Triple
+from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 Array = npt.NDArray[np.float32]
 Window = tuple[Array, Array]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpichunk.backends.model_source import existing_file
-from mpichunk.config import Model
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 
 _FORMS = "expected an .onnx file"

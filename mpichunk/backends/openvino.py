@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.backends.binding import Probe
 from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.model_source import WEIGHTS_KEY
 from mpichunk.backends.network_output import find_cut
 from mpichunk.backends.numpy_arrays import NumpyArrays
@@ -23,11 +25,9 @@ from mpichunk.backends.openvino_model import (
     read_network,
     reshape_network,
 )
-from mpichunk.binding import Probe
-from mpichunk.config import Model
-from mpichunk.engine import EngineInfo, EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError
-from mpichunk.geometry import Triple
+from mpichunk.geometry.box import Triple
 
 _OUT_OF_MEMORY = "bad_alloc", "could not allocate", "out of memory", "Can't allocate"
 _PRECISIONS = {"f32": "float32", "float": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}

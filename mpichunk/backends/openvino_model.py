@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.fixed_shape import refuse_fixed_shape
 from mpichunk.backends.model_source import existing_file, torch_files
 from mpichunk.backends.network_output import failed_forward
 from mpichunk.backends.onnx_file import onnx_files
 from mpichunk.backends.optional import not_importable
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
-from mpichunk.geometry import Triple, triple
+from mpichunk.geometry.box import Triple, triple
 
 _LENGTH_NBYTES = 8
 _TELEMETRY = "openvino_telemetry"

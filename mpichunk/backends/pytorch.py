@@ -5,11 +5,11 @@ Imports torch only when it probes or loads.
 
 from pathlib import Path
 
+from mpichunk.backends.binding import Probe
 from mpichunk.backends.devices import probe_devices
+from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.model_source import torch_files
-from mpichunk.binding import Probe
-from mpichunk.config import Model
-from mpichunk.engine import Engine, EngineRequest
+from mpichunk.config.schema import Model
 
 
 class PytorchBackend:

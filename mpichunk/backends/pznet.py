@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.backends.binding import Probe
 from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.fixed_shape import refuse_fixed_shape
 from mpichunk.backends.network_output import find_cut
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.pznet_net import PznetNet, find_files, load_net
-from mpichunk.binding import Probe
-from mpichunk.config import Model
-from mpichunk.engine import EngineInfo, EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError, UserError
 
 _TRIAL_SECONDS = 300

@@ -5,7 +5,7 @@ Knows no framework: what the network makes of a shape is a parameter.
 
 from collections.abc import Callable, Sequence
 
-from mpichunk.geometry import Triple, subtract, triple
+from mpichunk.geometry.box import Triple, subtract, triple
 
 Accepts = Callable[[Triple], bool]
 """Whether the network runs on a patch of this shape."""

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.engine import Scaling, Vectors
-from mpichunk.geometry import Slices, Triple
-from mpichunk.symmetry import STRAIGHT, Move, Turn
+from mpichunk.backends.engine import Scaling, Vectors
+from mpichunk.geometry.box import Slices, Triple
+from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 
 class TorchArrays:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpichunk.engine import EngineRequest
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.errors import ModelError
-from mpichunk.geometry import add, subtract
+from mpichunk.geometry.box import add, subtract
 
 MAKERS = "InstantiatedModel", "load_model", "PatchInferencer"
 """Names in a model file that mean chunkflow's convention."""

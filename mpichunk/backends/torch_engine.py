@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends.devices import accelerator_name
+from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.network_output import failed_forward, find_cut
 from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.backends.torch_network import where_raised
-from mpichunk.engine import EngineInfo, EngineRequest
 from mpichunk.errors import DeviceError, ModelError, UserError
-from mpichunk.geometry import Triple, triple
+from mpichunk.geometry.box import Triple, triple
 
 _OUT_OF_MEMORY = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
 """What torch, cuDNN and cuBLAS say where they raise no OutOfMemoryError."""

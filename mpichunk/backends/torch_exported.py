@@ -15,10 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.exported_archive import schema_version, strange_parts
 from mpichunk.backends.fixed_shape import refuse_fixed_shape
 from mpichunk.backends.torch_weights import first_line
-from mpichunk.engine import EngineRequest
 from mpichunk.errors import ModelError
 
 _TRAINING_ARGUMENT = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.model_source import (
     WEIGHTS_KEY,
     ModelSource,
@@ -27,10 +28,9 @@ from mpichunk.backends.model_source import (
 from mpichunk.backends.torch_chunkflow import MAKERS, ChunkflowNetwork, make_universal
 from mpichunk.backends.torch_exported import load_exported
 from mpichunk.backends.torch_weights import first_line, load_weights
-from mpichunk.config import Model
-from mpichunk.engine import EngineRequest
+from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
-from mpichunk.fingerprint import file_hash
+from mpichunk.filehash import file_hash
 
 _CHANNELS_LAST = "channels_last"
 

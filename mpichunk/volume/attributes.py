@@ -9,7 +9,7 @@ from math import isfinite
 from typing import Any
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Triple, triple
+from mpichunk.geometry.box import Triple, triple
 from mpichunk.volume.source import VoxelSize
 
 Attributes = Mapping[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box
+from mpichunk.geometry.box import Box
 from mpichunk.volume.address import Address
 from mpichunk.volume.attributes import Given
 from mpichunk.volume.metadata import Metadata, Scale, scale_of

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple
-from mpichunk.synthetic import parse_synthetic
+from mpichunk.geometry.box import Box, Triple
 from mpichunk.volume.address import SYNTHETIC
 from mpichunk.volume.attributes import Given
 from mpichunk.volume.source import Facts, Recipe
+from mpichunk.volume.synthetic import parse_synthetic
 from mpichunk.volume.tensor import virtual_store
 
 CHUNK: Triple = (32, 64, 64)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple, triple
+from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.volume.address import HDF5
 from mpichunk.volume.attributes import Given, axes_of, voxel_offset_of, voxel_size_of
 from mpichunk.volume.source import Facts, Recipe, usable_dtype

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple, ceil_div
+from mpichunk.geometry.box import Box, Triple, ceil_div
 from mpichunk.volume.address import FORMAT_NAMES, PRECOMPUTED, ZARR2, ZARR3
 from mpichunk.volume.attributes import voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import Metadata

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Triple, triple
+from mpichunk.geometry.box import Triple, triple
 from mpichunk.volume.address import FORMAT_NAMES, HDF5, N5, PRECOMPUTED, ZARR2, ZARR3, Address
 from mpichunk.volume.source import VoxelSize
 from mpichunk.volume.tensor import read_json, read_key

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple
+from mpichunk.geometry.box import Box, Triple
+from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.volume.address import HDF5, PRECOMPUTED, SYNTHETIC, Address, parse_address
 from mpichunk.volume.attributes import Given
 from mpichunk.volume.cloud import CloudSource, needs_cloudvolume, reopen_cloud
@@ -21,7 +22,6 @@ from mpichunk.volume.hdf5 import Hdf5Source, reopen_hdf5
 from mpichunk.volume.metadata import array_metadata, find_driver, refuse_mip, scale_of
 from mpichunk.volume.source import Recipe, Source, VoxelSize, keyed
 from mpichunk.volume.stored import ReopenedSource, StoredSource
-from mpichunk.volumeinfo import VolumeInfo
 
 Handle = dict[str, Any]
 Volume = str | dict[str, Any]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple
+from mpichunk.geometry.box import Box, Triple
 
 VoxelSize = tuple[float, float, float]
 Recipe = dict[str, Any]

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Triple, add, triple
+from mpichunk.geometry.box import Triple, add, triple
 from mpichunk.volume.address import N5, PRECOMPUTED, ZARR2, Address
 from mpichunk.volume.attributes import Given, axes_of, voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import MARKERS, Metadata, attributes_of, scale_of

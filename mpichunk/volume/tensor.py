@@ -10,7 +10,7 @@ from typing import Any
 import tensorstore as ts
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box, Triple, subtract, triple
+from mpichunk.geometry.box import Box, Triple, subtract, triple
 from mpichunk.volume.future import cause
 from mpichunk.volume.source import Facts, Fetch
 

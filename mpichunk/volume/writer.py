@@ -13,7 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry import Box
+from mpichunk.geometry.box import Box
+from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
 from mpichunk.volume.cloud import has_suffixed_files
 from mpichunk.volume.future import BlockFuture
@@ -33,7 +34,6 @@ from mpichunk.volume.metadata import array_metadata, attributes_of, detect, form
 from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
 from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
-from mpichunk.volumeinfo import VolumeInfo
 
 
 class Writer:

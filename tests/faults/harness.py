@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import yaml
 
-from mpichunk import cli, journal
+from mpichunk import cli
 from mpichunk.errors import ExitCode
-from mpichunk.geometry import Box
-from mpichunk.status import RunStatus, read_status
+from mpichunk.geometry.box import Box
+from mpichunk.rundir import journal
+from mpichunk.rundir.runstatus import RunStatus, read_status
 from mpichunk.volume import OutputSpec, create_output, open_output
 from tests.endtoend import assert_same_files, block_lines, kill_tree
 from tests.faults.program import VARIABLE

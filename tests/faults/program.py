@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk import cli, vigil
+from mpichunk import cli
 from mpichunk.backends.identity import IdentityEngine
+from mpichunk.block.inference import BlockInference
+from mpichunk.block.pipeline import Pipeline
 from mpichunk.errors import BlockError
-from mpichunk.inference import BlockInference
-from mpichunk.journal import Journal
-from mpichunk.messages import Done
-from mpichunk.pipeline import Pipeline
+from mpichunk.roles.worker import Worker
+from mpichunk.rundir.journal import Journal
+from mpichunk.schedule import hang as vigil
+from mpichunk.schedule.messages import Done
 from mpichunk.volume import Writer
-from mpichunk.worker import Worker
 
 DEADLY_SECONDS = 0.4
 """What a block takes that kills its rank: by then all is reported that was computed before."""

@@ -7,7 +7,8 @@ from tests.faults.slow import NUM_BLOCKS, check, slow_config
 
 PROGRAM = """
 import os, sys
-from mpichunk import cli, run
+from mpichunk import cli
+from mpichunk.verbs import run
 
 load, rank = run.load_engine, os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from mpichunk import journal
+from mpichunk.rundir import journal
 from tests.endtoend import assert_same_files, block_lines
 from tests.faults.slow import (
     NUM_BLOCKS,

@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 
-from mpichunk import cli, journal
-from mpichunk.drain import STOP_NAME
+from mpichunk import cli
+from mpichunk.roles.drain import STOP_NAME
+from mpichunk.rundir import journal
 from tests.endtoend import assert_same_files, block_lines, wait_until_done
 from tests.faults.slow import (
     NUM_BLOCKS,

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.slow
 
 ENDS = """
 import os, signal, sys, time
-from mpichunk.comm import start_mpi
+from mpichunk.ranks.comm import start_mpi
 from mpichunk.errors import RankLost
-from mpichunk.recovery import regroup
+from mpichunk.ranks.recovery import regroup
 
 comm = start_mpi()
 way = sys.argv[1 + comm.rank]

@@ -17,8 +17,8 @@ import pytest
 
 from mpichunk import cli
 from mpichunk.errors import ExitCode
-from mpichunk.recovery import Fuse
-from mpichunk.scheduler import MOST_DEATHS
+from mpichunk.ranks.recovery import Fuse
+from mpichunk.schedule.scheduler import MOST_DEATHS
 from tests.endtoend import assert_same_files, kill_tree, wait_until_done
 from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
 from tests.faults.program import VARIABLE
@@ -289,7 +289,8 @@ def test_a_start_that_does_not_complete_ends_by_itself(bench):
 
 def test_the_fuse_burns_only_while_it_is_lit():
     script = (
-        "import time; from mpichunk.recovery import Fuse; f = Fuse(0.5); f.light(); f.put_out();"
+        "import time; from mpichunk.ranks.recovery import Fuse; f = Fuse(0.5);"
+        "f.light(); f.put_out();"
         "time.sleep(1); print('here', flush=True); f.light(); time.sleep(60)"
     )
     done = subprocess.run(

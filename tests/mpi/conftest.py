@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk.comm import MpiCommunicator, SerialCommunicator, start_mpi
+from mpichunk.ranks.comm import MpiCommunicator, SerialCommunicator, start_mpi
 
 
 @pytest.fixture(scope="session")

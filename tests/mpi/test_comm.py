@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from mpichunk.comm import SerialCommunicator, start_mpi
+from mpichunk.ranks.comm import SerialCommunicator, start_mpi
 
 
 def receive(comm, num):

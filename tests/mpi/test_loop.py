@@ -6,10 +6,10 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from mpichunk.comm import SerialCommunicator
-from mpichunk.journal import Journal, scan
-from mpichunk.messages import State
-from mpichunk.progress import NullDisplay
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir.journal import Journal, scan
+from mpichunk.schedule.messages import State
+from mpichunk.schedule.progress import NullDisplay
 from tests.fakeranks import run
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import psutil
 
-from mpichunk import journal
+from mpichunk.rundir import journal
 from tests.endtoend import assert_same_files, block_lines, start_lines
 from tests.faults.slow import DEPTH, NUM_BLOCKS, slow_config
 from tests.slurm.site import change_script, told

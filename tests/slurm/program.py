@@ -12,9 +12,10 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from mpichunk import cli, lock
+from mpichunk import cli
 from mpichunk.backends import devices, identity
-from mpichunk.binding import Probe
+from mpichunk.backends.binding import Probe
+from mpichunk.rundir import lock
 from tests.faults import program
 
 STALE_SECONDS = 8.0

@@ -1,0 +1,242 @@
+"""What a backend must be: the protocols between the blending and any network.
+
+Knows no framework. An engine brings the few array operations that blending needs on its own device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.errors import UserError
+from mpichunk.geometry.box import Slices, Triple
+from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+
+DeviceArray = Any
+"""An array in the engine's own framework and on its own device."""
+
+Vectors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Host vectors along z, y and x whose outer product is meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How raw input becomes the network's float32: clip, subtract, then divide."""
+
+    clip: tuple[float, float] | None = None
+    """Raw values are clipped to this range first."""
+
+    subtract: float = 0.0
+    """Taken off the raw value."""
+
+    divide: float = 1.0
+    """What the rest is divided by (a true float32 division)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What really runs, for the log and the provenance."""
+
+    backend: str
+    """Name of the backend, as in the config."""
+
+    version: str
+    """Version of the framework."""
+
+    device: str
+    """Device in words, e.g. "cuda:0 NVIDIA H100" or "cpu"."""
+
+    device_kind: str
+    """What the bytes depend on: accelerator model, or CPU instruction set."""
+
+    precision: str
+    """Precision really used."""
+
+    threads: int
+    """CPU threads of the forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """What a backend is asked for; shapes in voxels, zyx."""
+
+    patch_shape: Triple
+    """Spatial shape of the network's input."""
+
+    crop: Triple
+    """Border that is cut off each side of the network's output, or that it has cut itself."""
+
+    batch_size: int
+    """Patches per forward; every forward gets exactly this many, or fewer for lack of memory."""
+
+    in_channels: int
+    """Channels of the input volume."""
+
+    out_channels: int
+    """Channels that the network must return."""
+
+    threads: int
+    """CPU threads for the forward pass."""
+
+    precision: str
+    """`float32` for now."""
+
+    device: str
+    """`cpu`, or the framework's name of one accelerator, e.g. `cuda:0`."""
+
+    deterministic: bool
+    """Whether algorithms must be chosen deterministically."""
+
+
+class Arrays(Protocol):
+    """The array operations of blending, on one device.
+
+    `czyx` arrays hold float32 unless said otherwise. Nothing here decides: geometry and order of
+    operations belong to `inference`. One engine's arrays serve one thread.
+    """
+
+    @property
+    def slab_nbytes(self) -> int:
+        """Bytes of float32 that are finished at a time: on a CPU what its cache holds."""
+
+    def upload(self, host_czyx: npt.NDArray[Any]) -> DeviceArray:
+        """Return the raw host array on the device, in its own dtype."""
+
+    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> DeviceArray:
+        """Return a float32 array of zeros; with `reuse`, one that the next such call overwrites."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """Return an array of an output dtype, its values undefined."""
+
+    def gather(
+        self,
+        source_czyx: DeviceArray,
+        where: Sequence[Slices],
+        *,
+        patch_shape: Triple,
+        batch_size: int,
+        scaling: Scaling,
+        turn: Turn = STRAIGHT,
+    ) -> DeviceArray:
+        """Cut patches out of a raw source, scale them to float32, pad the batch with zero patches.
+
+        A `turn` is applied to each patch; one that exchanges y and x needs a square patch.
+
+        Returns (batch_size, channels, *patch_shape), in a buffer that the next call overwrites.
+        """
+
+    def activate(self, batch_nczyx: DeviceArray, activation: str) -> DeviceArray:
+        """Return the batch through `none`, `sigmoid`, or `softmax` over channels.
+
+        What is returned may be a buffer that the next call overwrites; the batch stays untouched.
+        """
+
+    def sums(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return a float32 array of zeros for `add_turned`, which the next such call overwrites."""
+
+    def add_turned(
+        self,
+        sum_nczyx: DeviceArray,
+        batch_nczyx: DeviceArray,
+        turn: Turn,
+        moves: Sequence[Move],
+    ) -> None:
+        """Turn predictions of a turned batch back, and add what each move takes to the sum."""
+
+    def multiply(self, array: DeviceArray, factor: float) -> None:
+        """Multiply in place."""
+
+    def window(self, vectors: Vectors) -> DeviceArray:
+        """Return the product of three window vectors in the form that `add_weighted` likes best."""
+
+    def add_weighted(
+        self,
+        total_czyx: DeviceArray,
+        where: Slices,
+        patch_czyx: DeviceArray,
+        part: Slices,
+        window: DeviceArray,
+    ) -> None:
+        """Do total[:, where] += (patch * window)[:, part], in float32.
+
+        `window` comes from `window` and covers the whole patch.
+        """
+
+    def divide(self, total_czyx: DeviceArray, sums: Vectors) -> None:
+        """Divide in place by the product of three vectors as long as the array's axes."""
+
+    def apply_mask(self, total_czyx: DeviceArray, mask_zyx: npt.NDArray[np.bool_]) -> None:
+        """Set to zero, in place, what the mask excludes, whatever was there."""
+
+    def is_finite(self, array: DeviceArray) -> bool:
+        """Return whether the array holds neither NaN nor inf."""
+
+    def gate(
+        self, total_czyx: DeviceArray, channel: int, below: float, gated: Sequence[int]
+    ) -> None:
+        """Set channels to zero, in place, wherever one channel is not below a value."""
+
+    def best_channel(
+        self,
+        total_czyx: DeviceArray,
+        channels: Sequence[int],
+        out_zyx: DeviceArray,
+        *,
+        is_vote: bool,
+    ) -> None:
+        """Write which of the channels is largest, the first of equal ones, counted from 0.
+
+        A vote is counted from 1, and is 0 where all the channels are zero.
+        """
+
+    def above(self, total_czyx: DeviceArray, threshold: float, out_czyx: DeviceArray) -> None:
+        """Write 1 where a value is greater than the threshold, else 0."""
+
+    def quantise(self, total_czyx: DeviceArray, out_czyx: DeviceArray) -> None:
+        """Convert into an array of the output dtype; what was in `total_czyx` is lost.
+
+        Integers: clip to [0, 1], times the dtype's maximum, rounded half to even in float32.
+        float16 and float32 are plain casts.
+        """
+
+    def download(self, array: DeviceArray) -> npt.NDArray[Any]:
+        """Return the array on the host, C contiguous; it may share the array's memory."""
+
+    def wait(self) -> None:
+        """Return when the device has done all that was asked of it."""
+
+    def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return the device memory that a call takes at its peak; None for a host's memory."""
+
+    def release(self) -> None:
+        """Give back all memory that is only kept for later calls."""
+
+
+class Engine(Protocol):
+    """A network, loaded, on one device."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The array operations of the engine's device."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What really runs."""
+
+    def infer(self, batch_nczyx: DeviceArray) -> DeviceArray:
+        """Run the network on (n, c, *patch_shape) float32; return (n, out_channels, *Q) float32.
+
+        Q is patch_shape - 2 * crop: the engine has cut what the network had not cut itself.
+        What is returned may be a buffer that the next call overwrites.
+
+        Raises:
+            ModelError: the network returned something else.
+        """
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Return whether the device had no memory left, so that a smaller batch may do."""
+
+    def explain(self, error: Exception) -> UserError:
+        """Say what the user can do about an exception that `infer` raised in its first forward."""

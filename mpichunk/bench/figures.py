@@ -1,0 +1,259 @@
+"""What a benchmark has measured, what follows from it, and what would make a run faster.
+
+Pure arithmetic on seconds and counts. Knows no ranks, no networks and no files.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from mpichunk.config.schema import Config
+from mpichunk.plan.advice import Advice
+from mpichunk.plan.work import Work
+
+NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "writing"
+"""What a run can be bound by."""
+
+_BLENDING_STAGES = ("gather", "accumulate", "finalise")
+_WELL = 0.9
+"""A run that computes so much of its time has nothing else to mend."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Blocks that one rank has run through the pipeline, from the first read to the last write."""
+
+    seconds: float
+    num_voxels: int
+    """Voxels written, not counted once more per channel."""
+
+    num_patches: int
+    """Patches that went through the network."""
+
+    num_batches: int
+    """Forwards, those of every turn of an augmentation."""
+
+    nbytes_read: int
+    nbytes_written: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFigures:
+    """What one rank has measured."""
+
+    host: str
+    device: str
+    whole: tuple[Pass, ...]
+    """One per repeat."""
+
+    bare: tuple[float, ...]
+    """Seconds of as many forwards, per repeat."""
+
+    stages: Mapping[str, float]
+    """Seconds of each stage of one block, none beside another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A figure of several repeats."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of at least one value."""
+        return cls(median=median(values), least=min(values), most=max(values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What all ranks together have measured."""
+
+    bare: Spread
+    """Mvox/s of output, if there were nothing but forwards."""
+
+    whole: Spread
+    """Mvox/s of output, read to written."""
+
+    efficiency: Spread
+    """Share of the time that the bare forwards take: bare seconds over whole seconds."""
+
+    seconds_per_batch: float
+    """Of one forward; with several ranks, while the others compute too."""
+
+    stages: Mapping[str, float]
+    """Median over the ranks, seconds of one block."""
+
+    blending: float
+    """Share of a rank's time for gathering, activation, accumulating and finishing."""
+
+    waiting: float
+    """Share of the time that is neither forward nor blending: input and output that was not hidden,
+    and the first read and the last write, which hide behind nothing."""
+
+    bound_by: str
+    """What takes most of the time."""
+
+    num_voxels: int
+    """Voxels written per repeat."""
+
+    num_patches: int
+    """Patches run per repeat."""
+
+    @property
+    def io_share(self) -> float:
+        """What input and output are of one block whose stages follow one another."""
+        total = sum(self.stages.values())
+        return (self.stages["read"] + self.stages["write"]) / total if total else 0.0
+
+
+def combine(ranks: Sequence[RankFigures]) -> Figures:
+    """Return the figures of all ranks together; a repeat takes as long as its slowest rank."""
+    num_repeats = len(ranks[0].whole)
+    whole_seconds, bare_seconds, voxels = [], [], []
+    for repeat in range(num_repeats):
+        whole_seconds.append(max(rank.whole[repeat].seconds for rank in ranks))
+        bare_seconds.append(max(rank.bare[repeat] for rank in ranks))
+        voxels.append(sum(rank.whole[repeat].num_voxels for rank in ranks))
+    pairs = list(zip(bare_seconds, whole_seconds, voxels, strict=True))
+    efficiency = Spread.of([bare / whole for bare, whole, _ in pairs])
+    stages = {name: median([rank.stages[name] for rank in ranks]) for name in ranks[0].stages}
+    blending = _blending_share(stages, efficiency.median)
+    waiting = max(0.0, 1 - efficiency.median - blending)
+    slower = READING if stages["read"] >= stages["write"] else WRITING
+    shares = {NETWORK: efficiency.median, BLENDING: blending, slower: waiting}
+    num_batches = sum(rank.whole[i].num_batches for rank in ranks for i in range(num_repeats))
+    total_bare = sum(sum(rank.bare) for rank in ranks)
+    return Figures(
+        bare=Spread.of([n / bare / 1e6 if bare else 0.0 for bare, _, n in pairs]),
+        whole=Spread.of([n / whole / 1e6 for _, whole, n in pairs]),
+        efficiency=efficiency,
+        seconds_per_batch=total_bare / num_batches if num_batches else 0.0,
+        stages=stages,
+        blending=blending,
+        waiting=waiting,
+        bound_by=max(shares, key=lambda name: shares[name]),
+        num_voxels=int(median(voxels)),
+        num_patches=int(
+            median(sum(r.whole[i].num_patches for r in ranks) for i in range(num_repeats))
+        ),
+    )
+
+
+def _blending_share(stages: Mapping[str, float], efficiency: float) -> float:
+    """Return the share of time for blending: as it is to the forward in the block taken apart."""
+    blending = sum(stages[name] for name in _BLENDING_STAGES)
+    if stages["forward"] > 0 and efficiency > 0:
+        return min(1 - efficiency, efficiency * blending / stages["forward"])
+    everything = sum(stages.values())
+    return blending / everything if everything else 0.0
+
+
+def suggest(
+    figures: Figures, config: Config, work: Work, *, on_cpu: bool, num_blocks: int
+) -> Iterator[Advice]:
+    """Yield what would make a run of this config faster, the largest part of its time first."""
+    if figures.num_patches == 0:
+        yield Advice(
+            key="roi",
+            message="no patch ran: the blocks that were taken are blank or masked; choose a roi "
+            "with an image in it",
+        )
+        return
+    pieces = {
+        NETWORK: _about_network(figures, config, on_cpu),
+        BLENDING: _about_blending(config, on_cpu),
+        READING: _about_reading(work),
+        WRITING: _about_writing(config),
+    }
+    if figures.efficiency.median >= _WELL:
+        yield from pieces[NETWORK]
+    elif figures.blending >= figures.waiting:
+        yield from pieces[BLENDING]
+    elif figures.waiting > 2 * figures.io_share + 0.02:
+        yield Advice(
+            key="compute.threads",
+            message=f"{figures.waiting:.0%} of the time is in no stage: something else uses these "
+            "cores. Measure when nothing else runs, with no more threads in all than cores",
+        )
+    else:
+        yield from pieces[READING if figures.stages["read"] >= figures.stages["write"] else WRITING]
+        yield Advice(
+            key="block.shape",
+            message="the first read and the last write hide behind nothing, and here a rank ran "
+            f"only {num_blocks} blocks: more of them (--blocks) tell whether a long run waits too",
+        )
+    if work.num_passes > 2 and figures.bound_by == NETWORK:
+        yield Advice(
+            key="patch.overlap",
+            message=f"patches overlap so far that each voxel is predicted {work.num_passes:.2f} "
+            "times; half the overlap, or larger patches, may be as good",
+        )
+
+
+def _about_network(figures: Figures, config: Config, on_cpu: bool) -> Iterator[Advice]:
+    """The device is busy with what it is there for."""
+    yield Advice(
+        key="model.backend",
+        message=f"{figures.efficiency.median:.0%} of the time is the network's own: only another "
+        "device or backend, fewer or larger patches, or more ranks make the run faster",
+    )
+    if on_cpu and config.model.backend == "pytorch":
+        yield Advice(
+            key="model.backend",
+            message="on a CPU, openvino runs most networks faster than pytorch: compare with "
+            "--set model.backend=openvino",
+        )
+    if not on_cpu and config.patch.batch_size == 1:
+        yield Advice(
+            key="patch.batch_size",
+            message="an accelerator may do more with several patches at a time: compare with "
+            "--set patch.batch_size=4",
+        )
+
+
+def _about_blending(config: Config, on_cpu: bool) -> Iterator[Advice]:
+    """Every predicted voxel is multiplied and added once per channel."""
+    if config.model.backend == "identity":
+        yield Advice(
+            key="model.backend",
+            message="there is no network here, so what is left is blending, as it should be",
+        )
+        return
+    unused = config.model.out_channels - len(config.used_channels)
+    more = f"; {unused} of its channels are not written: let it not return them" if unused else ""
+    where = "on the CPU" if on_cpu else "on the device"
+    yield Advice(
+        key="patch.overlap",
+        message=f"the network is so small that adding up its output {where} costs as much: fewer "
+        f"channels, less overlap or larger patches help{more}",
+    )
+
+
+def _about_reading(work: Work) -> Iterator[Advice]:
+    """Blocks arrive more slowly than they are computed."""
+    message = "the input arrives more slowly than it is computed"
+    decoded = work.decode_amplification
+    if decoded is not None and decoded > 1.5:
+        message += (
+            f"; its storage chunks are read {decoded:.2f} times, since blocks share them: larger "
+            "blocks, or blocks that are multiples of those chunks, read less"
+        )
+    else:
+        message += ": faster storage, or fewer ranks per node, help"
+    yield Advice(key="block.shape", message=message)
+
+
+def _about_writing(config: Config) -> Iterator[Advice]:
+    """Blocks are computed more quickly than they are stored."""
+    message = "blocks are stored more slowly than they are computed"
+    if config.output.dtype == "float32":
+        message += "; uint8 holds a probability in a quarter of the bytes"
+    yield Advice(key="output.dtype", message=message)
+    if config.output.shard_shape is None:
+        yield Advice(
+            key="output.chunk_shape",
+            message="every chunk is a file of its own: larger chunks, or zarr3 shards, are fewer",
+        )

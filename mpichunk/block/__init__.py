@@ -1,0 +1,1 @@
+"""One block, from what is read to what is written."""

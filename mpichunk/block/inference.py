@@ -1,0 +1,361 @@
+"""From one block's raw voxels to its finished core: cut, predict, blend, divide, quantise.
+
+Knows no framework (an engine brings its arrays), no volumes and no ranks. What enters a batch
+depends on the block alone, so that the bytes do too.
+
+    source --gather--> batch --infer--> patches --activate, * window--> total / sum(w) --> core
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
+from mpichunk.backends.reduction import Reduction
+from mpichunk.config.schema import Normalize
+from mpichunk.config.types import Window
+from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
+from mpichunk.geometry.blending import sum_of_windows, window
+from mpichunk.geometry.box import Box, Grid, Slices, subtract
+from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
+from mpichunk.plan.plan import Block
+
+_BYTE = Scaling(divide=255.0)
+_BLANK_STEP = 7
+"""Every seventh voxel per axis is looked at first: of a patch with content, that is enough."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inferred:
+    """A finished core."""
+
+    core_czyx: npt.NDArray[Any]
+    """(channels, z, y, x) in the output's dtype; memory that nothing else uses."""
+
+    num_patches: int
+    """Patches that went through the network."""
+
+    batch_size: int | None = None
+    """Patches per forward, where it had to be less than was asked for; else None."""
+
+
+class BlockInference:
+    """Runs blocks one after the other through one engine; serves one thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: EngineRequest,
+        *,
+        scaling: Scaling,
+        window_name: Window,
+        activation: Literal["none", "sigmoid", "softmax"],
+        skip_blank: bool,
+        augmentation: Augmentation | None = None,
+        reduction: Reduction | None = None,
+    ) -> None:
+        """Prepare what all blocks share.
+
+        Args:
+            engine: the network, loaded with `request`.
+            request: what the engine was asked for.
+            scaling: how raw input becomes float32; see `scaling_for`.
+            window_name: blending weights of one output patch.
+            activation: what acts on each patch before it is weighted.
+            skip_blank: do not run patches whose raw input is all zero.
+            augmentation: the turns over which each patch is averaged; None for none.
+            reduction: what is made of the blended channels; default: all are written.
+        """
+        self._engine = engine
+        self._request = request
+        self._scaling = scaling
+        self._activation = activation
+        self._skip_blank = skip_blank
+        self._augmentation = augmentation
+        self._reduction = reduction or Reduction(channels=tuple(range(request.out_channels)))
+        self._batch_size = request.batch_size
+        output_shape = subtract(subtract(request.patch_shape, request.crop), request.crop)
+        self._output_shape = output_shape
+        z, y, x = (window(window_name, length) for length in output_shape)
+        self._vectors: Vectors = (z, y, x)
+        self._window = engine.arrays.window(self._vectors)
+
+        self.num_batches = 0
+        """Batches that went through the network."""
+
+    def run(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> Inferred:
+        """Return the finished core of one block.
+
+        Where the device runs out of memory, the block is begun again with half the patches per
+        forward, and so are all later ones: the values may then differ by rounding.
+
+        Args:
+            block: where its patches are.
+            source_czyx: raw input over `block.input_box`, padded.
+            mask_zyx: wanted voxels of `block.output_box`, or None for all.
+            out_dtype: dtype of the output.
+
+        Raises:
+            BlockError: the result holds NaN or inf.
+            DeviceMemoryError: there is no memory for a single patch.
+        """
+        while True:
+            try:
+                return self._run(block, source_czyx, mask_zyx, out_dtype)
+            except Exception as error:
+                if not self._engine.is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Only now are the arrays of the failed try free.
+            self._engine.arrays.release()
+            self._halve_batch(block, reason)
+
+    def _halve_batch(self, block: Block, reason: str) -> None:
+        """Make batches smaller from now on, and say so."""
+        device = self._engine.info.device
+        if self._batch_size == 1:
+            raise DeviceMemoryError(
+                f"block {block.index}, {block.core}: not even one patch fits into the memory of "
+                f"{device}: {reason}; reduce patch.shape or block.shape"
+            )
+        self._batch_size //= 2
+        log.warning(
+            "block %d: %s is out of memory (%s); this rank runs %d patches per forward from now "
+            "on instead of %d, and its values may differ by rounding",
+            block.index,
+            device,
+            reason,
+            self._batch_size,
+            self._request.batch_size,
+        )
+
+    def _run(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> Inferred:
+        """Do what `run` does, with batches of the size that holds now."""
+        arrays = self._engine.arrays
+        boxes = self._wanted(block, source_czyx, mask_zyx)
+        total_shape = self._request.out_channels, *block.core.shape
+        keeps_total = self._reduction.keeps_total(self._request.out_channels, out_dtype)
+        source = total_czyx = None
+        num_patches = 0
+        while batch := list(islice(boxes, self._batch_size)):
+            if source is None:
+                source = arrays.upload(source_czyx)
+                # What is written may be the total itself, also when the next block runs already.
+                total_czyx = arrays.zeros(total_shape, reuse=not keeps_total)
+            self._accumulate(block, source, batch, total_czyx)
+            num_patches += len(batch)
+        if total_czyx is None:
+            shape = self._reduction.num_channels, *block.core.shape
+            return Inferred(core_czyx=np.zeros(shape, dtype=out_dtype), num_patches=0)
+        core_mask_zyx = None
+        if mask_zyx is not None:
+            core_mask_zyx = mask_zyx[block.core.slices(block.output_box.start)]
+        finished = self._finish(block, total_czyx, core_mask_zyx, out_dtype)
+        is_halved = self._batch_size != self._request.batch_size
+        return Inferred(
+            core_czyx=arrays.download(finished),
+            num_patches=num_patches,
+            batch_size=self._batch_size if is_halved else None,
+        )
+
+    def _wanted(
+        self,
+        block: Block,
+        source_czyx: npt.NDArray[Any],
+        mask_zyx: npt.NDArray[np.bool_] | None,
+    ) -> Iterator[Box]:
+        """Yield the output boxes of the patches that must run, in lattice order."""
+        for box in block.patches():
+            if mask_zyx is not None and not mask_zyx[box.slices(block.output_box.start)].any():
+                continue
+            if self._skip_blank:
+                seen = self._input_slices(block, box)
+                if is_blank(source_czyx[(slice(None), *seen)]):
+                    continue
+            yield box
+
+    def _input_slices(self, block: Block, box: Box) -> Slices:
+        """Return where the input of an output box is in the block's source."""
+        return box.grow(block.crop).slices(block.input_box.start)
+
+    def _accumulate(
+        self, block: Block, source: DeviceArray, boxes: Sequence[Box], total_czyx: DeviceArray
+    ) -> None:
+        """Run one batch and add its weighted output to the core's total."""
+        arrays = self._engine.arrays
+        seen = [self._input_slices(block, box) for box in boxes]
+        output_nczyx = self._predict(source, seen)
+        for box, patch_czyx in zip(boxes, output_nczyx, strict=False):
+            # Only the core is kept: what falls outside belongs to other blocks.
+            inner = box.intersect(block.core)
+            where, part = inner.slices(block.core.start), inner.slices(box.start)
+            arrays.add_weighted(total_czyx, where, patch_czyx, part, self._window)
+
+    def _predict(self, source: DeviceArray, where: Sequence[Slices]) -> DeviceArray:
+        """Return the activated prediction of one batch, or its mean over all turns."""
+        augmentation = self._augmentation
+        if augmentation is None:
+            return self._predict_turned(source, where, STRAIGHT)
+        arrays = self._engine.arrays
+        # One sum, however many turns there are.
+        mean_nczyx = arrays.sums(
+            (self._batch_size, self._request.out_channels, *self._output_shape)
+        )
+        for turn, moves in zip(augmentation.turns, augmentation.moves, strict=True):
+            output_nczyx = self._predict_turned(source, where, turn)
+            arrays.add_turned(mean_nczyx, output_nczyx, turn, moves)
+        for share in augmentation.shares:
+            part = mean_nczyx[(slice(None), share.channels, *share.part)]
+            arrays.multiply(part, share.factor)
+        return mean_nczyx
+
+    def _predict_turned(
+        self, source: DeviceArray, where: Sequence[Slices], turn: Turn
+    ) -> DeviceArray:
+        """Return the activated prediction of one batch of turned patches, as turned as they are."""
+        arrays = self._engine.arrays
+        batch_nczyx = arrays.gather(
+            source,
+            where,
+            patch_shape=self._request.patch_shape,
+            batch_size=self._batch_size,
+            scaling=self._scaling,
+            turn=turn,
+        )
+        output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
+        self.num_batches += 1
+        return output_nczyx
+
+    def _finish(
+        self,
+        block: Block,
+        total_czyx: DeviceArray,
+        mask_zyx: npt.NDArray[np.bool_] | None,
+        out_dtype: np.dtype[Any],
+    ) -> DeviceArray:
+        """Divide by the sum of weights, mask, check, reduce and quantise, slab by slab."""
+        arrays = self._engine.arrays
+        z, y, x = (
+            sum_of_windows(starts, weights, start, stop)
+            for starts, weights, start, stop in zip(
+                block.starts, self._vectors, block.core.start, block.core.stop, strict=True
+            )
+        )
+        result = total_czyx
+        if not self._reduction.keeps_total(self._request.out_channels, out_dtype):
+            shape = self._reduction.num_channels, *block.core.shape
+            result = arrays.empty(shape, out_dtype)
+        for slab in _slabs(tuple(total_czyx.shape), arrays.slab_nbytes):
+            part = (slice(None), *slab.slices())
+            in_z, in_y, in_x = slab.slices()
+            total = total_czyx[part]
+            arrays.divide(total, (z[in_z], y[in_y], x[in_x]))
+            if mask_zyx is not None:
+                arrays.apply_mask(total, mask_zyx[slab.slices()])
+            if not arrays.is_finite(total):
+                raise BlockError(
+                    "the result holds NaN or inf near "
+                    f"{slab.translate(block.core.start)}; look at the input there, and at whether "
+                    "the network is sound for it"
+                )
+            self._reduction.shut(arrays, total)
+            if result is not total_czyx:
+                self._reduction.store(arrays, total, result[part])
+        return result
+
+
+def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
+    """Return how raw input of a dtype becomes the network's float32.
+
+    Integers are divided by the maximum of their dtype; bool and floats are taken as they are;
+    `normalize` replaces both.
+
+    Raises:
+        UserError: the dtype is not a number that float32 can stand for.
+    """
+    if dtype.kind not in "buif":
+        raise UserError(
+            f"input of type {dtype} cannot be fed to a network; expected integers or floats",
+            key="input.volume",
+        )
+    if normalize is not None:
+        return Scaling(clip=normalize.clip, subtract=normalize.subtract, divide=normalize.divide)
+    if dtype.kind in "ui":
+        return Scaling(divide=float(np.iinfo(dtype).max))
+    return Scaling()
+
+
+def texture_batch(engine: Engine, request: EngineRequest) -> DeviceArray:
+    """Return a full batch of ordinary texture, values in [0, 1], on the engine's device."""
+    shape = request.in_channels, *request.patch_shape
+    texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole: Slices = slice(None), slice(None), slice(None)
+    return engine.arrays.gather(
+        engine.arrays.upload(texture_czyx),
+        [whole] * request.batch_size,
+        patch_shape=request.patch_shape,
+        batch_size=request.batch_size,
+        scaling=_BYTE,
+    )
+
+
+def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float32]:
+    """Run one real batch through the network before any block depends on it.
+
+    Returns (out_channels, *Q) of its first patch, on the host: the same on every sound rank.
+
+    Raises:
+        ModelError: the network fails, returns another shape than was asked for, or NaN or inf.
+    """
+    arrays, batch_nczyx = engine.arrays, texture_batch(engine, request)
+    try:
+        output_nczyx = engine.infer(batch_nczyx)
+    except UserError:
+        raise
+    except Exception as error:
+        raise engine.explain(error) from error
+    if not arrays.is_finite(output_nczyx):
+        raise ModelError(
+            "the network returned NaN or inf for an ordinary texture with values in [0, 1]; its "
+            "weights may be damaged, or belong to another network",
+            key="model.weights",
+        )
+    # A copy: what is downloaded may be a buffer that the first block overwrites.
+    return np.array(arrays.download(output_nczyx[0]), np.float32)
+
+
+def is_blank(patch_czyx: npt.NDArray[Any]) -> bool:
+    """Return whether every voxel is zero, at little cost when some are not."""
+    sparse = patch_czyx[:, ::_BLANK_STEP, ::_BLANK_STEP, ::_BLANK_STEP]
+    if sparse.any():
+        return False
+    return not any(slice_yx.any() for slice_zyx in patch_czyx for slice_yx in slice_zyx)
+
+
+def _slabs(total_shape: tuple[int, ...], nbytes: int) -> Grid:
+    """Return parts of a core that hold about `nbytes` of float32: whole rows, then whole slices."""
+    num_channels, num_z, num_y, num_x = total_shape
+    num_rows = max(1, nbytes // (4 * num_channels * num_x))
+    step = max(1, num_rows // num_y), min(num_rows, num_y), num_x
+    return Grid(
+        origin=(0, 0, 0), step=step, bounds=Box(start=(0, 0, 0), stop=(num_z, num_y, num_x))
+    )

@@ -1,0 +1,257 @@
+"""One rank's blocks on their way: read -> predict -> crop -> write, several in flight.
+
+Runs beside the main thread, which owns MPI. Knows no ranks, no scheduling and no journal: leases go
+in, records come out.
+
+    main thread     submit(lease) --.                                  .--> records, wake
+                                    v                                  |
+    reader threads         mask, input, padding     block k+1          |
+    compute thread                    `--> infer    block k            |
+    writer threads                             `--> checksum, write    block k-1
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.block.inference import BlockInference, Inferred
+from mpichunk.config.types import Pad
+from mpichunk.errors import BlockError
+from mpichunk.geometry.box import Box
+from mpichunk.geometry.masking import BoolArray, MaskGrid
+from mpichunk.geometry.padding import pad, source_box
+from mpichunk.plan.plan import Block, Plan
+from mpichunk.rundir.checksum import checksum_of
+from mpichunk.schedule.messages import Done, Dropped, Failed, Lease, Record, Records
+from mpichunk.volume import Reader, Writer
+
+NUM_IO_THREADS = 2
+"""Blocks read, and blocks written, at the same time."""
+
+BLOCK_FAILURES = (BlockError, OSError, MemoryError, RuntimeError)
+"""What fails one block and not the job: storage, memory, the framework. The rest is a bug."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where blocks are read from."""
+
+    volume: Reader
+    """The input."""
+
+    pad: Pad
+    """What lies outside the input."""
+
+    mask: Reader | None
+    """The mask, if there is one."""
+
+    mask_grid: MaskGrid | None
+    """How the mask lies over the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A block that has been read."""
+
+    source_czyx: npt.NDArray[Any] | None
+    """Raw input over the block's input box, padded; None where the mask wants nothing."""
+
+    mask_zyx: BoolArray | None
+    """Wanted voxels of the block's output box; None without a mask."""
+
+    nbytes_read: int
+    """Bytes of input that were read, uncompressed."""
+
+    seconds: float
+    """Time it took."""
+
+
+def load_block(source: Source, block: Block) -> Loaded:
+    """Read what a block needs: the mask first, and no input when the mask excludes it all.
+
+    Raises:
+        BlockError: it cannot be read.
+    """
+    started = monotonic()
+    mask_zyx = _load_mask(source, block)
+    source_czyx, nbytes_read = None, 0
+    core = block.core.slices(block.output_box.start)
+    if mask_zyx is None or mask_zyx[core].any():
+        domain = source.volume.info.domain
+        inside = source_box(block.input_box, domain)
+        inside_czyx = source.volume.read(inside).result()
+        nbytes_read = inside_czyx.nbytes
+        source_czyx = pad(inside_czyx, inside, block.input_box, domain, source.pad)
+    return Loaded(
+        source_czyx=source_czyx,
+        mask_zyx=mask_zyx,
+        nbytes_read=nbytes_read,
+        seconds=monotonic() - started,
+    )
+
+
+def _load_mask(source: Source, block: Block) -> BoolArray | None:
+    """Return which voxels of the block's output box are wanted."""
+    mask, grid = source.mask, source.mask_grid
+    if mask is None or grid is None:
+        return None
+    inside = grid.source_box(block.output_box)
+    values: npt.NDArray[Any] = np.zeros(inside.shape, dtype=np.bool_)
+    if not inside.is_empty:
+        values = mask.read(inside).result()[0]
+    return grid.expand(values, inside, block.output_box)
+
+
+class Pipeline:
+    """Computes the blocks that are submitted, in order, and puts a record of each in a queue."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        source: Source,
+        inference: BlockInference,
+        writer: Writer,
+        num_channels: int,
+        dtype: np.dtype[Any],
+        records: Records,
+        wake: threading.Event,
+        may_write: Callable[[Lease], bool] = lambda lease: True,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._inference = inference
+        self._writer = writer
+        self._num_channels = num_channels
+        self._dtype = dtype
+        self._records = records
+        self._wake = wake
+        self._may_write = may_write
+        self._num_steps = 0
+        self._is_abandoned = False
+        self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
+        self._loading = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="read")
+        self._writers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="write")
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def __enter__(self) -> "Pipeline":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def submit(self, lease: Lease) -> None:
+        """Begin to read a block; it is computed once all that were submitted before are."""
+        block = self._plan[lease.block]
+        self._loading.put((lease, block, self._readers.submit(self._load, block)))
+
+    @property
+    def num_steps(self) -> int:
+        """Changes whenever a block comes forward: is read, infers a batch, is written."""
+        return self._num_steps + self._inference.num_batches
+
+    def drop_waiting(self) -> list[Lease]:
+        """Forget the blocks that are read, or about to be, but not yet computed; return them."""
+        dropped: list[Lease] = []
+        while not self._loading.empty():
+            try:
+                item = self._loading.get_nowait()
+            except queue.Empty:
+                break  # the compute thread was quicker
+            if item is not None:
+                item[2].cancel()
+                dropped.append(item[0])
+        return dropped
+
+    def abandon(self) -> None:
+        """End no threads when closed: they compute what nobody waits for."""
+        self._is_abandoned = True
+
+    def close(self) -> None:
+        """Finish what was submitted, then end the threads."""
+        if self._is_abandoned:
+            return
+        self._loading.put(None)
+        self._thread.join()
+        self._readers.shutdown()
+        self._writers.shutdown()
+
+    def _run(self) -> None:
+        """Compute blocks until closed: the body of the compute thread."""
+        while (item := self._loading.get()) is not None:
+            self._guarded(self._compute, *item)
+
+    def _guarded(self, step: Any, lease: Lease, *arguments: Any) -> None:
+        """Run one step of a block; turn what it raises into a record, or into a crash."""
+        try:
+            step(lease, *arguments)
+        except BLOCK_FAILURES as error:
+            self._put(Failed(lease=lease, error=type(error).__name__, message=str(error)))
+        except SystemExit as error:
+            # A network that calls sys.exit would end the run as if all were well.
+            self._put(RuntimeError(f"something called sys.exit({error.code}) in a block"))
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, record: Record | Dropped | BaseException) -> None:
+        self._num_steps += 1
+        self._records.put(record)
+        self._wake.set()
+
+    def _load(self, block: Block) -> Loaded:
+        """Read what a block needs."""
+        loaded = load_block(self._source, block)
+        self._num_steps += 1
+        return loaded
+
+    def _compute(self, lease: Lease, block: Block, loading: Future[Loaded]) -> None:
+        """Infer one block and hand it to a writer thread."""
+        loaded = loading.result()
+        started = monotonic()
+        if loaded.source_czyx is None:
+            shape = (self._num_channels, *block.core.shape)
+            inferred = Inferred(core_czyx=np.zeros(shape, dtype=self._dtype), num_patches=0)
+        else:
+            inferred = self._inference.run(block, loaded.source_czyx, loaded.mask_zyx, self._dtype)
+        seconds = {"read": loaded.seconds, "infer": monotonic() - started}
+        self._writers.submit(
+            self._guarded, self._write, lease, block.core, inferred, loaded.nbytes_read, seconds
+        )
+
+    def _write(
+        self,
+        lease: Lease,
+        core: Box,
+        inferred: Inferred,
+        nbytes_read: int,
+        seconds: dict[str, float],
+    ) -> None:
+        """Store a core; report it only when its bytes are durable."""
+        if not self._may_write(lease):
+            self._put(Dropped(lease=lease))
+            return
+        started = monotonic()
+        written = self._writer.write(core, inferred.core_czyx)
+        checksum = checksum_of(inferred.core_czyx)
+        written.result()
+        self._put(
+            Done(
+                lease=lease,
+                num_patches=inferred.num_patches,
+                num_voxels=core.num_voxels,
+                nbytes_read=nbytes_read,
+                nbytes_written=inferred.core_czyx.nbytes,
+                seconds=seconds | {"write": monotonic() - started},
+                checksum=checksum,
+                batch_size=inferred.batch_size,
+            )
+        )

@@ -1,0 +1,1 @@
+"""Boxes, lattices, windows, masks: what is where. Arrays and integers only."""

@@ -1,0 +1,1 @@
+"""A run put together: what is prepared, what each rank computes with, how it ends."""

@@ -1,0 +1,244 @@
+"""Has every rank run the same golden batch, and finds the ranks whose result is off.
+
+A bad accelerator, driver or library makes an error on its rank alone, or none but wrong numbers.
+Knows no blocks.
+
+    rank 0's CPU, float32   --reference-->  every rank: largest |difference| / largest |reference|
+    no such thing           the element-wise median over the ranks is the reference
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.backends import get_backend
+from mpichunk.backends.absent import AbsentEngine
+from mpichunk.backends.engine import Engine, EngineRequest
+from mpichunk.block.inference import check_engine
+from mpichunk.config.schema import Model
+from mpichunk.errors import DeviceError, UserError
+from mpichunk.ranks.communicator import Communicator
+from mpichunk.rundir.checksum import digest_of
+
+Output = npt.NDArray[np.float32]
+"""What the network makes of one patch."""
+
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest |difference| allowed, as a share of the largest |reference|, by precision.
+
+Sound devices differ in the order of sums: about 1e-6 of that in float32, through a deep network
+1e-5; with 8 bits of mantissa 1e-2. A fault changes an exponent, or everything.
+"""
+
+MOST_VALUES = 1 << 16
+"""Of each rank's output so many values, evenly spread, go into a median."""
+
+FAILURES = UserError, RuntimeError, OSError, MemoryError, ImportError
+"""What a rank's device, driver, library or memory raises; anything else is a bug."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one rank made of the golden batch."""
+
+    rank: int
+    host: str
+    device: str
+    """Where it computed, in words."""
+
+    deviation: float = 0.0
+    """From the reference; inf for other shapes, NaN or inf."""
+
+    error: UserError | None = None
+    """Why there is no output."""
+
+
+def deviation(found: Output, reference: Output) -> float:
+    """Return the largest |difference| as a share of the largest |reference|."""
+    if found.shape != reference.shape or not np.isfinite(found).all():
+        return float("inf")
+    scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
+    return float(np.abs(found - reference).max(initial=0)) / scale
+
+
+def median_of(outputs: Sequence[Output]) -> Output:
+    """Return the element-wise median: with three ranks and more, no single one can move it far."""
+    middle: Output = np.median(np.stack(outputs), axis=0).astype(np.float32)
+    return middle
+
+
+def judge(findings: Sequence[Finding], precision: str) -> dict[int, str]:
+    """Return a sentence for each rank that must not compute."""
+    tolerance = TOLERANCES[precision]
+    off: dict[int, str] = {}
+    for item in findings:
+        where = f"rank {item.rank} on {item.host} ({item.device})"
+        if item.error is not None:
+            off[item.rank] = f"{where} cannot run the network: {item.error}"
+        elif not item.deviation <= tolerance:
+            off[item.rank] = (
+                f"{where} computes wrongly: a test patch is off by {item.deviation:.2g} of its "
+                f"largest value, {tolerance:g} is allowed; look at that device, its driver and "
+                "libraries"
+            )
+    return off
+
+
+def find_sound_ranks(
+    comm: Communicator, model: Model, request: EngineRequest, load: Callable[[], Engine]
+) -> tuple[Engine, tuple[int, ...]]:
+    """Load the network and run one batch on every rank, to see which compute right.
+
+    Args:
+        comm: The ranks; all must call this.
+        model: The network.
+        request: What this rank's engine must do.
+        load: Loads it.
+
+    Returns:
+        This rank's engine, one that refuses to run where the rank is not sound; and the ranks that
+        compute as the coordinator's CPU does.
+
+    Raises:
+        UserError: the network does not load, run or fit, or no rank is sound; on every rank.
+    """
+    cpu = replace(request, device="cpu", precision="float32", batch_size=1)
+    engine: Engine = AbsentEngine(request)
+    refusal: UserError | None = None
+    try:
+        engine = load()
+    except FAILURES as error:
+        refusal = _as_refusal(error, request.device)
+
+    def golden() -> Output:
+        if refusal is not None:
+            raise refusal
+        return check_engine(engine, request)
+
+    def on_cpu() -> Output:
+        return check_engine(get_backend(model.backend).load(model, cpu), cpu)
+
+    is_cpu = (request.device, request.precision) == (cpu.device, cpu.precision)
+    off = find_off_ranks(
+        comm,
+        golden,
+        reference=None if is_cpu else on_cpu,
+        device=engine.info.device,
+        precision=request.precision,
+    )
+    sound = tuple(rank for rank in comm.alive if rank not in off)
+    # What is broken is touched no more.
+    return engine if comm.rank in sound else AbsentEngine(request), sound
+
+
+def find_off_ranks(
+    comm: Communicator,
+    golden: Callable[[], Output],
+    *,
+    reference: Callable[[], Output] | None,
+    device: str,
+    precision: str,
+) -> dict[int, str]:
+    """Return, on every rank alike, why each rank that is off must not compute.
+
+    Args:
+        comm: The ranks; all must call this.
+        golden: Runs the golden batch on this rank.
+        reference: Makes the float32 result of this rank's CPU, where that is not what `golden`
+            does; called on the coordinator only.
+        device: Where this rank computes, in words.
+        precision: That of `golden`.
+
+    Raises:
+        UserError: no rank can run the network, or none is right; on every rank.
+    """
+    output: Output | None = None
+    error: UserError | None = None
+    try:
+        output = golden()
+    except FAILURES as refused:
+        error = _as_refusal(refused, device)
+    mine = Finding(rank=comm.rank, host=comm.host, device=device, error=error)
+    findings = comm.allgather(mine)
+    _refuse_if_nobody_can(findings)
+    if comm.size > 1 or reference is not None:
+        wanted = None
+        if comm.is_coordinator:
+            wanted = output if reference is None else _attempt(reference)
+        findings = _compare(comm, mine, output, wanted)
+    off = judge(findings, precision)
+    if len(off) == comm.size:
+        raise DeviceError("; ".join(off.values()), key="compute.device")
+    if comm.is_coordinator:
+        for sentence in off.values():
+            log.error("%s; the run goes on without it", sentence)
+    return off
+
+
+def _compare(
+    comm: Communicator, mine: Finding, output: Output | None, wanted: Output | None
+) -> list[Finding]:
+    """Return the findings of all ranks; `wanted` is the coordinator's reference, if it has one."""
+    is_there, digest = comm.bcast((wanted is not None, wanted is not None and digest_of(wanted)))
+    if is_there:
+        # Ranks of one kind have the very same bytes, and then the array stays at home.
+        is_same = output is not None and digest_of(output) == digest
+        if not all(comm.allgather(is_same)):
+            wanted = comm.bcast(wanted)
+    else:
+        is_same = False
+        output = None if output is None else _sample(output)
+        outputs = comm.gather(output)
+        found = [item for item in outputs or [] if item is not None]
+        wanted = comm.bcast(median_of(found) if found else None)
+    share = 0.0
+    if not is_same and output is not None and wanted is not None:
+        share = deviation(output, wanted)
+    return comm.allgather(
+        Finding(
+            rank=mine.rank, host=mine.host, device=mine.device, deviation=share, error=mine.error
+        )
+    )
+
+
+def _refuse_if_nobody_can(findings: Sequence[Finding]) -> None:
+    """Raise the first rank's error where every rank has one."""
+    errors = [item.error for item in findings]
+    first = errors[0]
+    if first is None or None in errors:
+        return
+    if len({str(error) for error in errors}) > 1:
+        first.prefixed(f"rank {findings[0].rank} on {findings[0].host}")
+    raise first
+
+
+def _attempt(reference: Callable[[], Output]) -> Output | None:
+    """Return the reference, None where the network does not run on this CPU."""
+    try:
+        return reference()
+    except FAILURES as error:
+        log.warning(
+            "the network does not run on this CPU (%s), so ranks are compared with the median of "
+            "all",
+            error,
+        )
+        return None
+
+
+def _as_refusal(error: Exception, device: str) -> UserError:
+    """Return what went wrong on this rank's device in a form that can travel."""
+    if isinstance(error, UserError):
+        return error.with_traceback(None)
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return DeviceError(f"{device} fails: {type(error).__name__}: {text}", key="compute.device")
+
+
+def _sample(output: Output) -> Output:
+    """Return evenly spread values of an output."""
+    flat = output.reshape(-1)
+    return flat[:: max(1, -(-len(flat) // MOST_VALUES))]

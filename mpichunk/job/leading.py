@@ -1,0 +1,170 @@
+"""The coordinator's part of a run, put together: of the first one, and of one that takes over.
+
+Lock and journal, scheduler, breaker, vigil. Decides nothing and calls no collective.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.job.startup import Job, open_journal
+from mpichunk.plan.fingerprint import Fingerprint
+from mpichunk.ranks.communicator import Communicator
+from mpichunk.roles.coordinator import Coordinator
+from mpichunk.roles.sentry import Lead
+from mpichunk.rundir.history import read_tries
+from mpichunk.rundir.journal import Journal
+from mpichunk.rundir.lock import Process, RunLock
+from mpichunk.schedule.attendance import Attendance
+from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.messages import State
+from mpichunk.schedule.progress import Heartbeat, get_display, summarise
+from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.staticrun import static_blocks
+
+BEAT_SECONDS = 30.0
+"""How often the journal notes that the run is alive."""
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Holds the lock and the journal, on the coordinator; both are let go with the stack."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        job: Job,
+        fingerprint: Fingerprint,
+        processes: Iterable[Process],
+        stack: ExitStack,
+    ) -> None:
+        self.job = job
+        """What is computed."""
+
+        self.journal: Journal | None = None
+        """Open for writing, on the coordinator only."""
+
+        self._comm = comm
+        self._fingerprint = fingerprint
+        self._processes = tuple(processes)
+        self._stack = stack
+
+    def lock(self) -> RunLock:
+        """Take the run directory."""
+        run_dir, job = self.job.run_dir, self._comm.job
+        lock = RunLock.acquire(run_dir, processes=self._processes, job=job)
+        return self._stack.enter_context(lock)
+
+    def open(self, lock: RunLock, *, fresh: bool = False) -> Journal:
+        """Begin the journal, or go on with it."""
+        journal = open_journal(self.job, self._fingerprint, fresh=fresh, guard=lock.check)
+        self.journal = self._stack.enter_context(journal)
+        return journal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leading:
+    """What every rank must know to become the coordinator."""
+
+    comm: Communicator
+    """The ranks."""
+
+    job: Job
+    """What is computed."""
+
+    todo: npt.NDArray[np.bool_]
+    """(num_blocks,) whether a block was still to be computed at the start."""
+
+    sound: tuple[int, ...]
+    """The ranks that compute right."""
+
+    started: float = field(default_factory=time.monotonic)
+    """Monotonic seconds."""
+
+    @property
+    def num_before(self) -> int:
+        """Blocks that earlier runs have done."""
+        return len(self.todo) - int(np.count_nonzero(self.todo))
+
+    @property
+    def own_blocks(self) -> Iterable[int]:
+        """With static scheduling, the blocks that are this rank's without asking."""
+        if self.job.config.schedule.mode != "static" or self.comm.rank not in self.sound:
+            return ()
+        return static_blocks(self.todo, len(self.sound), self.sound.index(self.comm.rank))
+
+    def begin(self, journal: Journal) -> Lead:
+        """Return the second role of the first coordinator."""
+        schedule = self.job.config.schedule
+        scheduler = Scheduler(
+            len(self.job.plan),
+            ranks=self.sound,
+            done=~self.todo,
+            mode=schedule.mode,
+            max_attempts=schedule.max_attempts,
+        )
+        return self._lead(journal, scheduler)
+
+    def take_over(self, journal: Journal) -> Lead:
+        """Return the second role of a rank that goes on where the journal ends."""
+        scheduler = Scheduler(
+            len(self.job.plan),
+            ranks=[rank for rank in self.comm.alive if rank in self.sound],
+            done=journal.states == State.DONE,
+            max_attempts=self.job.config.schedule.max_attempts,
+        )
+        tries = read_tries(journal.path)
+        scheduler.recall(tries.failed_on, tries.died_on, tries.given_up)
+        return self._lead(journal, scheduler)
+
+    def tell(self, lead: Lead) -> None:
+        """Tell what all ranks have done."""
+        lead.attendance.close()
+        summary = summarise(
+            lead.attendance.vectors,
+            num_blocks=len(self.todo),
+            num_before=self.num_before,
+            num_done=lead.attendance.num_done,
+            seconds=time.monotonic() - self.started,
+        )
+        for line in summary.splitlines():
+            log.info("%s", line)
+
+    def _lead(self, journal: Journal, scheduler: Scheduler) -> Lead:
+        comm, schedule = self.comm, self.job.config.schedule
+        tempo = Tempo(schedule.min_lease_seconds)
+        display = get_display(
+            rank=0,
+            size=comm.size,
+            num_blocks=len(self.todo),
+            num_before=self.num_before,
+            start=self.started,
+            stream=sys.stderr,
+        )
+        return Lead(
+            coordinator=Coordinator(
+                scheduler,
+                journal,
+                core_of=self.job.plan.grid.__getitem__,
+                hosts=comm.hosts,
+                breaker=Breaker(
+                    num_ranks=len(scheduler.ranks),
+                    max_consecutive_failures=schedule.max_consecutive_failures,
+                ),
+                tempo=tempo,
+            ),
+            vigil=Vigil(comm.alive, tempo, time.monotonic()),
+            attendance=Attendance(
+                comm.alive,
+                Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),
+                num_done=lambda: scheduler.num_done - self.num_before,
+            ),
+        )

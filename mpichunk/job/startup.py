@@ -1,0 +1,385 @@
+"""What rank 0 prepares before any block is leased, and how every rank proves that it sees it.
+
+Opens volumes, plans, writes the run directory. Knows no communicator: `run` says which rank calls
+what.
+"""
+
+import json
+import platform
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk import __version__
+from mpichunk.backends import get_backend
+from mpichunk.backends.binding import Bindings
+from mpichunk.config.file import dump_config
+from mpichunk.config.schema import Config, Mask
+from mpichunk.errors import JournalError, LaunchError, ModelError
+from mpichunk.geometry.box import Box
+from mpichunk.geometry.masking import MaskGrid
+from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.job.probing import read_probe
+from mpichunk.plan.estimate import Estimate, estimate
+from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
+from mpichunk.plan.plan import Plan
+from mpichunk.plan.report import plan_json
+from mpichunk.rundir import journal
+from mpichunk.rundir.journal import Journal
+from mpichunk.schedule.messages import State
+from mpichunk.volume import OutputSpec, Reader, check_output, open_input
+
+NONCE_NAME = ".nonce"
+"""File in the run directory by which ranks prove that they see the same one."""
+
+SIGHT_SECONDS = 30.0
+"""How long a network file system may take to show a file to another host."""
+
+RECORDED_LIBRARIES = (
+    "numpy",
+    "tensorstore",
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "mpi4py",
+    "h5py",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What rank 0 has read and decided, small enough to send to every rank."""
+
+    config: Config
+    """The effective config."""
+
+    plan: Plan
+    """All blocks."""
+
+    volume: VolumeInfo
+    """The input."""
+
+    volume_handle: dict[str, Any]
+    """How other ranks open the input without reading its metadata again."""
+
+    mask: VolumeInfo | None
+    """The mask, if there is one."""
+
+    mask_handle: dict[str, Any] | None
+    """As `volume_handle`."""
+
+    mask_grid: MaskGrid | None
+    """How the mask lies over the output."""
+
+    output: OutputSpec
+    """What is written."""
+
+    run_dir: Path
+    """Absolute path of the run directory."""
+
+    def estimate(self) -> Estimate:
+        """Return what the run will take."""
+        files = get_backend(self.config.model.backend).model_files(self.config.model)
+        nbytes = sum(path.stat().st_size for path in files)
+        probe = read_probe(self.run_dir, self.config, files)
+        return estimate(self.plan, self.config, self.volume, model_nbytes=nbytes, probe=probe)
+
+    @property
+    def sources(self) -> list[VolumeInfo]:
+        """What is read, and must not be written."""
+        return [self.volume] if self.mask is None else [self.volume, self.mask]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Todo:
+    """What rank 0 finds of earlier starts, before it writes anything."""
+
+    fingerprint: Fingerprint
+    """What the result depends on."""
+
+    packed: bytes
+    """A bit per block, packed: whether it is still to be computed."""
+
+    def unpack(self, num_blocks: int) -> npt.NDArray[np.bool_]:
+        """Return (num_blocks,) whether each is still to be computed."""
+        return np.unpackbits(np.frombuffer(self.packed, np.uint8), count=num_blocks).astype(bool)
+
+
+def prepare(config: Config) -> Job:
+    """Open the input and the mask, and plan.
+
+    Raises:
+        UserError: a volume cannot be opened or does not fit.
+    """
+    with open_config_input(config) as reader:
+        volume, volume_handle = reader.info, reader.handle()
+    plan = Plan.from_config(config, volume.domain)
+    mask, mask_handle, mask_grid = None, None, None
+    if config.mask is not None:
+        with open_config_mask(config.mask) as reader:
+            mask, mask_handle = reader.info, reader.handle()
+        mask_grid = MaskGrid.between(volume, mask, invert=config.mask.invert)
+    return Job(
+        config=config,
+        plan=plan,
+        volume=volume,
+        volume_handle=volume_handle,
+        mask=mask,
+        mask_handle=mask_handle,
+        mask_grid=mask_grid,
+        output=output_spec(config, plan, volume),
+        run_dir=Path(config.run_dir),
+    )
+
+
+def open_config_input(config: Config) -> Reader:
+    """Open the input that a config names."""
+    section = config.input
+    return open_input(
+        section.volume,
+        mip=section.mip,
+        dataset=section.dataset,
+        voxel_size=section.voxel_size,
+        voxel_offset=section.voxel_offset,
+    )
+
+
+def open_config_mask(section: Mask) -> Reader:
+    """Open the mask that a config names."""
+    return open_input(
+        section.volume,
+        mip=section.mip,
+        dataset=section.dataset,
+        voxel_size=section.voxel_size,
+        voxel_offset=section.voxel_offset,
+        key="mask",
+    )
+
+
+def output_spec(config: Config, plan: Plan, volume: VolumeInfo) -> OutputSpec:
+    """Return what the output volume must be."""
+    return OutputSpec(
+        volume=config.output.volume,
+        domain=plan.output_domain,
+        num_channels=config.num_written_channels,
+        dtype=np.dtype(config.output.dtype),
+        chunk_shape=config.chunk_shape,
+        shard_shape=config.output.shard_shape,
+        voxel_size=volume.voxel_size,
+    )
+
+
+def threads_of_earlier_start(run_dir: Path) -> int | None:
+    """Return the CPU threads per rank that a run began with, None for a new run.
+
+    They enter the result, so a resumed run keeps them, however many cores it has now.
+    """
+    header = journal.read_header(run_dir / journal.NAME)
+    if header is None:
+        return None
+    threads: int | None = header["fingerprint"]["parts"].get("compute.threads")
+    return threads
+
+
+def fingerprint_of(job: Job, *, device_kinds: Sequence[str], threads: int | None) -> Fingerprint:
+    """Return what the result of this job depends on; see `make_fingerprint`.
+
+    Raises:
+        ModelError: a file of the network is missing or cannot be read.
+    """
+    try:
+        return make_fingerprint(
+            job.config,
+            volume=job.volume,
+            mask=job.mask,
+            model_files=get_backend(job.config.model.backend).model_files(job.config.model),
+            device_kind=" + ".join(sorted(device_kinds)),
+            threads=threads,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename} cannot be read: {error.strerror}", key="model.path"
+        ) from error
+
+
+def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDArray[np.bool_]:
+    """Return (blocks,) whether each is still to be computed; write nothing.
+
+    Raises:
+        JournalError: the journal is of another run, or its output is gone.
+        VolumeError: the output exists and differs, or cannot be created.
+    """
+    is_there = check_output(job.output, sources=job.sources)
+    num_blocks = len(job.plan)
+    if fresh:
+        return np.ones(num_blocks, dtype=np.bool_)
+    states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
+    num_done = int(np.count_nonzero(states == State.DONE))
+    if num_done and not is_there:
+        raise JournalError(
+            f"{job.run_dir / journal.NAME} has {num_done} finished blocks, but the output "
+            f"{job.config.output.volume} that they were written to is gone; put it back, let "
+            "`verify --repair` mark them undone, or compute every block again with --fresh",
+            key="output.volume",
+        )
+    todo: npt.NDArray[np.bool_] = states != State.DONE
+    return todo
+
+
+def find_todo(job: Job, bindings: Bindings, *, fresh: bool) -> Todo:
+    """Return what earlier starts have left to do.
+
+    Raises:
+        UserError: as `fingerprint_of` and `blocks_to_do`.
+    """
+    on_cpu = bindings.ranks[0].device == "cpu"
+    fingerprint = fingerprint_of(
+        job,
+        device_kinds=bindings.device_kinds,
+        # On an accelerator the number of CPU threads does not touch the result.
+        threads=bindings.ranks[0].threads if on_cpu else None,
+    )
+    todo = blocks_to_do(job, fingerprint, fresh=fresh)
+    return Todo(fingerprint=fingerprint, packed=np.packbits(todo).tobytes())
+
+
+def open_journal(
+    job: Job,
+    fingerprint: Fingerprint,
+    *,
+    fresh: bool = False,
+    guard: Callable[[], None] = lambda: None,
+) -> Journal:
+    """Open or begin the journal of this run; see `Journal.open`."""
+    return Journal.open(
+        job.run_dir,
+        num_blocks=len(job.plan),
+        fingerprint=fingerprint,
+        versions=library_versions(),
+        fresh=fresh,
+        guard=guard,
+    )
+
+
+def sync_first(journal: Journal) -> None:
+    """Make the first lines of a start durable.
+
+    Raises:
+        JournalError: that cannot be done; nothing has been computed yet.
+    """
+    try:
+        journal.sync()
+    except OSError as error:
+        raise JournalError(
+            f"{journal.path}: the journal cannot be written: {error.strerror}; make room, or "
+            "choose another run_dir",
+            key="run_dir",
+        ) from error
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what computes and stores, without importing any of it."""
+    versions = {"mpichunk": __version__, "python": platform.python_version()}
+    for name in RECORDED_LIBRARIES:
+        # A library that a site has put there in its own way may have no metadata.
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def changed_versions(header: Mapping[str, Any], versions: Mapping[str, str]) -> list[str]:
+    """Return a line for each library whose version is not that of the journal's header."""
+    return [
+        f"{name} {old} when the run began, now {versions[name]}"
+        for name, old in header["versions"].items()
+        if name in versions and versions[name] != old
+    ]
+
+
+def write_run_files(config: Config, job: Job) -> str:
+    """Write the run directory's files; return the nonce in it.
+
+    Raises:
+        JournalError: the run directory cannot be written.
+    """
+    nonce = secrets.token_hex(16)
+    try:
+        _replace(job.run_dir / "config.yaml", dump_config(config))
+        plan = plan_json(job.plan, config, job.volume, job.estimate())
+        _replace(job.run_dir / "plan.json", json.dumps(plan, indent=2) + "\n")
+        _replace(job.run_dir / NONCE_NAME, nonce)
+    except OSError as error:
+        raise JournalError(
+            f"{error.filename}: cannot be written: {error.strerror}; choose a run_dir on a file "
+            "system that this job may write to",
+            key="run_dir",
+        ) from error
+    return nonce
+
+
+def check_sight(
+    run_dir: Path,
+    nonce: str,
+    *,
+    host: str,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Prove that this rank sees the run directory that rank 0 has just written.
+
+    Raises:
+        LaunchError: it does not, also after the time that a network file system may take.
+    """
+    path = run_dir / NONCE_NAME
+    end = clock() + SIGHT_SECONDS
+    while True:
+        seen = _read_if_there(path)
+        if seen == nonce:
+            return
+        if clock() > end:
+            found = "another one is there" if seen else "it is not there"
+            raise LaunchError(
+                f"host {host} does not see the run directory {run_dir} of rank 0: {found}. Every "
+                "rank needs it: choose a run_dir on a file system that all nodes share",
+                key="run_dir",
+            )
+        sleep(0.2)
+
+
+def masked_blocks(plan: Plan, grid: MaskGrid, mask: Reader, *, limit: int) -> int | None:
+    """Count the blocks that the mask excludes, or return None for more than `limit` blocks."""
+    if len(plan) > limit:
+        return None
+    return sum(not is_wanted(grid, mask, core) for core in plan.grid)
+
+
+def is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
+    """Return whether the mask wants any voxel of a core."""
+    inside = grid.source_box(core)
+    values = np.zeros((1, *inside.shape)) if inside.is_empty else mask.read(inside).result()
+    return grid.wants_any(values, inside, core)
+
+
+def _read_if_there(path: Path) -> str | None:
+    """Return what a file holds, None if it cannot be read (yet)."""
+    try:
+        # Listing the directory makes NFS look again.
+        return path.read_text() if path in list(path.parent.iterdir()) else None
+    except OSError:
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that readers never see half of it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)

@@ -1,0 +1,1 @@
+"""What will be computed, and what it takes, before anything runs."""

@@ -1,0 +1,1 @@
+"""What the main thread of a rank does while blocks are computed."""

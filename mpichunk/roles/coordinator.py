@@ -1,0 +1,400 @@
+"""Rank 0's second role: lease blocks to ranks, and journal what they report.
+
+Messages in, messages out. Knows no MPI, no clock and nothing of how a block is computed.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from mpichunk.geometry.box import Box
+from mpichunk.rundir.history import read_checksum
+from mpichunk.rundir.journal import Journal
+from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.messages import (
+    DRAINED,
+    FAILURES,
+    FINISHED,
+    RANK_LOST,
+    Acknowledge,
+    Assign,
+    Contest,
+    Contested,
+    Done,
+    Drain,
+    Failed,
+    GiveBack,
+    Lease,
+    Record,
+    Request,
+    State,
+    Stop,
+    ToCoordinator,
+    ToWorker,
+)
+from mpichunk.schedule.scheduler import Scheduler
+
+Outgoing = tuple[int, ToWorker]
+"""A message and the rank that it is for."""
+
+SYNC_SECONDS = 0.02
+"""Least time between two syncs of the journal: with small blocks the disk would set the pace."""
+
+BACK_UP_SECONDS = 0.5
+"""How often slow blocks are looked for at the end of a run."""
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Feeds the scheduler and keeps the journal.
+
+    One turn: `handle` every message that has come, send what `assign` returns, then what `commit`
+    returns. Leases go out before the journal is synced, so that no rank waits for the disk; and one
+    sync serves all records of a turn, or of several when they come quickly.
+
+    Args:
+        scheduler: Which rank computes what.
+        journal: Where finished and failed blocks are noted.
+        core_of: What a block writes.
+        hosts: Name of the machine of each rank, by its number.
+        breaker: Says when failures end the run early; default: never.
+        tempo: Learns what a block takes, and says when one is slow.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        journal: Journal,
+        *,
+        core_of: Callable[[int], Box],
+        hosts: Mapping[int, str],
+        breaker: Breaker | None = None,
+        tempo: Tempo | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._journal = journal
+        self._core_of = core_of
+        self._hosts = hosts
+        self._ranks = tuple(sorted(hosts))
+        self._wanted: dict[int, int] = {}
+        self._parked: dict[int, int] = {}
+        self._unacknowledged: dict[int, list[Lease]] = {}
+        self._next_sync = float("-inf")
+        self._breaker = breaker
+        self._tempo = tempo or Tempo(float("inf"))
+        self._next_back_up = float("-inf")
+        self._contested: dict[int, tuple[int, Lease, bool]] = {}
+        self._writers: dict[int, int] = {}
+        self._doubtful: set[int] = set()
+        self._excluded: set[int] = set()
+        self._newly_excluded: list[int] = []
+        self._retries: dict[int, tuple[int, Failed]] = {}
+        self._is_stopped = False
+
+        self.ending: Stop | None = None
+        """Why no more blocks are leased, once that is so."""
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether every rank has been told to stop."""
+        return self._is_stopped
+
+    def handle(self, rank: int, message: ToCoordinator) -> None:
+        """Take in a message of a rank."""
+        match message:
+            case Request(num_blocks=num_blocks):
+                # Asked last, served last: what it still wants moves to the end of the queue.
+                if rank not in self._excluded and num_blocks:
+                    queue = self._parked if rank in self._parked else self._wanted
+                    queue[rank] = queue.pop(rank, 0) + num_blocks
+            case Done():
+                self._finish(rank, message)
+                self._unacknowledged.setdefault(rank, []).append(message.lease)
+            case Failed():
+                self._release(rank, message.lease)
+                self._fail(rank, message)
+                self._unacknowledged.setdefault(rank, []).append(message.lease)
+            case Contested(lease=lease):
+                if self._scheduler.holds(rank, lease):
+                    self._contested[lease.block] = rank, lease, True
+                    self._next_back_up = float("-inf")
+            case Drain(reason=reason):
+                self._end(DRAINED, f"{reason} on rank {rank} ({self._hosts[rank]})")
+            case GiveBack(leases=leases):
+                for lease in leases:
+                    self._release(rank, lease)
+                    self._scheduler.give_back(rank, lease)
+
+    def regroup(
+        self,
+        held: Mapping[int, Iterable[Lease]],
+        now: float,
+        *,
+        writing: Mapping[int, Iterable[Lease]],
+        ending: Stop | None = None,
+        idle: Collection[int] = (),
+    ) -> None:
+        """Go on with those who are left; what was on its way to or from them is lost.
+
+        They ask again, and send again what was not acknowledged.
+
+        Args:
+            held: By rank, what it computes, or has finished without knowing whether it counts.
+            now: Seconds.
+            writing: By rank, what of it nobody else may write.
+            ending: That the run ends early, if one of them has been told so.
+            idle: Those of them that compute nothing.
+        """
+        self.ending = self.ending or ending
+        lost = set(self._ranks).difference(held)
+        self._ranks = tuple(sorted(held))
+        self._excluded.update(idle)
+        self._newly_excluded.clear()
+        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
+        working = {rank: leases for rank, leases in held.items() if rank not in self._excluded}
+        if not working and not self._scheduler.is_finished:
+            self._end(FAILURES, "no rank is left that computes right")
+        # A rank that is left out may still write what it has begun to write.
+        busy = {rank: writing.get(rank, ()) for rank in self._excluded.intersection(held)}
+        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=self._writers)
+        for rank in busy:
+            self._scheduler.retire(rank)
+        if self._breaker is not None:
+            self._breaker.num_ranks = len(working)
+        self._wanted.clear()
+        self._parked.clear()
+        self._unacknowledged.clear()
+        self._next_sync = float("-inf")
+        self._is_stopped = False
+        self._contested.clear()
+        for rank, lease, state in fates:
+            self._note_death(rank, lease, state)
+
+    def assign(self, now: float) -> list[Outgoing]:
+        """Lease blocks to the ranks that have asked; who gets none now waits for a later turn."""
+        if self.ending is not None:
+            return []
+        outgoing: list[Outgoing] = [(rank, Stop(reason=FINISHED)) for rank in self._newly_excluded]
+        self._newly_excluded.clear()
+        if self._scheduler.num_pending == 0:
+            return outgoing + self._back_up(now)
+        for rank, num_blocks in list(self._wanted.items()):
+            leases = self._scheduler.lease(rank, num_blocks, now)
+            if not leases:
+                continue
+            outgoing.append((rank, Assign(leases=leases)))
+            self._wanted[rank] -= len(leases)
+            if self._wanted[rank] == 0:
+                del self._wanted[rank]
+        return outgoing
+
+    def may_write(self, rank: int, lease: Lease) -> bool:
+        """Return whether a rank may write a block: of several that hold it the first that asks."""
+        if not self._scheduler.holds(rank, lease):
+            return False
+        return self._writers.setdefault(lease.block, rank) == rank
+
+    def give_up_rank(self, rank: int) -> None:
+        """Lease what a rank holds to others."""
+        self._doubtful.add(rank)
+        self._parked[rank] = self._wanted.get(rank, 0) + self._parked.get(rank, 0)
+        self._take_back(rank)
+
+    def welcome_back(self, rank: int) -> None:
+        """Count on a rank that was given up; it does not ask twice for the same."""
+        num_wanted = self._parked.pop(rank, 0)
+        if rank not in self._excluded:
+            self._scheduler.welcome_back(rank)
+            self.handle(rank, Request(num_blocks=num_wanted))
+
+    def note_end(self, rank: int) -> None:
+        """Lease to others what a rank has not done that was left out and writes no more."""
+        if rank in self._excluded:
+            self._take_back(rank)
+
+    def _take_back(self, rank: int) -> None:
+        """Lease what a rank holds to others."""
+        self._scheduler.give_up_rank(rank)
+        self._wanted.pop(rank, None)
+        self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
+
+    def _back_up(self, now: float) -> list[Outgoing]:
+        """Lease slow blocks once more, to idle ranks, when there are no others.
+
+        First the rank that has it promises to ask before it writes: two never write one block.
+        """
+        if now < self._next_back_up or not self._wanted:
+            return []
+        self._next_back_up = now + BACK_UP_SECONDS
+        outgoing: list[Outgoing] = []
+        idle = list(self._wanted)
+        for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
+            # What the rank that had it before has promised does not bind this one.
+            *whose, has_promised = self._contested.get(late.block, (None, None, False))
+            if whose != [holder, late]:
+                self._contested[late.block] = holder, late, False
+                outgoing.append((holder, Contest(lease=late)))
+            elif has_promised:
+                outgoing += self._lease_again(late.block, idle, now)
+        return outgoing
+
+    def _lease_again(self, block: int, idle: list[int], now: float) -> list[Outgoing]:
+        """Lease a block that is held already to one of the idle ranks, if one may have it."""
+        for rank in idle:
+            lease = self._scheduler.back_up(rank, block, now)
+            if lease is not None:
+                log.info("block %d is slow; rank %d computes it as well", block, rank)
+                self._wanted[rank] -= 1
+                if self._wanted[rank] == 0:
+                    del self._wanted[rank]
+                idle.remove(rank)
+                return [(rank, Assign(leases=(lease,)))]
+        return []
+
+    def commit(self, now: float) -> list[Outgoing]:
+        """Sync the journal, acknowledge what is in it, and stop the ranks when all is done."""
+        if self._scheduler.is_finished:
+            self._end(FINISHED, "")
+        is_stop_due = self.ending is not None and not self._is_stopped
+        if now < self._next_sync and not is_stop_due:
+            return []
+        self._next_sync = now + SYNC_SECONDS
+        self._sync()
+        outgoing: list[Outgoing] = [
+            (rank, Acknowledge(leases=tuple(leases)))
+            for rank, leases in self._unacknowledged.items()
+        ]
+        self._unacknowledged.clear()
+        if self.ending is not None and not self._is_stopped:
+            self._is_stopped = True
+            outgoing += [(rank, self.ending) for rank in self._ranks]
+        return outgoing
+
+    def _end(self, reason: str, why: str) -> None:
+        """Lease no more blocks and tell every rank to stop. Failures outweigh other reasons."""
+        if self.ending is not None and (reason != FAILURES or self.ending.reason == FAILURES):
+            return
+        self.ending = Stop(reason=reason, why=why)
+        if reason == DRAINED:
+            log.warning("ending early: %s; blocks that are being computed are finished", why)
+        elif reason == FAILURES:
+            log.error("ending early: %s", why)
+
+    def _sync(self) -> None:
+        """Make the journal durable; end the run when that cannot be done.
+
+        What is not in the journal is acknowledged all the same, else no rank would ever end: its
+        blocks count as not done, and are computed again by the next start.
+        """
+        try:
+            self._journal.sync()
+        except OSError as error:
+            self._journal.give_up()
+            why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
+            self._end(FAILURES, why)
+
+    def _release(self, rank: int, lease: Lease) -> None:
+        """Let another rank write a block that this one will not."""
+        if self._writers.get(lease.block) == rank:
+            del self._writers[lease.block]
+
+    def _finish(self, rank: int, done: Done) -> None:
+        """Note a block that is done; of one that was done already, only whether it is the same."""
+        block = done.lease.block
+        if not self._scheduler.finish(rank, done.lease):
+            self._compare(rank, done)
+            return
+        self._note(rank, done, "done")
+        self._tempo.note(sum(done.seconds.values()))
+        self._retries.pop(block, None)
+        self._contested.pop(block, None)
+        self._writers.pop(block, None)
+        if self._breaker is not None:
+            self._breaker.succeed(rank)
+
+    def _compare(self, rank: int, done: Done) -> None:
+        """Compute a block again of which two ranks have written different values.
+
+        Happens only when a rank was stopped while it wrote, given up, and came back.
+        """
+        if not self._doubtful:
+            return
+        self._sync()
+        block = done.lease.block
+        if read_checksum(self._journal.path, block) in (done.checksum, None):
+            return
+        why = f"rank {rank} has written other values over it; it is computed again"
+        log.warning("block %d: %s", block, why)
+        self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
+        self._scheduler.reopen(block)
+
+    def _note_death(self, rank: int, lease: Lease, state: State) -> None:
+        """Note what a rank was computing, or near, when it died."""
+        why = f"rank {rank} died while it computed this block, or the one before"
+        failed = Failed(lease=lease, error=RANK_LOST, message=why)
+        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        if state == State.FAILED:
+            log.error("block %d: %s, as others did; given up", lease.block, why)
+
+    def _fail(self, rank: int, failed: Failed) -> None:
+        """Note a failed attempt, which says on which rank it was and why."""
+        state = self._scheduler.fail(rank, failed.lease)
+        if state is None:
+            return
+        self._break_if_hopeless(rank, failed)
+        if self.ending is not None and self.ending.reason == FAILURES:
+            state = State.FAILED
+        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        if state == State.FAILED:
+            self._retries.pop(failed.lease.block, None)
+        else:
+            self._retries[failed.lease.block] = rank, failed
+        log.warning(
+            "block %d failed on rank %d (%s), attempt %d: %s: %s; %s",
+            failed.lease.block,
+            rank,
+            self._hosts[rank],
+            failed.lease.attempt,
+            failed.error,
+            failed.message,
+            "given up" if state == State.FAILED else "it will be tried again",
+        )
+
+    def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
+        """End the run when the breaker says so; what was to be tried again is listed as failed."""
+        if self._breaker is None or rank in self._excluded:
+            return
+        left = self._scheduler.num_pending + self._scheduler.num_leased
+        why = self._breaker.fail(rank, failed, num_left=left)
+        if not why:
+            if self._breaker.is_broken(rank) and rank not in self._excluded:
+                self._exclude(rank, failed)
+            return
+        self._end(FAILURES, why)
+        for earlier_rank, earlier in self._retries.values():
+            self._note(earlier_rank, earlier, "failed")
+        self._retries.clear()
+
+    def _exclude(self, rank: int, failed: Failed) -> None:
+        """Lease no more blocks to a rank on which everything fails, while others do well."""
+        log.error(
+            "rank %d (%s) gets no more blocks: one after another fails there, and not on others; "
+            "the last one: %s: %s",
+            rank,
+            self._hosts[rank],
+            failed.error,
+            failed.message,
+        )
+        self._excluded.add(rank)
+        self._newly_excluded.append(rank)
+        self._wanted.pop(rank, None)
+        # It keeps what it may be writing until it has ended: two never write one block.
+        self._scheduler.retire(rank)
+        if self._breaker is not None:
+            self._breaker.num_ranks -= 1
+
+    def _note(self, rank: int, record: Record, state: str) -> None:
+        """Append a line about a block to the journal."""
+        core = self._core_of(record.lease.block)
+        self._journal.append(record, state, core=core, rank=rank, host=self._hosts[rank])

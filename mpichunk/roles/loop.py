@@ -1,0 +1,313 @@
+"""The main thread of a rank while blocks are computed: receive, decide, send, sleep.
+
+Joins the roles to the ranks; knows no policy and nothing of how a block is computed. It works in
+turns. When a turn finds nothing to do the next one comes later and later, up to 20 ms, unless the
+pipeline wakes it: an idle rank leaves its core alone.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from mpichunk.errors import ExitCode, RankLost
+from mpichunk.ranks.communicator import Communicator
+from mpichunk.ranks.crash import crash
+from mpichunk.ranks.recovery import Fuse, StartOver, regroup
+from mpichunk.roles.drain import Watch
+from mpichunk.roles.sentry import Lead, Lookout, MustEnd, note_beat
+from mpichunk.roles.worker import Holding, Worker
+from mpichunk.schedule.messages import (
+    FINISHED,
+    Ask,
+    Beat,
+    Drain,
+    Gone,
+    Heard,
+    Kill,
+    Leave,
+    Message,
+    ToCoordinator,
+    ToWorker,
+    Verdict,
+)
+from mpichunk.schedule.progress import Counters
+
+SHORTEST_NAP_SECONDS = 0.0002
+LONGEST_NAP_SECONDS = 0.02
+FIRST_BEAT_SECONDS = 0.1
+FAREWELL_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Pulse:
+    """The signs of life of one rank, and how it learns that all have ended.
+
+    A rank sends its counters every `interval` seconds, more often at first, and at once when it has
+    ended. When all have ended the coordinator lets everybody leave, so that none leaves a message
+    behind.
+    """
+
+    def __init__(self, counters: Counters, *, interval: float) -> None:
+        self._counters = counters
+        self._most_seconds = interval
+        self._interval = min(FIRST_BEAT_SECONDS, interval)
+        self._next = float("-inf")
+        self._is_ended = False
+
+        self.is_over = False
+        """Whether all have ended."""
+
+        self.abort_code: int | None = None
+        """Exit code of a job that must be ended by force."""
+
+    def step(self, now: float, *, is_ended: bool) -> list[Beat]:
+        """Return a sign of life if it is time for one."""
+        # After the last one there must be none: nobody would receive it.
+        if self._is_ended or (now < self._next and not is_ended):
+            return []
+        self._next = now + self._interval
+        self._interval = min(2 * self._interval, self._most_seconds)
+        self._is_ended = is_ended
+        self._counters["ended"] = is_ended
+        self._counters.measure_memory()
+        return [Beat(counters=tuple(self._counters.vector.tolist()))]
+
+    def again(self) -> None:
+        """Begin with the next step, for a coordinator that has not heard of this rank."""
+        self._next = float("-inf")
+        self._is_ended = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """The turns of one rank's main thread, until every rank has ended.
+
+    When ranks are lost the others go on: the pipelines with what they compute, the lowest rank as
+    coordinator. Any exception ends this rank, and at once: unwinding the stack first could wait for
+    threads that wait for other ranks.
+    """
+
+    comm: Communicator
+    """The ranks."""
+
+    worker: Worker
+    """This rank's role."""
+
+    lead: Lead | None
+    """The second role, on the coordinator only."""
+
+    pulse: Pulse
+    """This rank's signs of life."""
+
+    wake: threading.Event
+    """Set by the pipeline's threads when there is a record."""
+
+    lookout: Lookout
+    """Watches the others."""
+
+    watch: Watch | None = None
+    """Says when the run should end early; None: never."""
+
+    take_over: Callable[[], Lead] | None = None
+    """Makes the second role for a rank that has become the lowest."""
+
+    conclude: Callable[[Lead], int] = lambda _: ExitCode.UNEXPECTED
+    """Returns the exit code, when the job must then be ended by force."""
+
+    fuse: Fuse = field(default_factory=Fuse)
+    """Burns while ranks wait for one another; lit when `serve` returns."""
+
+    clock: Callable[[], float] = time.monotonic
+    """Monotonic seconds."""
+
+    _is_asked_to_end: bool = False
+
+    def serve(self) -> Lead | None:
+        """Work until every rank has ended; called by the main thread of every rank.
+
+        Returns:
+            The second role, if this rank has it at the end.
+
+        Raises:
+            StartOver: ranks were lost, and not all others had come here.
+        """
+        comm = self.comm
+        is_met = True
+        try:
+            while not self.pulse.is_over:
+                try:
+                    if not is_met:
+                        self._rejoin()
+                        is_met = True
+                    self.fuse.put_out()
+                    self._work()
+                except RankLost:
+                    self.fuse.light()
+                    is_met = False
+                    if not regroup(comm, is_computing=True):
+                        raise StartOver from None
+        except StartOver:
+            raise
+        except BaseException as error:
+            if comm.size == 1 and not comm.is_fault_tolerant:
+                raise
+            crash(comm, error)
+        self.fuse.light()
+        return self.lead
+
+    def _work(self) -> None:
+        """Take turns until every rank has ended."""
+        nap = SHORTEST_NAP_SECONDS
+        try:
+            while not self.pulse.is_over:
+                # Cleared before looking: what comes while we look sets it again.
+                self.wake.clear()
+                if self._turn(self.clock()):
+                    nap = SHORTEST_NAP_SECONDS
+                else:
+                    self.wake.wait(nap)
+                    nap = min(2 * nap, LONGEST_NAP_SECONDS)
+        except MustEnd as end:
+            sys.stderr.write(f"mpichunk: {end}\n")
+            self._tell_all(Leave(code=end.code))
+            self.pulse.abort_code = end.code
+        self._see_off()
+
+    def _rejoin(self) -> None:
+        """Tell the coordinator, which may be a new one, what this rank holds.
+
+        Raises:
+            RankLost: another rank was lost meanwhile; then all of this is to be done again.
+        """
+        comm, worker = self.comm, self.worker
+        holdings: dict[int, Holding] = dict(comm.allgather((comm.rank, worker.rejoin())))
+        self.pulse.again()
+        self.lookout.again()
+        if not comm.is_coordinator:
+            return
+        if self.lead is None:
+            assert self.take_over is not None, "nobody can take over"
+            self.lead = self.take_over()
+        held = {rank: holding.leases for rank, holding in holdings.items()}
+        writing = {rank: holding.writing for rank, holding in holdings.items()}
+        stops = [holding.stop for holding in holdings.values() if holding.stop is not None]
+        early = next((stop for stop in stops if stop.reason != FINISHED), None)
+        idle = {rank for rank, holding in holdings.items() if holding.is_idle}
+        now = self.clock()
+        self.lead.coordinator.regroup(held, now, writing=writing, ending=early, idle=idle)
+        self.lead.attendance.regroup(comm.alive)
+        self.lead.vigil.regroup(comm.alive, now)
+
+    def _turn(self, now: float) -> bool:
+        """Do all that can be done without waiting; return whether there was anything."""
+        comm, lead = self.comm, self.lead
+        arrived = comm.receive()
+        for source, messages in arrived:
+            for message in messages:
+                self._deliver(source, message, now)
+        if self.pulse.is_over:
+            # Nobody receives any more.
+            return True
+        outgoing: list[tuple[int, Message]] = [(comm.coordinator, m) for m in self._say(now)]
+        if lead is not None:
+            outgoing += lead.coordinator.assign(now)
+            outgoing += lead.coordinator.commit(now)
+        outgoing += self.lookout.step(lead, now, is_asked_to_end=self._is_asked_to_end)
+        num_sent = _send(comm, outgoing)
+        waits_for = comm.unreceived_by() if lead is None else self._unreceived(lead)
+        is_ended = self.worker.is_ended and not waits_for
+        beats = self.pulse.step(now, is_ended=is_ended)
+        num_sent += _send(comm, ((comm.coordinator, beat) for beat in beats))
+        if lead is not None and lead.attendance.is_over:
+            self._let_go(lead)
+        return num_sent + len(arrived) > 0
+
+    def _say(self, now: float) -> list[ToCoordinator]:
+        """Return what the coordinator must know of this rank."""
+        messages = self.worker.step()
+        if self.watch is not None and self.comm.is_coordinator and self.watch.is_time_up:
+            raise MustEnd(
+                "the allocation ends now; blocks in flight are dropped: run it again to go on",
+                ExitCode.DRAINED,
+            )
+        if self.watch is not None and not self.worker.is_stopped:
+            reason = self.watch.poll(now, is_leader=self.comm.is_coordinator)
+            if reason is not None:
+                messages.append(Drain(reason=reason))
+            self._is_asked_to_end = reason is not None
+        return messages
+
+    def _deliver(self, source: int, message: Message, now: float) -> None:
+        """Give a message to the role that it is for."""
+        match message:
+            case Leave(code=code):
+                self.pulse.is_over = True
+                self.pulse.abort_code = code
+            case Heard():
+                self.lookout.hear(now)
+                self.worker.handle(message)
+            case Kill(rank=rank):
+                self.lookout.kill(rank)
+            case _ if isinstance(message, ToWorker):
+                self.worker.handle(message)
+            case _:
+                assert self.lead is not None, f"rank {source} takes this rank for the coordinator"
+                self._deliver_to_lead(self.lead, source, message, now)
+
+    def _deliver_to_lead(self, lead: Lead, source: int, message: ToCoordinator, now: float) -> None:
+        """Give a message to one of those who are the coordinator."""
+        match message:
+            case Beat():
+                note_beat(lead, source, message, now)
+            case Gone(rank=rank):
+                lead.vigil.condemn(rank)
+            case Ask(lease=lease):
+                may_write = lead.coordinator.may_write(source, lease)
+                _send(self.comm, [(source, Verdict(lease=lease, may_write=may_write))])
+            case _:
+                lead.coordinator.handle(source, message)
+
+    def _unreceived(self, lead: Lead) -> set[int]:
+        """Return who has not yet taken a message, of those who are waited for."""
+        return self.comm.unreceived_by() - lead.attendance.excused
+
+    def _let_go(self, lead: Lead) -> None:
+        """Let everybody leave: in good order, or by force when a rank can neither."""
+        code = None
+        if lead.attendance.excused:
+            code = self.conclude(lead)
+            names = ", ".join(map(str, sorted(lead.attendance.excused)))
+            log.warning("the job is now ended by force, since rank %s cannot be ended alone", names)
+        self._tell_all(Leave(code=code))
+        self.pulse.abort_code = code
+
+    def _tell_all(self, message: Leave) -> None:
+        """Send the others their last message, without waiting for them."""
+        self.pulse.is_over = True
+        excused = self.lead.attendance.excused if self.lead is not None else set[int]()
+        others = set(self.comm.alive) - excused - {self.comm.rank}
+        _send(self.comm, ((rank, message) for rank in others))
+
+    def _see_off(self) -> None:
+        """Wait until the last messages of the coordinator have been received; others have none."""
+        comm, code = self.comm, self.pulse.abort_code
+        end = self.clock() + FAREWELL_SECONDS
+        while self.lead is not None and comm.num_unreceived() and self.clock() < end:
+            comm.receive()
+            time.sleep(SHORTEST_NAP_SECONDS)
+        if code is not None:
+            comm.abort(code)
+
+
+def _send(comm: Communicator, outgoing: Iterable[tuple[int, Message]]) -> int:
+    """Send each rank what is for it in one parcel; return the number of parcels."""
+    parcels: dict[int, list[Message]] = {}
+    for dest, message in outgoing:
+        parcels.setdefault(dest, []).append(message)
+    for dest, messages in parcels.items():
+        comm.send(dest, messages)
+    return len(parcels)

@@ -1,0 +1,1 @@
+"""Which rank computes which block: pure decisions, and the messages that carry them."""

@@ -1,0 +1,287 @@
+"""The frozen values that ranks send one another, and the states of a block.
+
+Knows no transport and no policy. A block travels as its index in the plan: every rank has the plan.
+
+    worker                                        coordinator
+      | -- Request(num_blocks) --------------------> |   may stay unanswered until blocks come free
+      | <-- Assign(leases) ------------------------- |
+      | -- Done(lease) or Failed(lease) -----------> |   kept by the worker ...
+      | <-- Acknowledge(leases) -------------------- |   ... until it is in the journal
+      | -- Drain(reason) --------------------------> |   this rank was asked to end early
+      | <-- Stop(reason) --------------------------- |
+      | -- GiveBack(leases) -----------------------> |   what was not begun before an early stop
+      | -- Beat(counters) -------------------------> |   again and again; the last one at the end
+      | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
+      | <-- Contest(lease) ------------------------- |   another rank is to compute it, too
+      | -- Contested(lease) -----------------------> |   it is not being written, and asks before
+      | -- Ask(lease) -----------------------------> |   before a block is written that is late
+      | <-- Verdict(lease, may_write) -------------- |
+      | -- Gone(rank) -----------------------------> |   a process of the same machine has ended
+      | <-- Kill(rank) ----------------------------- |   one that hangs, on the same machine
+      | <-- Leave(code) ---------------------------- |   all have sent their last sign of life
+"""
+
+import queue
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from mpichunk.geometry.box import Box
+
+STAGES = ("read", "infer", "write")
+"""The stages of a block whose wall seconds are measured."""
+
+FINISHED = "finished"
+"""Why a run stops: every block is done or failed."""
+
+DRAINED = "drained"
+"""Why a run stops: it was asked to; what is left is for the next start."""
+
+FAILURES = "failures"
+"""Why a run stops: going on would only make more blocks fail."""
+
+
+RANK_LOST = "RankLost"
+"""The error of a block that a rank may have died of."""
+
+
+class State(IntEnum):
+    """What becomes of a block; each block is in exactly one state."""
+
+    PENDING = 0
+    """To be computed, and given to nobody."""
+
+    LEASED = 1
+    """Given to a rank."""
+
+    DONE = 2
+    """Its bytes are durably written."""
+
+    FAILED = 3
+    """Tried as often as allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """One block given to one rank; no two leases of a run are equal."""
+
+    block: int
+    """Index in the plan."""
+
+    attempt: int
+    """1 for the first try."""
+
+    is_backup: bool = False
+    """Whether another rank computes the block, too: then who is ready asks before it writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A block whose bytes are durably written. Kept by the worker until acknowledged."""
+
+    lease: Lease
+    """What was finished."""
+
+    num_patches: int
+    """Patches that went through the network."""
+
+    num_voxels: int
+    """Voxels of the core, not counted once more per channel."""
+
+    nbytes_read: int
+    """Bytes of input that were read, uncompressed."""
+
+    nbytes_written: int
+    """Bytes of output that were written, uncompressed."""
+
+    seconds: Mapping[str, float]
+    """Wall seconds for each of `STAGES`."""
+
+    checksum: str
+    """`algorithm:hex` over the core's czyx little-endian bytes as stored."""
+
+    batch_size: int | None = None
+    """Patches per forward, where the device had no memory for as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A block that could not be computed. Kept by the worker until acknowledged."""
+
+    lease: Lease
+    """What was tried."""
+
+    error: str
+    """Kind of error: the name of the exception's class."""
+
+    message: str
+    """What the user is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A block that has been tried as often as allowed."""
+
+    block: int
+    """Index in the plan."""
+
+    core: Box
+    """What it would have written."""
+
+    rank: int
+    """Where it was tried last."""
+
+    host: str
+    """Where that rank ran."""
+
+    attempt: int
+    """How often it was tried."""
+
+    error: str
+    """Kind of error."""
+
+    message: str
+    """What the user is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A worker can take more blocks; adds to what it has asked for and not yet been given."""
+
+    num_blocks: int
+    """How many more leases would fill the worker's pipeline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """The rank was asked that the run end early; may be sent again."""
+
+    reason: str
+    """By whom or by what, for the user: "SIGTERM"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveBack:
+    """Leases that the worker had not begun to compute when it was told to stop early."""
+
+    leases: tuple[Lease, ...]
+    """No record of them will come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The rank is alive."""
+
+    counters: tuple[float, ...]
+    """What it has done since it started; `ended` among them when it has nothing more to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assign:
+    """The coordinator leases blocks to the receiver."""
+
+    leases: tuple[Lease, ...]
+    """In the order in which they should be computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acknowledge:
+    """The records of these leases are in the journal and need not be kept any longer."""
+
+    leases: tuple[Lease, ...]
+    """As in the records: a block may have been tried more than once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """No more blocks will come; finish what is being computed or written, then end."""
+
+    reason: str
+    """One of `FINISHED`, `DRAINED`, `FAILURES`."""
+
+    why: str = ""
+    """More about it in words, for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A block that was computed but not written, because another rank was quicker."""
+
+    lease: Lease
+    """What was not finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest:
+    """The lease is slow, and another rank is to compute its block as well."""
+
+    lease: Lease
+    """What the receiver holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contested:
+    """The answer to `Contest`, if the block is not being written yet: the rank will ask before."""
+
+    lease: Lease
+    """What it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Other ranks may compute this block, too; may this one write it?"""
+
+    lease: Lease
+    """What has been computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer to `Ask`."""
+
+    lease: Lease
+    """What was asked for."""
+
+    may_write: bool
+    """False when another rank has written the block, or is about to: two never write one block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """The answer to `Beat`."""
+
+    lease_seconds: float
+    """How long a lease may take by now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """The process of a rank has ended, and MPI has not said so."""
+
+    rank: int
+    """Whose process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """End the process of a rank that hangs."""
+
+    rank: int
+    """Whose process; it runs on the machine of the receiver."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """Every rank has ended, or is not waited for: the last message that a rank receives."""
+
+    code: int | None = None
+    """Exit code of a job that must be aborted, as a rank can neither go on nor be ended."""
+
+
+Record = Done | Failed
+Records = queue.SimpleQueue[Record | Dropped | BaseException]
+"""What a pipeline's threads have finished; an exception in it is a crash for the main thread."""
+
+ToCoordinator = Record | Request | Drain | GiveBack | Beat | Contested | Ask | Gone
+ToWorker = Assign | Acknowledge | Stop | Heard | Contest | Verdict | Kill | Leave
+Message = ToCoordinator | ToWorker

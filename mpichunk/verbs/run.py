@@ -1,0 +1,353 @@
+"""The `run` verb: the one place that knows every part, and puts them together in order.
+
+Decides nothing itself. Nothing is written before all is checked:
+
+    rank 0          config, volumes, plan                -> every rank
+    every rank      devices and threads                  -> all ranks decide alike
+    rank 0          what earlier starts have left        -> every rank
+    every rank      loads the network, one forward       -> the ranks that compute right
+    rank 0          output, journal, run directory       -> every rank sees them, opens the volumes
+    every rank      blocks, until all have ended
+    rank 0          summary, coverage                    -> one exit code
+
+Where MPI survives the loss of a rank, the lowest one left stands in for rank 0.
+"""
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mpichunk.backends.binding import Bindings
+from mpichunk.backends.engine import EngineInfo
+from mpichunk.block.inference import BlockInference
+from mpichunk.block.pipeline import Pipeline, Source
+from mpichunk.config.file import LoadedConfig, load_config
+from mpichunk.config.schema import Schedule
+from mpichunk.errors import ExitCode, UserError
+from mpichunk.job.assembly import (
+    bind_ranks,
+    engine_request,
+    load_engine,
+    make_inference,
+    open_volumes,
+    prepare_network,
+)
+from mpichunk.job.canary import find_sound_ranks
+from mpichunk.job.conclusion import conclude, note_end
+from mpichunk.job.leading import Keeper, Leading
+from mpichunk.job.startup import (
+    Job,
+    changed_versions,
+    check_sight,
+    find_todo,
+    library_versions,
+    prepare,
+    sync_first,
+    write_run_files,
+)
+from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.ranks.agreement import on_every_rank, on_rank_0
+from mpichunk.ranks.comm import start_mpi
+from mpichunk.ranks.communicator import Communicator
+from mpichunk.ranks.crash import crash_guard
+from mpichunk.ranks.launcher import check_world_size, name_of
+from mpichunk.ranks.neighbours import Neighbours
+from mpichunk.ranks.recovery import Fuse, survive
+from mpichunk.ranks.slurm import Allocation, describe
+from mpichunk.roles.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
+from mpichunk.roles.loop import Loop, Pulse
+from mpichunk.roles.sentry import Lead, Lookout, watch_stopped
+from mpichunk.roles.worker import Worker
+from mpichunk.rundir.journal import Journal
+from mpichunk.rundir.lock import this_process
+from mpichunk.rundir.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
+from mpichunk.schedule.messages import FAILURES, Records, Stop
+from mpichunk.schedule.permits import Permits
+from mpichunk.schedule.progress import Counters
+from mpichunk.volume import Writer, create_output
+
+PROGRESS_SECONDS = 5.0
+"""How often a rank tells what it has done."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Life:
+    """What of a process outlasts the loss of another rank."""
+
+    outside: Outside
+    """Signals, and the end of the allocation."""
+
+    fuse: Fuse
+    """Burns while ranks wait for one another."""
+
+    allocation: Allocation = field(default_factory=lambda: Allocation({}))
+    """Slurm's job, if there is one."""
+
+    has_begun: bool = False
+    """Whether the run directory is this run's: then nothing is set aside any more."""
+
+    is_watching: bool = False
+    """Whether a thread looks for ranks that a signal has stopped."""
+
+    is_abandoning: bool = False
+    """Whether threads compute what nobody waits for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a rank takes into the computing, besides what every rank has."""
+
+    source: Source
+    inference: BlockInference
+    writer: Writer
+    neighbours: Neighbours
+
+
+def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
+    """Run a config, or what an earlier run of it left; return the exit code.
+
+    To be called by every rank.
+    """
+    who = name_of(os.environ, socket.gethostname())
+    fuse = Fuse(_start_timeout(config_path, overrides), who=who)
+    fuse.light()
+    comm = start_mpi()
+    if comm.size == 1:
+        fuse.put_out()
+        fuse = Fuse()
+    with Signals() as signals:
+        allocation = Allocation(os.environ)
+        outside = Outside(signals=signals, end_time=allocation.end_time)
+        life = Life(outside=outside, fuse=fuse, allocation=allocation)
+        code = run_on(comm, config_path, overrides, fresh=fresh, life=life)
+    comm.leave(code)
+    return code
+
+
+def run_on(
+    comm: Communicator,
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    life: Life | None = None,
+) -> int:
+    """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
+    life = life or Life(outside=Outside(), fuse=Fuse())
+    log_to_terminal(comm.rank)
+    with crash_guard(comm):
+        try:
+            check_world_size(comm.size, os.environ)
+            code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, life))
+            if life.is_abandoning:
+                comm.leave(code, at_once=True)
+            return code
+        except UserError as error:
+            if comm.is_coordinator:
+                print(f"mpichunk: {error}", file=sys.stderr)
+            return ExitCode.USER_ERROR
+        finally:
+            close_logs()
+
+
+def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
+    """Return how long the start may take, before there are other ranks to read the config."""
+    try:
+        return load_config(config_path, overrides).config.schedule.start_timeout_seconds
+    except (UserError, OSError):
+        # It is told in good order once the ranks know one another.
+        return Schedule().start_timeout_seconds
+
+
+def _run(
+    comm: Communicator, config_path: Path, overrides: Sequence[str], fresh: bool, life: Life
+) -> int:
+    """Run it, or raise the same UserError on every rank."""
+    loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
+    fresh = fresh and not any(comm.allgather(life.has_begun))
+    with loaded.locating():
+        return _run_config(comm, loaded, fresh=fresh, life=life)
+
+
+def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: Life) -> int:
+    """Do all that the module's docstring lists."""
+    job = on_rank_0(comm, lambda: prepare(loaded.config))
+    bindings = bind_ranks(comm, job, fresh=fresh)
+    processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
+    neighbours = Neighbours(comm.rank, processes)
+    if comm.size > 1 and not life.is_watching:
+        life.is_watching = True
+        patience = job.config.schedule.min_lease_seconds
+        watch_stopped(neighbours, life.fuse, seconds=patience, rank=comm.rank)
+    found = on_rank_0(comm, lambda: find_todo(job, bindings, fresh=fresh))
+    todo = found.unpack(len(job.plan))
+    ending: Stop | None = None
+    if todo.any():
+        on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
+        request = engine_request(job, bindings.of(comm.rank))
+        prepared = on_rank_0(comm, lambda: prepare_network(job, request))
+        engine, sound = find_sound_ranks(
+            comm, job.config.model, request, lambda: load_engine(job, request, prepared)
+        )
+        leading = Leading(comm=comm, job=job, todo=todo, sound=sound)
+        with ExitStack() as stack:
+            keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
+            _open_run(comm, keeper, bindings, engine.info, fresh=fresh, life=life)
+            source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
+            inference = make_inference(job, engine, request)
+            part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
+            ending = _compute(comm, leading, keeper, part, life)
+    return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
+
+
+def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
+    """Tell what is about to run."""
+    ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
+    for line in bindings.table.splitlines():
+        log.info("%s", line)
+    for warning in (*loaded.warnings(), *bindings.warnings):
+        log.warning("%s", warning)
+
+
+def _open_run(
+    comm: Communicator,
+    keeper: Keeper,
+    bindings: Bindings,
+    engine: EngineInfo,
+    *,
+    fresh: bool,
+    life: Life,
+) -> None:
+    """Begin or go on with the run directory and the output.
+
+    Raises:
+        UserError: they cannot be written, or a rank does not see them.
+    """
+    job = keeper.job
+
+    def begin() -> str:
+        lock = keeper.lock()
+        create_output(job.output, sources=job.sources)
+        journal = keeper.open(lock, fresh=fresh)
+        if not life.has_begun:
+            clear_stop(job.run_dir, before=lock.taken)
+        _note_start(journal, bindings, engine, life.allocation)
+        return write_run_files(job.config, job)
+
+    nonce = on_rank_0(comm, begin)
+    life.has_begun = True
+    on_every_rank(comm, lambda: check_sight(job.run_dir, nonce, host=comm.host))
+    on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
+
+
+def _note_start(
+    journal: Journal, bindings: Bindings, engine: EngineInfo, allocation: Allocation
+) -> None:
+    """Note this start in the journal, and what has changed since the first."""
+    for change in changed_versions(journal.header, library_versions()):
+        log.warning("%s", change)
+    facts: dict[str, object] = {
+        "num_ranks": len(bindings.ranks),
+        "hosts": sorted({binding.host for binding in bindings.ranks}),
+        "device_kinds": list(bindings.device_kinds),
+        "threads": bindings.ranks[0].threads,
+        "engine": asdict(engine),
+    }
+    if slurm := allocation.facts():
+        log.info("%s", describe(slurm))
+        facts["slurm"] = slurm
+    journal.append_start(facts)
+    sync_first(journal)
+
+
+def _compute(
+    comm: Communicator, leading: Leading, keeper: Keeper, part: Part, life: Life
+) -> Stop | None:
+    """Compute the blocks still to do: this rank's part of it, until all ranks have ended.
+
+    Returns, on the coordinator, why they have ended.
+    """
+    job, schedule = leading.job, leading.job.config.schedule
+    wake = threading.Event()
+    permits = Permits(wake)
+    records: Records = queue.SimpleQueue()
+    pipeline = _pipeline(job, part, records, permits, wake)
+    counters = Counters()
+    # A rank that computes wrongly asks for no blocks.
+    depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
+    own_blocks = leading.own_blocks
+    worker = Worker(
+        pipeline, records, counters, depth=depth, own_blocks=own_blocks, permits=permits
+    )
+    interval = min(PROGRESS_SECONDS, schedule.min_lease_seconds / 4)
+    silence = schedule.min_lease_seconds
+
+    def take_over() -> Lead:
+        lead_terminal()
+        return leading.take_over(keeper.open(keeper.lock()))
+
+    def end(lead: Lead) -> Stop:
+        assert keeper.journal is not None
+        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank goes on")
+        leading.tell(lead)
+        note_end(keeper.journal, ending)
+        return ending
+
+    loop = Loop(
+        comm=comm,
+        worker=worker,
+        lead=leading.begin(keeper.journal) if keeper.journal is not None else None,
+        pulse=Pulse(counters, interval=interval),
+        wake=wake,
+        lookout=Lookout(comm, part.neighbours, silence_seconds=silence, interval=interval),
+        watch=_watch(job, life.outside),
+        take_over=take_over,
+        conclude=lambda lead: conclude(job.run_dir, end(lead), num_blocks=len(job.plan)),
+        fuse=life.fuse,
+    )
+    with pipeline:
+        try:
+            lead = loop.serve()
+        finally:
+            # Whoever begins anew must not wait for an answer that will not come.
+            permits.close(())
+        if worker.is_abandoning:
+            pipeline.abandon()
+            life.is_abandoning = True
+    return None if lead is None else end(lead)
+
+
+def _pipeline(
+    job: Job, part: Part, records: Records, permits: Permits, wake: threading.Event
+) -> Pipeline:
+    """Return what computes this rank's blocks."""
+    return Pipeline(
+        plan=job.plan,
+        source=part.source,
+        inference=part.inference,
+        writer=part.writer,
+        num_channels=job.output.num_channels,
+        dtype=job.output.dtype,
+        records=records,
+        wake=wake,
+        may_write=permits.may_write,
+    )
+
+
+def _watch(job: Job, outside: Outside) -> Watch:
+    """Return what says when the run should end early."""
+    return Watch(
+        outside,
+        stop_file=job.run_dir / STOP_NAME,
+        stop_before_seconds=job.config.schedule.stop_before_seconds,
+    )

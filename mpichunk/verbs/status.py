@@ -1,0 +1,128 @@
+"""The verbs `status` and `stop`: tell how far a run is, and ask it to end.
+
+Knows no MPI, no network and no volume.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpichunk.config.file import load_config
+from mpichunk.config.schema import Config
+from mpichunk.errors import ExitCode, JournalError
+from mpichunk.plan.fingerprint import differing_keys
+from mpichunk.ranks.slurm import describe
+from mpichunk.roles import drain
+from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, read_status
+from mpichunk.schedule.messages import DRAINED, FAILURES
+from mpichunk.words import duration
+
+WATCH_SECONDS = 2.0
+"""How often `--watch` looks again."""
+
+
+def status(
+    config_path: Path, overrides: Sequence[str], *, as_json: bool, watch: bool, check: bool
+) -> ExitCode:
+    """Print how far the run of a config is.
+
+    Raises:
+        UserError: the config cannot be read, its run has never been started, or it was started
+            with another config.
+    """
+    loaded = load_config(config_path, overrides)
+    run_dir = Path(loaded.config.run_dir)
+    with loaded.locating():
+        _check_same_config(loaded.config, run_dir)
+    while True:
+        with loaded.locating():
+            found = read_status(run_dir)
+        print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
+        if not watch or not found.is_alive:
+            return found.exit_code if check else ExitCode.ALL_DONE
+        time.sleep(WATCH_SECONDS)
+
+
+def _check_same_config(config: Config, run_dir: Path) -> None:
+    """Refuse to report on blocks that `run` would not take for those of this config."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    differing = differing_keys(load_config(path).config, config)
+    if differing:
+        raise JournalError(
+            f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; take that "
+            "back, choose another run_dir, or start over with `run --fresh`",
+            key="run_dir",
+        )
+
+
+def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
+    """Ask the job that runs a config to end early, and say what is known of it.
+
+    Raises:
+        UserError: the config cannot be read, the run has never been started, or its directory
+            cannot be written.
+    """
+    loaded = load_config(config_path, overrides)
+    run_dir = Path(loaded.config.run_dir)
+    with loaded.locating():
+        found = read_status(run_dir)
+    if not found.is_alive:
+        print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
+        return ExitCode.ALL_DONE
+    try:
+        drain.request_stop(run_dir)
+    except OSError as error:
+        raise JournalError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    print(f"{run_dir}: asked to finish the blocks that are being computed, and end")
+    return ExitCode.ALL_DONE
+
+
+def _as_json(found: RunStatus) -> dict[str, Any]:
+    """Return the status as JSON values."""
+    return asdict(found) | {"exit_code": int(found.exit_code)}
+
+
+def _text(found: RunStatus) -> str:
+    """Return the status as a few lines."""
+    share = found.num_done / found.num_blocks
+    left = found.num_blocks - found.num_done - found.num_failed
+    lines = [
+        f"run      {found.run_dir}",
+        f"blocks   {found.num_done} of {found.num_blocks} done ({share:.1%}), "
+        f"{found.num_running} running, {found.num_failed} failed, {left} to do",
+    ]
+    if found.blocks_per_second:
+        lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
+    if found.seconds_left is not None:
+        lines.append(f"left     {duration(found.seconds_left)}")
+    if found.slurm:
+        lines.append(f"job      {describe(found.slurm)}")
+    lines.append(f"state    {_state(found)}")
+    for failure in found.failures[:MOST_FAILURES_SHOWN]:
+        lines.append(
+            f"failed   block {failure.block}, {failure.core}: {failure.message} "
+            f"(attempt {failure.attempt}, rank {failure.rank} on {failure.host})"
+        )
+    if len(found.failures) > MOST_FAILURES_SHOWN:
+        lines.append(f"         and {len(found.failures) - MOST_FAILURES_SHOWN} more: --json")
+    return "\n".join(lines)
+
+
+def _state(found: RunStatus) -> str:
+    """Return what is going on, and what to do next, in words."""
+    if found.is_alive:
+        return "running"
+    if found.exit_code == ExitCode.ALL_DONE:
+        return "complete"
+    if found.end_reason == FAILURES:
+        return f"stopped early: {found.end_why}; mend that and run it again"
+    if found.exit_code == ExitCode.BLOCKS_FAILED:
+        return "ended with failed blocks; run it again to try those"
+    if found.end_reason == DRAINED:
+        return f"ended early as asked ({found.end_why}); run it again to go on where it stopped"
+    return "not running; run it again to go on where it stopped"
