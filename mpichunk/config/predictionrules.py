@@ -1,6 +1,6 @@
 """What must hold between the channels of a network and what is made of them.
 
-Pure functions of single values, as in `configrule`. Knows no arrays and no networks.
+Pure functions of single values, as in `config.rules`. Knows no arrays and no networks.
 """
 
 from collections.abc import Mapping, Sequence

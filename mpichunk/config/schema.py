@@ -1,7 +1,7 @@
 """The config as frozen, checked values: what the user may write, and what it means.
 
 Checks everything that needs no volume and no network. Knows no files and no YAML (that is
-`configfile`).
+`config.file`).
 """
 
 from collections.abc import Mapping
@@ -311,7 +311,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _values_fit_together(self) -> Self:
-        """Apply the rules that join values; `configcheck` names each key and line instead."""
+        """Apply the rules that join values; `config.checks` names each key and line instead."""
         problems = find_problems(flatten(self))
         if problems:
             raise ValueError("; ".join(f"{p.key}: {p.message}" for p in problems))

@@ -3,7 +3,7 @@
     every rank      the process of one neighbour, and whether the coordinator is heard of
     coordinator     steps of every rank -> kill, give up, go on without
 
-Decides by `vigil`; sends through the loop. Knows no blocks.
+Decides by `schedule.hang`; sends through the loop. Knows no blocks.
 """
 
 import logging
