@@ -55,7 +55,7 @@ class Job:
         while not path.exists() or path.read_bytes().count(b'"state":"done"') < num_blocks:
             assert time.monotonic() < end, f"{self.told}\n{self.cluster.told()}"
             assert self.state in ALIVE, self.told
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     def wait(self, timeout=180):
         """Wait for the end; return state and exit code by scontrol and the completion file."""
@@ -73,7 +73,7 @@ class Job:
         while self.told.count(": start ") < 2:
             assert time.monotonic() < end, f"{self.told}\n{self.cluster.told()}"
             assert self.state in ALIVE, self.told
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     def cancel(self):
         """End it, whatever it does."""

@@ -296,7 +296,7 @@ class Cluster:
         end = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.told()}"
-            time.sleep(0.1)
+            time.sleep(0.3)
 
 
 def _needed_of_tmp() -> list[Path]:
