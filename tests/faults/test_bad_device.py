@@ -12,10 +12,10 @@ from mpichunk.verbs import run
 
 load, rank = run.load_engine, os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
 
-def broken(job, request):
+def broken(job, request, prepared):
     if rank in sys.argv[2]:
         raise RuntimeError("CUDA error: no kernel image is available")
-    return load(job, request)
+    return load(job, request, prepared)
 
 run.load_engine = broken
 sys.exit(cli.main(["run", sys.argv[1]]))
