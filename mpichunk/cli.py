@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--check",
         action="store_true",
-        help="exit 0, 3 or 75 by what the journal proves: all done, blocks failed, not finished",
+        help="exit 0, 3 or 75 by what the journal proves: all done, blocks failed, not finished "
+        "or not even started",
     )
 
     _add_verb(verbs, "stop", "ask a running job to finish what it computes, and end")

@@ -25,13 +25,14 @@
 # They finish the blocks that they hold: give them longer than the slowest block takes.
 #SBATCH --signal=B:USR2@300         # CHANGE
 
-set -u
 config=${1:?usage: sbatch slurm/job-ulfm.sh CONFIG}
 
 # CHANGE: the environment that mpichunk was installed into, on a file system that all nodes see, and
 # before it the site's Open MPI 5 module if there is one.
 # shellcheck disable=SC1091
-. .venv/bin/activate
+. .venv/bin/activate || exit 2
+# Not before: activation scripts and modules may use variables that are not set.
+set -u
 
 per_node=${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -39,15 +40,32 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # What of an mpirun remains on a lost node would keep the next one waiting until Slurm knows of the loss.
 export SLURM_OVERLAP=1
 
-# Blocks that the journal has, 0 before the first start.
+# Blocks that the journal has, 0 before the first start; "unknown" if it cannot be read.
 num_done() {
-    python -m mpichunk status "$config" --json 2>/dev/null |
-        python -c 'import json, sys; print(json.load(sys.stdin)["num_done"])' 2>/dev/null || echo 0
+    for _ in {1..3}; do
+        python -m mpichunk status "$config" --json --check 2>/dev/null |
+            python -c 'import json, sys; print(json.load(sys.stdin)["num_done"])' 2>/dev/null && return
+        sleep 5
+    done
+    echo unknown
+}
+
+# Blocks done from one number to another.
+gain() {
+    if [ "$1" = unknown ] || [ "$2" = unknown ]; then echo unknown; else echo $(($2 - $1)); fi
+}
+
+is_preempted() {
+    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'PreemptTime=[0-9]'
+}
+
+is_out_of_time() {
+    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'Reason=TimeLimit'
 }
 
 # How the latest start has ended: drained, failures, finished; None if it was lost.
 end_reason() {
-    python -m mpichunk status "$config" --json |
+    python -m mpichunk status "$config" --json --check |
         python -c 'import json, sys; print(json.load(sys.stdin)["end_reason"])'
 }
 
@@ -55,7 +73,7 @@ end_reason() {
 find_nodes() {
     local node
     for node in "${nodes[@]}"; do
-        timeout --kill-after=5 30 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" \
+        timeout --kill-after=5 60 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" \
             true >/dev/null 2>&1 && echo "$node" &
     done | sort -V
     wait
@@ -67,11 +85,15 @@ end_steps() {
         grep -E '^[0-9]+\.[0-9]+$' | xargs --no-run-if-empty scancel --signal=KILL 2>/dev/null
 }
 
+# Slurm sends SIGTERM to this shell when it ends the job: also then ranks finish what they hold.
+is_ended=no
 mpirun_pid=
 trap '[ -z "$mpirun_pid" ] || kill -USR2 "$mpirun_pid"' USR2
+trap 'is_ended=yes; [ -z "$mpirun_pid" ] || kill -USR2 "$mpirun_pid"' TERM
 
+done_at_first=$(num_done)
+before=$done_at_first
 while :; do
-    before=$(num_done)
     echo "job-ulfm.sh: start on ${nodes[*]}, $before blocks are done"
 
     hosts=$(printf ",%s:$per_node" "${nodes[@]}")
@@ -89,24 +111,48 @@ while :; do
     code=$?
     [ "$code" -eq 75 ] || exit "$code"
 
-    gained=$(($(num_done) - before))
-    if [ "$(end_reason)" = drained ]; then break; fi
+    now=$(num_done)
+    gained=$(gain "$before" "$now")
+    before=$now
+    if [ "$is_ended" = yes ] || [ "$(end_reason)" = drained ]; then break; fi
 
     num_before=${#nodes[@]}
     end_steps
     mapfile -t nodes < <(find_nodes)
     echo "job-ulfm.sh: ${#nodes[@]} of $num_before nodes are left: ${nodes[*]}"
-    if [ "${#nodes[@]}" -eq 0 ]; then break; fi
-    if [ "$gained" -le 0 ] && [ "${#nodes[@]}" -eq "$num_before" ]; then break; fi
+    if [ "${#nodes[@]}" -eq 0 ] || [ "$is_ended" = yes ]; then break; fi
+    if [ "${#nodes[@]}" -lt "$num_before" ]; then continue; fi
+    if [ "$gained" = unknown ] || [ "$gained" -le 0 ]; then break; fi
 done
 
-if [ "$gained" -le 0 ]; then
-    echo "job-ulfm.sh: NOT requeued: the last start has done no block, and the next would not either." \
-        "What is wrong stands above; submit the job again when that is mended"
+# What counts here is all that the job has done since it was started or requeued, not the latest mpirun.
+gained=$(gain "$done_at_first" "$before")
+
+if [ "$is_ended" = yes ] && ! is_preempted && ! is_out_of_time; then
+    echo "job-ulfm.sh: NOT requeued: somebody has ended this job (scancel), or Slurm, which" \
+        "then starts it again"
+    exit 75
+elif is_preempted; then
+    echo "job-ulfm.sh: requeued: the job was preempted"
+elif [ "$gained" = unknown ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+    echo "job-ulfm.sh: requeued: the journal could not be read, so nobody knows what this job has done"
+elif [ "$gained" = unknown ]; then
+    echo "job-ulfm.sh: NOT requeued: the journal could not be read, and the job has started" \
+        "$((SLURM_RESTART_COUNT + 1)) times; submit it again when that is mended"
+    exit 75
+elif [ "$gained" -le 0 ]; then
+    echo "job-ulfm.sh: NOT requeued: this job has done no block, and the next would not either. What is" \
+        "wrong stands above; submit the job again when that is mended"
+    exit 75
 else
-    echo "job-ulfm.sh: requeued: the last start has done $gained blocks"
-    # Slurm ends this script.
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60
-    echo "job-ulfm.sh: NOT requeued: scontrol refuses; submit the job again to go on"
+    echo "job-ulfm.sh: requeued: this job has done $gained blocks"
 fi
+
+# Slurm ends this script.
+trap - TERM
+if ! scontrol requeue "$SLURM_JOB_ID"; then
+    echo "job-ulfm.sh: NOT requeued: scontrol refuses; submit the job again to go on"
+    exit 75
+fi
+sleep 60
 exit 75

@@ -79,6 +79,14 @@ def test_local_ranks_count_not_ranks():
     assert devices(decide(ranks)) == ["cuda:3", "cuda:2", "cuda:1", "cuda:0"]
 
 
+def test_sharing_a_mig_instance_is_refused_with_its_cure():
+    # Under --gpus-per-node: a process sees the first instance of its list only.
+    both = "CUDA_VISIBLE_DEVICES=MIG-1,MIG-2"
+    ranks = [replace(facts(r, gpu(0, "GPU-x")), visible=both) for r in (0, 1)]
+    with pytest.raises(DeviceError, match="--gpus-per-task=1"):
+        decide(ranks)
+
+
 def test_shared_devices_are_shared_evenly():
     ranks = [facts(r, gpu(0), gpu(1)) for r in range(4)]
     assert devices(decide(ranks, share_device=True)) == ["cuda:0", "cuda:1"] * 2

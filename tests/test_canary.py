@@ -1,5 +1,7 @@
 """Which ranks compute wrongly, by their deviation from a reference; see also tests/mpi."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from mpichunk.backends.absent import AbsentEngine
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
+from mpichunk.job import canary
 from mpichunk.job.canary import (
     TOLERANCES,
     Finding,
@@ -42,20 +45,30 @@ def finding(rank, **what):
     return Finding(rank=rank, host=f"node{rank}", device="cuda:0 X", **what)
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", [*TOLERANCES, "mxfp8"])
 def test_judge_names_who_is_off(precision):
-    tolerance = TOLERANCES[precision]
+    tolerance = TOLERANCES.get(precision, 0.1)
     findings = [
-        finding(0, deviation=tolerance / 2),
-        finding(1, deviation=tolerance * 2),
+        finding(0, deviation=tolerance / 2, precision=precision),
+        finding(1, deviation=tolerance * 2, precision=precision),
         finding(2, error=ModelError("CUDA error: misaligned address")),
         finding(3, deviation=np.inf),
         finding(4, deviation=np.nan),
     ]
-    off = judge(findings, precision)
+    off = judge(findings)
     assert list(off) == [1, 2, 3, 4]
     assert off[1].startswith("rank 1 on node1 (cuda:0 X) computes wrongly")
     assert "misaligned address" in off[2]
+
+
+def test_what_the_engine_says_of_its_precision_counts(monkeypatch):
+    """A setting such as openvino's INFERENCE_PRECISION_HINT is none of the request."""
+    request = make_request(make_plan())
+    engine = AbsentEngine(replace(request, precision="bfloat16"))
+    seen = {}
+    monkeypatch.setattr(canary, "find_off_ranks", lambda *_, **how: seen.update(how) or {})
+    find_sound_ranks(SerialCommunicator(), Model(backend="identity"), request, lambda: engine)
+    assert seen["precision"] == "bfloat16"
 
 
 def test_one_bad_rank_of_three_does_not_move_the_median():

@@ -227,6 +227,23 @@ def test_quantised_after_the_division(name, dtype):
         earlier = found, found.copy()
 
 
+@each_engine
+@pytest.mark.parametrize("value", [7e4, -7e4])
+def test_what_float16_cannot_hold_fails_the_block(name, value):
+    plan = make_plan()
+    block = plan[3]
+    source_czyx = np.full((2, *block.input_box.shape), 100, np.float32)
+    core = block.core.slices(block.input_box.start)
+    source_czyx[(slice(None), *core)][0, -1, -1, -1] = value
+    inference = make_inference(plan, name, scaling=Scaling())
+    assert np.isfinite(inference.run(block, source_czyx, None, FLOAT32).core_czyx).all()
+    with pytest.raises(BlockError, match="values that float16 cannot, above 65504, near"):
+        inference.run(block, source_czyx, None, np.dtype(np.float16))
+    source_czyx[source_czyx == value] = value * 0.9
+    found = inference.run(block, source_czyx, None, np.dtype(np.float16)).core_czyx
+    assert abs(found[0]).max() > 6e4
+
+
 def test_identity_is_exact_for_uint8():
     plan = make_plan(stitch="crop", margin=(1, 1, 1))
     inference = make_inference(plan)

@@ -287,7 +287,19 @@ def test_openvino_computes_in_bfloat16_only_where_the_cpu_can(tmp_path):
 
 def test_onnxruntime_options_are_session_entries(tmp_path):
     path = onnx_maker.convolution(tmp_path / "net.onnx")
-    load("onnxruntime", path, options={"session.set_denormal_as_zero": "1"}).infer(BATCH)
+    options = {
+        "session.set_denormal_as_zero": True,
+        "session.use_env_allocators": False,
+        "session.intra_op.allow_spinning": 1,
+    }
+    engine = load("onnxruntime", path, options=options)
+    engine.infer(BATCH)
+    entry = engine._session.get_session_options().get_session_config_entry
+    assert [entry(key) for key in options] == ["1", "0", "1"]
+    for key in ("set_denormal_as_zero", "Session.set_denormal_as_zero", "inter_op_num_threads"):
+        with pytest.raises(ModelError, match=f"no session entry '{key}'") as caught:
+            load("onnxruntime", path, options={key: "1"})
+        assert caught.value.key == "model.options"
 
 
 def test_onnxruntime_refuses_a_device_that_it_cannot_use(tmp_path):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,27 @@ def test_another_shape_is_refused_before_the_net_is_loaded(standin, changes, key
         assert caught.value.key == key
         assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "znet" not in sys.modules
+
+
+def test_a_trial_that_is_killed_leaves_no_folder(standin, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    program = f"""
+import os, tempfile
+folder = tempfile.mkdtemp()
+open({str(tmp_path / "seen")!r}, "w").write(folder)
+os.kill(os.getpid(), 9)
+"""
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{program}")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelError):
+        try_net(standin)
+    assert Path((tmp_path / "seen").read_text()).is_relative_to(scratch)
+    assert not list(scratch.iterdir())
 
 
 def test_a_real_znnphi_path_wins_and_must_be_one(standin, copy, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a user can get wrong: one clear message with file, line and cure, and exit code 2."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,20 @@ def test_status_of_what_was_never_run(attempt):
     code, said = attempt("status")
     assert code == 2
     assert "not been run" in said
+
+
+def test_check_of_what_was_never_run_is_no_mistake(attempt, tmp_path, capfd):
+    attempt("status")
+    config = str(tmp_path / "config.yaml")
+    assert cli.main(["status", config, "--check"]) == 75
+    assert "nothing is done yet: not started, or lost before" in capfd.readouterr().out
+    assert cli.main(["status", config, "--check", "--json"]) == 75
+    assert json.loads(capfd.readouterr().out)["num_done"] == 0
+
+
+def test_check_of_a_config_with_a_mistake_is_one(attempt, tmp_path):
+    attempt("status", patch={"overlp": [1, 1, 1]})
+    assert cli.main(["status", str(tmp_path / "config.yaml"), "--check"]) == 2
 
 
 def test_plan_refuses_what_run_would_refuse(attempt, tmp_path):

@@ -236,6 +236,72 @@ def test_a_guard_of_an_exported_file_would_really_run(exported, tmp_path):
     assert ran.read_text() == "ran"
 
 
+NETWORK = "models/model.json"
+
+
+@pytest.mark.parametrize(
+    ("member", "is_first"),
+    [
+        ("models/sub/model.json", False),
+        ("models/model.jsox", False),
+        ("Models/model.json", True),
+        ("Models/model.json", False),
+        (NETWORK, True),
+        (NETWORK, False),
+        ("data/executorch/model.pte", False),
+        ("data/constants/custom_obj_0", False),
+        ("data/aotinductor/model/x.so", False),
+        ("../models/model.json", False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_exported_file_with_another_member_is_refused(
+    exported, tmp_path, monkeypatch, member, is_first
+):
+    """torch deserialises all below models/, finds names in any case, and runs compiled code."""
+    ran = tmp_path / "ran"
+    path = tmp_path / "bad.pt2"
+    with zipfile.ZipFile(exported) as old, zipfile.ZipFile(path, "w") as new:
+        members = {name: old.read(name) for name in old.namelist()}
+        root = old.namelist()[0].partition("/")[0]
+        network = json.loads(members[f"{root}/{NETWORK}"])
+        insert_guard(network, CODE.format(path=str(ran)))
+        insert_expression(network, CODE.format(path=str(ran)))
+        bad = f"{root}/{member}", json.dumps(network)
+        if is_first:
+            new.writestr(*bad)
+        for name, data in members.items():
+            new.writestr(name, data)
+            if name.startswith(f"{root}/data/"):  # what torch looks for beside models/sub/
+                folder, _, file = name.rpartition("/")
+                if "sub" in member:
+                    new.writestr(f"{folder}/sub/{file}", data)
+        if not is_first:
+            new.writestr(*bad)
+    assert strange_parts(path) and not strange_parts(exported)
+    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("torch read it"))
+    words = "more than tensor operations|compiled for one machine"
+    with pytest.raises(ModelError, match=words) as caught:
+        load(path)
+    assert caught.value.key == "model.path"
+    assert not ran.exists()
+
+
+def test_exported_file_with_another_root_is_refused(exported, tmp_path):
+    path = tmp_path / "bad.pt2"
+    shutil.copy(exported, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("version", "1")
+    assert strange_parts(path) == ["version"]
+
+
+def test_torch_reads_the_members_that_were_looked_at(exported, tmp_path):
+    """Python skips bytes before an archive; another reader may find another directory there."""
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"x" * 100 + exported.read_bytes())
+    torch.testing.assert_close(load(path).infer(BATCH), expected())
+
+
 class Payload:
     """Stands for code in a pickle."""
 

@@ -266,10 +266,14 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
             continue
         local = [r for r in ranks if r.host == facts.host]
         num_devices = len({a.physical_id for r in local for a in r.probe.accelerators})
+        # A process sees one MIG instance of those in its list, the first.
+        is_mig = "MIG-" in found.physical_id or "MIG-" in facts.visible
+        cure = "; of MIG instances give each rank its own: srun --gpus-per-task=1" if is_mig else ""
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
             f"({found.physical_id}): {len(local)} ranks and {num_devices} visible devices there; "
-            "start no more ranks per node than it has devices, or set compute.share_device: true",
+            "start no more ranks per node than it has devices, or set compute.share_device: true"
+            f"{cure}",
             key=_KEY,
         )
 

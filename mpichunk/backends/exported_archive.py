@@ -5,6 +5,7 @@ each must be plain arithmetic or a tensor operation. Imports no torch.
 """
 
 import ast
+import io
 import json
 import re
 import zipfile
@@ -19,6 +20,17 @@ _ARITHMETIC = re.compile(
     r"|math\.(ceil|floor|trunc|sqrt)"
     r"|torch\.(sym_\w+|_sym_\w+))"
 )
+_MODEL = "models/model.json"
+_MEMBER = re.compile(
+    r"models/model\.json"
+    r"|data/weights/(weight_[0-9]+|model_weights_config\.json|model\.pt)"
+    r"|data/constants/((tensor|weight)_[0-9]+|model_constants_config\.json|model\.pt)"
+    r"|data/sample_inputs/model\.pt"
+    r"|archive_format|archive_version|version|byteorder|\.data/\w+|extra/[\w./-]+",
+    re.ASCII,
+)
+"""What torch.export.save writes, of objects only tensors; torch runs much of what else it finds."""
+
 _NAME = re.compile(r"[\w.]*")
 _TEXT = re.compile(r"[\w\s\[\]{}\",:.\\>/+-]*")
 """Without parentheses and single quotes no call can be hidden in it."""
@@ -54,14 +66,33 @@ def strange_parts(path: Path) -> list[str]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            networks = [
-                json.loads(archive.read(name))
-                for name in archive.namelist()
-                if re.fullmatch(r"[^/]+/models/[^/]+\.json", name)
-            ]
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+            names = archive.namelist()
+            strange = list(_strange_members(names))
+            if strange:
+                return strange
+            network = json.loads(archive.read(_network_name(names)))
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(str(error)) from error
-    return [part for network in networks for part in _strange("", network)]
+    return list(_strange("", network))
+
+
+def plain_copy(path: Path) -> io.BytesIO:
+    """Return the members that `strange_parts` sees, in an archive of their own.
+
+    Archives can be made that Python and torch read differently: torch gets what was looked at.
+
+    Raises:
+        ValueError: as `strange_parts`.
+    """
+    copy = io.BytesIO()
+    try:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as plain:
+            for name in archive.namelist():
+                plain.writestr(name, archive.read(name))
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    copy.seek(0)
+    return copy
 
 
 def schema_version(path: Path) -> tuple[str, str]:
@@ -71,11 +102,36 @@ def schema_version(path: Path) -> tuple[str, str]:
         ValueError: as `strange_parts`.
     """
     with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+/models/[^/]+\.json", n))
-        network = json.loads(archive.read(name))
+        network = json.loads(archive.read(_network_name(archive.namelist())))
     version = network.get("schema_version", {})
     numbers = ".".join(str(version.get(part, "?")) for part in ("major", "minor"))
     return numbers, str(network.get("torch_version") or "unknown")
+
+
+def _network_name(names: list[str]) -> str:
+    """Return the member that describes the network.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in names:
+        if name.partition("/")[2] == _MODEL:
+            return name
+    raise ValueError(f"it holds no {_MODEL}")
+
+
+def _strange_members(names: list[str]) -> Iterator[str]:
+    """Yield the members that torch.export.save does not write, or not twice.
+
+    torch takes all below models/ for networks, and finds members whatever the case of their names.
+    """
+    root = names[0].partition("/")[0] if names else ""
+    seen = set()
+    for name in names:
+        folder, _, member = name.partition("/")
+        if folder != root or not _MEMBER.fullmatch(member) or name.casefold() in seen:
+            yield name
+        seen.add(name.casefold())
 
 
 def _strange(key: str, value: Any) -> Iterator[str]:

@@ -143,9 +143,10 @@ def _kind_of_archive(path: Path) -> Literal["exported", "script"]:
         names = [name.partition("/")[2] for name in archive.namelist()]
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
         return "script"
-    if any(name.startswith("models/") for name in names):
+    compiled = any(name.casefold().startswith("data/aotinductor/") for name in names)
+    if any(name.startswith("models/") for name in names) and not compiled:
         return "exported"
-    if any(name.startswith("data/aotinductor/") for name in names):
+    if compiled:
         what = (
             "holds a library compiled for one machine (AOTInductor); save it by torch.export.save"
         )

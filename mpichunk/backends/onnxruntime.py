@@ -3,7 +3,7 @@
 Imports onnxruntime only when it probes or loads. Input and output are numpy arrays on the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def _open(runtime: Any, path: Path, model: Model, request: EngineRequest) -> Any
     """Return the session of a file.
 
     Raises:
-        ModelError: onnxruntime cannot load it.
+        ModelError: onnxruntime cannot load it, or an option is none of its own.
         DeviceError: onnxruntime cannot use the device.
     """
     options = runtime.SessionOptions()
@@ -166,8 +166,8 @@ def _open(runtime: Any, path: Path, model: Model, request: EngineRequest) -> Any
     options.log_severity_level = 4
     # Threads that wait by spinning would take the cores from reading and writing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for key, value in model.options.items():
-        options.add_session_config_entry(str(key), str(value))
+    for key, value in _entries(model):
+        options.add_session_config_entry(key, value)
     try:
         session = runtime.InferenceSession(path, options, providers=_providers(request))
     except Exception as error:
@@ -184,6 +184,21 @@ def _open(runtime: Any, path: Path, model: Model, request: EngineRequest) -> Any
             key="compute.device",
         )
     return session
+
+
+def _entries(model: Model) -> Iterator[tuple[str, str]]:
+    """Yield the user's entries of the session.
+
+    Raises:
+        ModelError: it is none; onnxruntime would take it and do nothing.
+    """
+    for key, value in model.options.items():
+        if not str(key).startswith(("session.", "ep.")):
+            raise ModelError(
+                f"onnxruntime has no session entry {key!r}; their names begin with session. or ep.",
+                key="model.options",
+            )
+        yield str(key), str(int(value) if isinstance(value, bool) else value)
 
 
 def _providers(request: EngineRequest) -> list[Any]:

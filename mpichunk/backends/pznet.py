@@ -5,6 +5,7 @@ number of cores. What its engine does to a process is held off by `pznet_net`.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,10 +128,13 @@ def try_net(folder: Path) -> dict[str, list[int]]:
     """
     with tempfile.TemporaryDirectory(prefix="mpichunk-pznet-") as scratch:
         report = Path(scratch) / "report.json"
+        # What a trial that is killed cannot remove goes with this folder.
+        environment = {**os.environ, "TMPDIR": scratch}
         command = [sys.executable, "-m", "mpichunk.backends.pznet_net", str(folder), str(report)]
         try:
             done = subprocess.run(
                 command,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.exported_archive import schema_version, strange_parts
+from mpichunk.backends.exported_archive import plain_copy, schema_version, strange_parts
 from mpichunk.backends.fixed_shape import refuse_fixed_shape
 from mpichunk.backends.torch_weights import first_line
 from mpichunk.errors import ModelError
@@ -67,6 +67,7 @@ def load_program(path: Path, request: EngineRequest, *, trust_pickle: bool) -> A
     """Return the `ExportedProgram` of a file, on the CPU; raises as `load_exported`."""
     try:
         strange = [] if trust_pickle else strange_parts(path)
+        source = path if trust_pickle or strange else plain_copy(path)
     except ValueError as error:
         raise ModelError(
             f"{path} cannot be read: {error}; it is damaged or cut short", key="model.path"
@@ -79,7 +80,7 @@ def load_program(path: Path, request: EngineRequest, *, trust_pickle: bool) -> A
         )
     try:
         with _reasons() as reasons, _pickles_of_tensors_only(not trust_pickle):
-            program = torch.export.load(path)
+            program = torch.export.load(source)
     except Exception as error:
         # The loader raises whatever it stumbles over.
         text = _refused(path, reasons or [error])

@@ -109,7 +109,7 @@ class BlockInference:
             out_dtype: dtype of the output.
 
         Raises:
-            BlockError: the result holds NaN or inf.
+            BlockError: the result holds NaN or inf, or more than float16 can where it is written.
             DeviceMemoryError: there is no memory for a single patch.
         """
         while True:
@@ -280,6 +280,12 @@ class BlockInference:
             self._reduction.shut(arrays, total)
             if result is not total_czyx:
                 self._reduction.store(arrays, total, result[part])
+                if out_dtype == np.float16 and not arrays.is_finite(result[part]):
+                    raise BlockError(
+                        "the result holds values that float16 cannot, above 65504, near "
+                        f"{slab.translate(block.core.start)}; write float32, or look at the input "
+                        "there"
+                    )
         return result
 
 

@@ -33,6 +33,9 @@ Sound devices differ in the order of sums: about 1e-6 of that in float32, throug
 1e-5; with 8 bits of mantissa 1e-2. A fault changes an exponent, or everything.
 """
 
+_COARSEST = max(TOLERANCES.values())
+"""For precisions that only an engine has a name for."""
+
 MOST_VALUES = 1 << 16
 """Of each rank's output so many values, evenly spread, go into a median."""
 
@@ -50,6 +53,9 @@ class Finding:
     host: str
     device: str
     """Where it computed, in words."""
+
+    precision: str = "float32"
+    """In which it computed."""
 
     deviation: float = 0.0
     """From the reference; inf for other shapes, NaN or inf."""
@@ -72,11 +78,11 @@ def median_of(outputs: Sequence[Output]) -> Output:
     return middle
 
 
-def judge(findings: Sequence[Finding], precision: str) -> dict[int, str]:
+def judge(findings: Sequence[Finding]) -> dict[int, str]:
     """Return a sentence for each rank that must not compute."""
-    tolerance = TOLERANCES[precision]
     off: dict[int, str] = {}
     for item in findings:
+        tolerance = TOLERANCES.get(item.precision, _COARSEST)
         where = f"rank {item.rank} on {item.host} ({item.device})"
         if item.error is not None:
             off[item.rank] = f"{where} cannot run the network: {item.error}"
@@ -129,7 +135,7 @@ def find_sound_ranks(
         golden,
         reference=None if is_cpu else on_cpu,
         device=engine.info.device,
-        precision=request.precision,
+        precision=engine.info.precision,
     )
     sound = tuple(rank for rank in comm.alive if rank not in off)
     # What is broken is touched no more.
@@ -152,7 +158,7 @@ def find_off_ranks(
         reference: Makes the float32 result of this rank's CPU, where that is not what `golden`
             does; called on the coordinator only.
         device: Where this rank computes, in words.
-        precision: That of `golden`.
+        precision: That of `golden` on this rank.
 
     Raises:
         UserError: no rank can run the network, or none is right; on every rank.
@@ -163,7 +169,7 @@ def find_off_ranks(
         output = golden()
     except FAILURES as refused:
         error = _as_refusal(refused, device)
-    mine = Finding(rank=comm.rank, host=comm.host, device=device, error=error)
+    mine = Finding(rank=comm.rank, host=comm.host, device=device, precision=precision, error=error)
     findings = comm.allgather(mine)
     _refuse_if_nobody_can(findings)
     if comm.size > 1 or reference is not None:
@@ -171,7 +177,7 @@ def find_off_ranks(
         if comm.is_coordinator:
             wanted = output if reference is None else _attempt(reference)
         findings = _compare(comm, mine, output, wanted)
-    off = judge(findings, precision)
+    off = judge(findings)
     if len(off) == comm.size:
         raise DeviceError("; ".join(off.values()), key="compute.device")
     if comm.is_coordinator:

@@ -71,6 +71,15 @@ class RunStatus:
         return ExitCode.BLOCKS_FAILED if is_over or is_stopped else ExitCode.DRAINED
 
 
+def is_started(run_dir: Path) -> bool:
+    """Return whether there is a journal: False before the first start has come that far.
+
+    Raises:
+        JournalError: the file is none, or cannot be read.
+    """
+    return journal.read_header(run_dir / journal.NAME) is not None
+
+
 def read_status(run_dir: Path) -> RunStatus:
     """Read the journal of a run directory, and whether a job holds it.
 

@@ -16,7 +16,7 @@ from mpichunk.errors import ExitCode, JournalError
 from mpichunk.plan.fingerprint import differing_keys
 from mpichunk.ranks.slurm import describe
 from mpichunk.roles import drain
-from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, read_status
+from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, is_started, read_status
 from mpichunk.schedule.messages import DRAINED, FAILURES
 from mpichunk.words import duration
 
@@ -29,6 +29,8 @@ def status(
 ) -> ExitCode:
     """Print how far the run of a config is.
 
+    A run without a journal is an error, but not for `check`: a job that was lost early leaves none.
+
     Raises:
         UserError: the config cannot be read, its run has never been started, or it was started
             with another config.
@@ -37,6 +39,9 @@ def status(
     run_dir = Path(loaded.config.run_dir)
     with loaded.locating():
         _check_same_config(loaded.config, run_dir)
+        if check and not is_started(run_dir):
+            print(_not_started(run_dir, as_json=as_json), flush=True)
+            return ExitCode.DRAINED
     while True:
         with loaded.locating():
             found = read_status(run_dir)
@@ -44,6 +49,17 @@ def status(
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
+
+
+def _not_started(run_dir: Path, *, as_json: bool) -> str:
+    """Return the status of a run that has no journal."""
+    if as_json:
+        nothing = {"num_done": 0, "end_reason": None, "exit_code": int(ExitCode.DRAINED)}
+        return json.dumps({"run_dir": str(run_dir)} | nothing, indent=2)
+    return (
+        f"run      {run_dir}\n"
+        "state    nothing is done yet: not started, or lost before its first block"
+    )
 
 
 def _check_same_config(config: Config, run_dir: Path) -> None:

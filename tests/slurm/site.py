@@ -86,10 +86,10 @@ def change_script(name: str, path: Path, site: Site, options: Mapping[str, str |
             value = missing.pop(option[1])
             if value is not None:
                 changed.append(f"#SBATCH --{option[1]}={value}")
-        elif line == ". .venv/bin/activate":
+        elif line == ". .venv/bin/activate || exit 2":
             above = "\n".join(lines[max(0, k - 4) : k])
             assert "# CHANGE" in above
-            changed.append(f". {site.activate}")
+            changed.append(f". {site.activate} || exit 2")
         else:
             changed.append(line)
     assert not missing, f"{name} has no {missing}"
