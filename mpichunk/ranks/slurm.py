@@ -16,6 +16,7 @@ from typing import Any
 VARIABLES: Mapping[str, str] = {
     "SLURM_JOB_ID": "number of the job; unset: no Slurm",
     "SLURM_STEP_ID": "number of the step within the job: one for each srun",
+    "SLURM_PROCID": "number of this task, before MPI says which rank it is",
     "SLURM_RESTART_COUNT": "how often the job was requeued; unset: never",
     "SLURM_JOB_PARTITION": "partition that the job runs in",
     "SLURM_CLUSTER_NAME": "cluster that the job runs on",
