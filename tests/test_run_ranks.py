@@ -215,8 +215,8 @@ def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, pyt
 
     config = slow_config(tmp_path / "killed")
     run_dir, output = tmp_path / "killed/runs/config", tmp_path / "killed/out.zarr"
-    assert check(config) == 2
-    assert "has not been run yet" in capsys.readouterr().err
+    assert check(config) == 75
+    assert "nothing is done yet" in capsys.readouterr().out
 
     # The first start, of one rank, has all cores: the others keep its number of threads.
     for num_ranks, mode, num_done, kill in (
