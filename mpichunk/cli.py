@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpichunk: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
-        print("mpichunk: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        hint = "; the same command goes on where it stopped" if options.verb == "run" else ""
+        print(f"mpichunk: interrupted{hint}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.

@@ -18,15 +18,6 @@ from tests.faults.slow import (
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, python):
-    """The output of a run that nothing disturbs."""
-    config = slow_config(tmp_path_factory.mktemp("undisturbed"))
-    done = python("-m", "mpichunk", "run", config)
-    assert done.returncode == 0, done.stderr
-    return config.parent / "out/v.zarr"
-
-
 def finish(config, start, undisturbed):
     """Run it again, undisturbed, and compare every byte."""
     done = start("-m", "mpichunk", "run", config)

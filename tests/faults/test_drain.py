@@ -24,15 +24,6 @@ from tests.faults.slow import (
 )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, python):
-    """The output of a run that nobody disturbs."""
-    config = slow_config(tmp_path_factory.mktemp("undisturbed"))
-    done = python("-m", "mpichunk", "run", config)
-    assert done.returncode == 0, done.stderr
-    return config.parent / "out/v.zarr"
-
-
 def drain_and_resume(config, start, ask, undisturbed, *, seconds=0.1):
     """Start, `ask(process)` it to end once some blocks are done, start again; return stderr."""
     run_dir = config.parent / "runs/v"
