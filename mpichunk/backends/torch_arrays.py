@@ -1,10 +1,12 @@
 """The array operations of blending in torch, on a CPU or an accelerator.
 
 Every operation writes into memory that is there already, and none waits for the device but
-`is_finite` and `download`. Knows no geometry beyond the slices it is given.
+`download`, and `stage` for the batch before the last. Knows no geometry beyond the slices it is
+given.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,16 +15,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.backends.engine import Scaling, Vectors
+from mpichunk.backends.engine import FINISH_NBYTES, Scaling, Vectors
+from mpichunk.backends.torch_transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 
-class TorchArrays:
-    """Arrays are tensors on one device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """Raw patches of one batch, on the device, where the computing looks for them."""
 
-    def __init__(self, device: torch.device) -> None:
+    patches_czyx: Sequence[Tensor]
+    """Those that there are."""
+
+    batch_shape: tuple[int, ...]
+    """(n, c, z, y, x) of the whole batch."""
+
+
+class TorchArrays:
+    """Arrays are tensors on one device.
+
+    Args:
+        device: The device.
+        transfer: Copies beside the computing; default: those that the device knows.
+    """
+
+    def __init__(self, device: torch.device, transfer: Transfer | None = None) -> None:
         self._device = device
+        self._transfer = transfer or make_transfer(device)
         self._buffers: dict[str, Tensor] = {}
         # Divisors on the device: by a host number, CUDA kernels multiply by the reciprocal
         # instead, which rounds differently.
@@ -31,41 +51,44 @@ class TorchArrays:
     @property
     def slab_nbytes(self) -> int:
         """A core's second-level cache, or a small share of an accelerator's memory."""
-        return 1 << 20 if self._device.type == "cpu" else 1 << 28
+        return 1 << 20 if self._device.type == "cpu" else FINISH_NBYTES
 
     def upload(self, host_czyx: npt.NDArray[Any]) -> Tensor:
         """Return a tensor of the same dtype; on the CPU it shares the array's memory."""
-        host_czyx = np.ascontiguousarray(host_czyx)
-        if not host_czyx.flags.writeable:
-            # torch knows no read-only tensors, and warns.
-            host_czyx = host_czyx.copy()
-        return torch.from_numpy(host_czyx).to(self._device)
+        return _as_tensor(host_czyx).to(self._device)
 
-    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> Tensor:
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Return zeros; see `Arrays.zeros`. Fresh pages cost more than clearing old ones."""
-        if not reuse:
-            return torch.zeros(shape, dtype=torch.float32, device=self._device)
         return self._buffer("total", shape).zero_()
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-        """Return a tensor, its values undefined."""
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=self._device)
-
-    @torch.no_grad()
-    def gather(
+    def stage(
         self,
-        source_czyx: Tensor,
+        source_czyx: npt.NDArray[Any],
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
-        scaling: Scaling,
-        turn: Turn = STRAIGHT,
-    ) -> Tensor:
-        """Cut, scale and pad; see `Arrays.gather`."""
-        batch_nczyx = self._buffer("batch", (batch_size, source_czyx.shape[0], *patch_shape))
-        for patch_czyx, slices in zip(batch_nczyx, where, strict=False):
-            patch_czyx.copy_(source_czyx[(slice(None), *slices)])
+    ) -> Staged:
+        """Cut patches out on the host, where the source is; see `Arrays.stage`.
+
+        A whole source would have to wait on the device for its turn, however large the block is.
+        """
+        source = _as_tensor(source_czyx)
+        patches: Sequence[Tensor] = [source[(slice(None), *slices)] for slices in where]
+        if self._transfer is not None:
+            num_channels = source.shape[0]
+            raw = self._transfer.incoming((len(where), num_channels, *patch_shape), source.dtype)
+            for row, patch_czyx in zip(raw, patches, strict=True):
+                row.copy_(patch_czyx)
+            patches = list(self._transfer.bring(raw))
+        return Staged(patches_czyx=patches, batch_shape=(batch_size, source.shape[0], *patch_shape))
+
+    @torch.no_grad()
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
+        """Scale and pad; see `Arrays.gather`."""
+        batch_nczyx = self._buffer("batch", staged.batch_shape)
+        for patch_czyx, raw_czyx in zip(batch_nczyx, staged.patches_czyx, strict=False):
+            patch_czyx.copy_(raw_czyx)
             if scaling.clip is not None:
                 patch_czyx.clamp_(*scaling.clip)
             if scaling.subtract != 0:
@@ -76,7 +99,7 @@ class TorchArrays:
                 # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
                 turned = patch_czyx.flip(turn.flipped)
                 patch_czyx.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
-        batch_nczyx[len(where) :] = 0
+        batch_nczyx[len(staged.patches_czyx) :] = 0
         return batch_nczyx
 
     @torch.no_grad()
@@ -112,7 +135,7 @@ class TorchArrays:
 
     def window(self, vectors: Vectors) -> Tensor:
         """Return the whole (z, y, x) product: with it, adding is one kernel per patch."""
-        z, y, x = (self._vector(vector) for vector in vectors)
+        z, y, x = (self._to_device(vector) for vector in vectors)
         return z[:, None, None] * (y[:, None] * x)
 
     @torch.no_grad()
@@ -122,10 +145,15 @@ class TorchArrays:
         """Multiply and add in one pass, without a temporary; see `Arrays.add_weighted`."""
         total_czyx[(slice(None), *where)].addcmul_(patch_czyx[(slice(None), *part)], window[part])
 
+    def vectors(self, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
+        """Return three vectors on the device; see `Arrays.vectors`."""
+        z, y, x = (self._to_device(vector) for vector in vectors)
+        return z, y, x
+
     @torch.no_grad()
-    def divide(self, total_czyx: Tensor, sums: Vectors) -> None:
+    def divide(self, total_czyx: Tensor, sums: tuple[Tensor, Tensor, Tensor], part: Slices) -> None:
         """Divide by the product of the vectors, made for this slab only; see `Arrays.divide`."""
-        z, y, x = (self._vector(vector) for vector in sums)
+        z, y, x = (vector[piece] for vector, piece in zip(sums, part, strict=True))
         weight = self._buffer("weight", total_czyx.shape[1:])
         torch.mul(z[:, None, None], y[:, None] * x, out=weight)
         total_czyx.div_(weight)
@@ -133,13 +161,13 @@ class TorchArrays:
     @torch.no_grad()
     def apply_mask(self, total_czyx: Tensor, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Overwrite, since zero times NaN would stay NaN."""
-        total_czyx.masked_fill_(self.upload(~mask_zyx), 0)
+        total_czyx.masked_fill_(self._to_device(~mask_zyx), 0)
 
     @torch.no_grad()
-    def is_finite(self, array: Tensor) -> bool:
+    def is_finite(self, array: Tensor) -> Tensor:
         """Return whether both extremes are finite: NaN wins both, and no tensor is made."""
         low, high = torch.aminmax(array)
-        return bool(torch.isfinite(low) & torch.isfinite(high))
+        return torch.isfinite(low) & torch.isfinite(high)
 
     @torch.no_grad()
     def gate(self, total_czyx: Tensor, channel: int, below: float, gated: Sequence[int]) -> None:
@@ -181,10 +209,44 @@ class TorchArrays:
             total_czyx.clamp_(0, 1).mul_(torch.iinfo(out_czyx.dtype).max).round_()
         out_czyx.copy_(total_czyx)
 
+    @torch.no_grad()
+    def clear(self, array: Tensor) -> None:
+        """Set to zero."""
+        array.zero_()
+
     def download(self, array: Tensor) -> npt.NDArray[Any]:
         """Return the tensor as an array; from the CPU it shares the tensor's memory."""
         host: npt.NDArray[Any] = array.contiguous().cpu().numpy()
         return host
+
+    def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""
+        if self._transfer is None:
+            return np.empty(nbytes, np.uint8)
+        host: npt.NDArray[np.uint8] = self._transfer.host_bytes(nbytes).numpy()
+        return host
+
+    def outgoing(self, host_czyx: npt.NDArray[Any]) -> Tensor:
+        """Return memory of the device, or on the CPU the part itself; see `Arrays.outgoing`."""
+        host = torch.from_numpy(host_czyx)
+        if self._transfer is not None:
+            return self._transfer.outgoing(host.shape, host.dtype)
+        return host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
+
+    @torch.no_grad()
+    def send(self, array: Tensor, host_czyx: npt.NDArray[Any]) -> None:
+        """Begin to copy to the host, or on the CPU do nothing; see `Arrays.send`."""
+        host = torch.from_numpy(host_czyx)
+        if self._transfer is not None:
+            self._transfer.send(array, host)
+        elif self._device.type != "cpu":
+            host.copy_(array)
+
+    def settle(self, flags: Sequence[Tensor]) -> Callable[[], list[bool]]:
+        """Begin to bring flags to the host; see `Arrays.settle`."""
+        if self._transfer is not None:
+            return self._transfer.settle(flags)
+        return lambda: [bool(flag) for flag in flags]
 
     def wait(self) -> None:
         """Wait for an accelerator; a CPU has always done all."""
@@ -206,12 +268,16 @@ class TorchArrays:
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
         self._buffers.clear()
+        if self._transfer is not None:
+            self._transfer.release()
         if self._device.type != "cpu":
             torch.get_device_module(self._device).empty_cache()
 
-    def _vector(self, vector: npt.NDArray[np.float32]) -> Tensor:
-        """Return a copy of a small host vector on the device."""
-        return torch.tensor(vector, device=self._device)
+    def _to_device(self, host: npt.NDArray[Any]) -> Tensor:
+        """Return a copy of a small host array on the device."""
+        if self._transfer is not None:
+            return self._transfer.to_device(host)
+        return torch.tensor(host, device=self._device)
 
     def _divisor(self, value: float) -> Tensor:
         """Return a number as a float32 scalar on the device."""
@@ -233,3 +299,9 @@ class TorchArrays:
 def _float32(value: float) -> float:
     """Return the number as float32 has it, so that every device compares with the same one."""
     return float(np.float32(value))
+
+
+def _as_tensor(host: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor that shares an array's memory if it can."""
+    # torch knows no read-only tensors, and warns.
+    return torch.from_numpy(np.require(host, requirements=["C", "W"]))

@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from mpichunk.backends.engine import FINISH_NBYTES
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
@@ -22,6 +23,9 @@ FLOAT32_NBYTES = 4
 
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
+
+BATCHES_IN_FLIGHT = 2
+"""Batches of raw patches on their way to an accelerator."""
 
 CACHE_NBYTES = 64 * MIB
 """Decoded chunks of the input that the storage library keeps at most."""
@@ -176,30 +180,42 @@ def _memory(
     channels, reduction = config.model.out_channels, Reduction.of(config)
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
     core = _nbytes(work.core_shape, reduction.num_channels, dtype.itemsize)
-    # What is written may be the blended array itself; else it is made from it.
-    converted = 0 if reduction.keeps_total(channels, dtype) else core
     # The peak: one block in the network, the others all read, or all being written. What is being
     # written is there twice, once as the storage library encodes it.
     waiting = BLOCKS_IN_FLIGHT - 1
-    num_written = waiting if 2 * core > source else 0
+    num_written = waiting if core > source else 0
     num_read = BLOCKS_IN_FLIGHT - num_written
     mask = prod(work.input_shape) if config.mask is not None else 0
+    raw = config.patch.batch_size * _nbytes(
+        plan.patch_shape, info.num_channels, info.dtype.itemsize
+    )
+    slab_shape = min(plan.output_patch_shape[0], work.core_shape[0]), *work.core_shape[1:]
+    slab = _nbytes(slab_shape, channels, FLOAT32_NBYTES)
+    window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
     parts = [
-        MemoryPart(
-            name="input of the blocks in flight",
-            cpu_nbytes=num_read * source,
-            host_nbytes=num_read * source,
-            device_nbytes=source,
-        ),
+        _on_host("input of the blocks in flight", num_read * source),
         _on_host("mask of the blocks in flight", num_read * mask),
         _on_host("padded copy of one input", source if work.is_padded else 0),
+        MemoryPart(
+            name="raw patches on their way",
+            cpu_nbytes=0,
+            host_nbytes=BATCHES_IN_FLIGHT * _pinned(raw),
+            device_nbytes=BATCHES_IN_FLIGHT * raw,
+        ),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
-        _on_device("blending, float32", _nbytes(work.core_shape, channels, FLOAT32_NBYTES)),
+        _on_device("blending: window, and a slab as high as a patch", slab + window),
+        MemoryPart(
+            name="parts being finished",
+            cpu_nbytes=0,
+            host_nbytes=0,
+            # Weights and temporary values, and parts of the output on their way.
+            device_nbytes=4 * min(slab, FINISH_NBYTES),
+        ),
         MemoryPart(
             name="output of the blocks in flight",
-            cpu_nbytes=num_written * core + converted,
-            host_nbytes=(num_written + 1) * core,
-            device_nbytes=converted,
+            cpu_nbytes=BLOCKS_IN_FLIGHT * core,
+            host_nbytes=BLOCKS_IN_FLIGHT * _pinned(core),
+            device_nbytes=0,
         ),
         _on_host("output being encoded", num_written * core),
         _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
@@ -215,7 +231,11 @@ def _memory(
             _on_device("weights", model_nbytes),
             _on_device("inside the network", forward),
         ]
-    return tuple(part for part in parts if part.cpu_nbytes != 0 or part.host_nbytes != 0)
+    return tuple(
+        part
+        for part in parts
+        if (part.cpu_nbytes, part.host_nbytes, part.device_nbytes) != (0, 0, 0)
+    )
 
 
 def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
@@ -256,6 +276,11 @@ def _on_host(name: str, nbytes: int) -> MemoryPart:
 def _on_device(name: str, nbytes: int | None) -> MemoryPart:
     """Return a part that lives where the network runs; None means unmeasured."""
     return MemoryPart(name=name, cpu_nbytes=nbytes, host_nbytes=0, device_nbytes=nbytes)
+
+
+def _pinned(nbytes: int) -> int:
+    """Return the host memory that torch pins for so many bytes: a power of two."""
+    return 1 << max(0, nbytes - 1).bit_length()
 
 
 def _nbytes(shape: Triple, num_channels: int, itemsize: int) -> int:
