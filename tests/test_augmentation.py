@@ -107,7 +107,7 @@ def mean_of(kind: str, net: Net, batch_nczyx: np.ndarray, augmentation: Augmenta
     source = np.concatenate(batch_nczyx, axis=1)
     where = [Box.from_shape((i * shape[0], 0, 0), tuple(shape)).slices() for i in range(num)]
     for turn, moves in zip(augmentation.turns, augmentation.moves, strict=True):
-        staged = arrays.stage(source, where, patch_shape=tuple(shape), batch_size=num)
+        staged = arrays.stage(arrays.feed(source), where, patch_shape=tuple(shape), batch_size=num)
         turned = arrays.gather(staged, scaling=Scaling(), turn=turn)
         assert tuple(turned.shape) == (num, num_in, *shape)
         output = np.stack([net(np.array(patch)) for patch in arrays.download(turned)])

@@ -65,7 +65,9 @@ def test_gather_scales_exactly_and_pads_the_batch(make, dtype):
     where = [(slice(0, 3), slice(1, 5), slice(2, 7)), (slice(3, 6), slice(3, 7), slice(0, 5))]
     arrays = make()
     for count in (2, 1):  # the second time, the buffer holds an old patch in place of the padding
-        staged = arrays.stage(source_czyx, where[:count], patch_shape=(3, 4, 5), batch_size=2)
+        staged = arrays.stage(
+            arrays.feed(source_czyx), where[:count], patch_shape=(3, 4, 5), batch_size=2
+        )
         batch = arrays.gather(staged, scaling=scaling)
         raw = [source_czyx[(slice(None), *w)].astype(np.float32) for w in where[:count]]
         expected = [(np.clip(r, 3, 90) - np.float32(2.5)) / np.float32(7) for r in raw] + [
@@ -79,7 +81,7 @@ def test_gather_divides_instead_of_multiplying_by_the_reciprocal(make):
     source_czyx = np.arange(65536, dtype=np.uint16).reshape(1, 16, 64, 64)
     arrays = make()
     whole = [(slice(None), slice(None), slice(None))]
-    staged = arrays.stage(source_czyx, whole, patch_shape=(16, 64, 64), batch_size=1)
+    staged = arrays.stage(arrays.feed(source_czyx), whole, patch_shape=(16, 64, 64), batch_size=1)
     batch = arrays.gather(staged, scaling=Scaling(divide=65535.0))
     expected = source_czyx.astype(np.float32) / np.float32(65535)
     np.testing.assert_array_equal(arrays.download(batch)[0], expected)
@@ -286,7 +288,9 @@ def test_real_torchscript_networks_give_the_expected_values(
     engine = get_backend("pytorch").load(model, request)
     arrays = engine.arrays
     whole = [(slice(None), slice(None), slice(None))]
-    staged = arrays.stage(source_czyx, whole, patch_shape=request.patch_shape, batch_size=1)
+    staged = arrays.stage(
+        arrays.feed(source_czyx), whole, patch_shape=request.patch_shape, batch_size=1
+    )
     batch = arrays.gather(staged, scaling=Scaling(divide=float(scale)))
     found = arrays.download(engine.infer(batch))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

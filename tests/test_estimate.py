@@ -183,14 +183,14 @@ def test_memory_by_part() -> None:
     source = 18**3 * 2 * 2
     core = 16**3 * 3
     # Inputs are the larger ones: at the peak two more blocks have been read.
-    assert parts["input of the blocks in flight"] == (3 * source, 3 * source, 0)
+    assert parts["input of the blocks in flight"] == (3 * source, 3 * 2**15 + source, 0)
     # Memory for outputs is kept for the next block; torch pins powers of two.
     assert parts["output of the blocks in flight"] == (3 * core, 3 * 2**14, 0)
     assert "output being encoded" not in parts
     slab = 3 * 10 * 16**2 * 4 + 10**3 * 4
     assert parts["blending: window, and a slab as high as a patch"] == (slab, 0, slab)
-    raw = 4 * 2 * 10**3 * 2
-    assert parts["raw patches on their way"] == (0, 2 * 2**14, 2 * raw)
+    raw, layer = 4 * 2 * 10**3 * 2, 2 * 10 * 18**2 * 2
+    assert parts["raw patches, and the layers that they are cut from"] == (0, 0, raw + 2 * layer)
     assert "mask of the blocks in flight" not in parts
     batch = 4 * (2 + 3) * 1000 * 4
     assert parts["batch into and out of the network"] == (batch, 0, batch)

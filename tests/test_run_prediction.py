@@ -266,8 +266,7 @@ def test_memory_that_is_planned() -> None:
     assert parts(model_augment=["flip_z"])[batch] == 9 * patch_nbytes
     assert parts(model_augment=list(NAMES)) == parts(model_augment=["flip_z"])
     core = 16 * 32 * 32
-    assert plain[written] == 2 * 4 * 4 * core
-    # Labels are made from the blended array, so that there is one more of them.
+    assert plain[written] == 3 * 4 * 4 * core
     assert parts(output_reduce="vote")[written] == 3 * core
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.backends.torch_transfer import NUM_SLOTS, Transfer
+from mpichunk.backends.torch_transfer import NUM_BATCHES_AHEAD, Transfer
 from tests.test_inference import Mix, make_inference, make_plan, make_request, make_source
 
 
@@ -138,18 +138,22 @@ def test_the_test_sees_a_copy_that_nobody_waits_for(monkeypatch):
     monkeypatch.setattr(ComputingStream, "wait_event", lambda self, event: None)
     source_czyx = np.full((1, 2, 2, 2), 7, np.uint8)
     whole = [(slice(None), slice(None), slice(None))]
-    staged = arrays.stage(source_czyx, whole, patch_shape=(2, 2, 2), batch_size=1)
-    assert not bool((staged.patches_czyx[0] == 7).all())
+    staged = arrays.stage(arrays.feed(source_czyx), whole, patch_shape=(2, 2, 2), batch_size=1)
+    assert not bool((staged.patches_nczyx[0] == 7).all())
 
 
 def test_the_host_runs_at_most_two_batches_ahead():
-    arrays = lagging_arrays()
-    whole = [(slice(None), slice(None), slice(None))]
-    inward = arrays._transfer._inward
-    inward.wait_event = lambda event: None
-    arrays._transfer._module.computing.wait_event = lambda event: None
-    for number in range(1, 10):
-        source_czyx = np.full((1, 2, 2, 2), number, np.uint8)
-        arrays.stage(source_czyx, whole, patch_shape=(2, 2, 2), batch_size=1)
-        num_copies = sum("reached" not in str(task) for task in inward.tasks)
-        assert num_copies <= NUM_SLOTS
+    module = LaggingModule()
+    module.computing = module.current = LaggingStream()
+    transfer = Transfer(torch.device("cpu"), module, LaggingEvent, is_pinned=False)
+    num_begun = 0
+
+    def begin():
+        nonlocal num_begun
+        num_begun += 1
+
+    for number in range(10):
+        transfer.pace()
+        module.computing.tasks.append(begin)
+        assert num_begun >= number - NUM_BATCHES_AHEAD
+    assert num_begun < 10

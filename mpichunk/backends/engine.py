@@ -20,6 +20,9 @@ FINISH_NBYTES = 1 << 26
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
 
+Feed = Any
+"""The raw source of a block, as an engine's arrays keep it."""
+
 Staged = Any
 """Raw patches of one batch on their way to the device, as an engine's arrays keep them."""
 
@@ -113,18 +116,21 @@ class Arrays(Protocol):
     def zeros(self, shape: tuple[int, ...]) -> DeviceArray:
         """Return a float32 array of zeros, which the next such call overwrites."""
 
+    def feed(self, source_czyx: npt.NDArray[Any]) -> Feed:
+        """Return what `stage` takes the patches of one block from; the array must not change."""
+
     def stage(
         self,
-        source_czyx: npt.NDArray[Any],
+        feed: Feed,
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
     ) -> Staged:
-        """Begin to bring the patches of a batch from a raw source on the host to the device.
+        """Begin to bring the raw patches of one batch to the device, in lattice order.
 
-        Never waits for the device, but for the batch before the last to be there. What is returned
-        holds until the next call but one; the source must not change before.
+        Waits until the device has begun with the batch before the last, so that the host does not
+        run far ahead. What is returned holds until the next call.
         """
 
     def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> DeviceArray:
@@ -217,6 +223,10 @@ class Arrays(Protocol):
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """Return the array on the host, C contiguous; it may share the array's memory."""
+
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself, from and to memory of `host_bytes` only."""
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory on the host that the device can copy to by itself."""

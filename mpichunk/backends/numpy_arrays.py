@@ -50,9 +50,13 @@ class NumpyArrays:
         total.fill(0)
         return total
 
+    def feed(self, source_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the source itself."""
+        return source_czyx
+
     def stage(
         self,
-        source_czyx: npt.NDArray[Any],
+        feed: npt.NDArray[Any],
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
@@ -60,8 +64,8 @@ class NumpyArrays:
     ) -> Staged:
         """Return views of the source; see `Arrays.stage`."""
         return Staged(
-            patches_czyx=[source_czyx[(slice(None), *slices)] for slices in where],
-            batch_shape=(batch_size, source_czyx.shape[0], *patch_shape),
+            patches_czyx=[feed[(slice(None), *slices)] for slices in where],
+            batch_shape=(batch_size, feed.shape[0], *patch_shape),
         )
 
     def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Array:
@@ -206,6 +210,11 @@ class NumpyArrays:
     def download(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the array itself, C contiguous."""
         return np.ascontiguousarray(array)
+
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself: no, it is the host."""
+        return False
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory."""

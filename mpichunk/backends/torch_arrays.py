@@ -21,12 +21,26 @@ from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 
+@dataclass(slots=True)
+class Feed:
+    """The raw source of one block, and what of it is on the device."""
+
+    source_czyx: Tensor
+    """On the host."""
+
+    start: int | None = None
+    """First row along z of what was brought last."""
+
+    layer_czyx: Tensor | None = None
+    """What was brought last: all that patches with this start see."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
     """Raw patches of one batch, on the device, where the computing looks for them."""
 
-    patches_czyx: Sequence[Tensor]
-    """Those that there are."""
+    patches_nczyx: Sequence[Tensor] | Tensor
+    """Those that there are: views of the source on a CPU, side by side on an accelerator."""
 
     batch_shape: tuple[int, ...]
     """(n, c, z, y, x) of the whole batch."""
@@ -61,46 +75,61 @@ class TorchArrays:
         """Return zeros; see `Arrays.zeros`. Fresh pages cost more than clearing old ones."""
         return self._buffer("total", shape).zero_()
 
+    def feed(self, source_czyx: npt.NDArray[Any]) -> Feed:
+        """Return the source of a block; see `Arrays.feed`."""
+        return Feed(_as_tensor(source_czyx))
+
     def stage(
         self,
-        source_czyx: npt.NDArray[Any],
+        feed: Feed,
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
     ) -> Staged:
-        """Cut patches out on the host, where the source is; see `Arrays.stage`.
+        """Cut patches out, on an accelerator of one layer after the other; see `Arrays.stage`.
 
-        A whole source would have to wait on the device for its turn, however large the block is.
+        A whole source would take memory that grows with the length of a block.
         """
-        source = _as_tensor(source_czyx)
-        patches: Sequence[Tensor] = [source[(slice(None), *slices)] for slices in where]
-        if self._transfer is not None:
-            num_channels = source.shape[0]
-            raw = self._transfer.incoming((len(where), num_channels, *patch_shape), source.dtype)
-            for row, patch_czyx in zip(raw, patches, strict=True):
-                row.copy_(patch_czyx)
-            patches = list(self._transfer.bring(raw))
-        return Staged(patches_czyx=patches, batch_shape=(batch_size, source.shape[0], *patch_shape))
+        source = feed.source_czyx
+        batch_shape = batch_size, source.shape[0], *patch_shape
+        if self._transfer is None:
+            views = [source[(slice(None), *slices)] for slices in where]
+            return Staged(patches_nczyx=views, batch_shape=batch_shape)
+        self._transfer.pace()
+        raw_nczyx = self._buffer("raw", batch_shape, source.dtype)[: len(where)]
+        for patch_czyx, (z, y, x) in zip(raw_nczyx, where, strict=True):
+            if feed.layer_czyx is None or feed.start != z.start:
+                feed.start, feed.layer_czyx = z.start, self._transfer.bring(source[:, z])
+            patch_czyx.copy_(feed.layer_czyx[:, :, y, x])
+        return Staged(patches_nczyx=raw_nczyx, batch_shape=batch_shape)
 
     @torch.no_grad()
     def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
         """Scale and pad; see `Arrays.gather`."""
-        batch_nczyx = self._buffer("batch", staged.batch_shape)
-        for patch_czyx, raw_czyx in zip(batch_nczyx, staged.patches_czyx, strict=False):
-            patch_czyx.copy_(raw_czyx)
-            if scaling.clip is not None:
-                patch_czyx.clamp_(*scaling.clip)
-            if scaling.subtract != 0:
-                patch_czyx.sub_(scaling.subtract)
-            if scaling.divide != 1:
-                patch_czyx.div_(self._divisor(scaling.divide))
-            if turn != STRAIGHT:
-                # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
-                turned = patch_czyx.flip(turn.flipped)
-                patch_czyx.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
-        batch_nczyx[len(staged.patches_czyx) :] = 0
+        batch_nczyx, raw_nczyx = self._buffer("batch", staged.batch_shape), staged.patches_nczyx
+        if isinstance(raw_nczyx, Tensor):
+            self._fill(batch_nczyx[: len(raw_nczyx)], raw_nczyx, scaling, turn)
+        else:
+            # One by one, so that a patch stays in the cache.
+            for patch_czyx, raw_czyx in zip(batch_nczyx, raw_nczyx, strict=False):
+                self._fill(patch_czyx, raw_czyx, scaling, turn)
+        batch_nczyx[len(raw_nczyx) :] = 0
         return batch_nczyx
+
+    def _fill(self, patches: Tensor, raw: Tensor, scaling: Scaling, turn: Turn) -> None:
+        """Scale and turn one patch, or several side by side."""
+        patches.copy_(raw)
+        if scaling.clip is not None:
+            patches.clamp_(*scaling.clip)
+        if scaling.subtract != 0:
+            patches.sub_(scaling.subtract)
+        if scaling.divide != 1:
+            patches.div_(self._divisor(scaling.divide))
+        if turn != STRAIGHT:
+            # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
+            turned = patches.flip(turn.flipped)
+            patches.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
 
     @torch.no_grad()
     def activate(self, batch_nczyx: Tensor, activation: str) -> Tensor:
@@ -219,6 +248,11 @@ class TorchArrays:
         host: npt.NDArray[Any] = array.contiguous().cpu().numpy()
         return host
 
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself."""
+        return self._transfer is not None
+
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""
         if self._transfer is None:
@@ -286,12 +320,14 @@ class TorchArrays:
             self._divisors[value] = divisor
         return self._divisors[value]
 
-    def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return float32 memory that is kept for the next call of the same name."""
+    def _buffer(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return memory that is kept for the next call of the same name."""
         num_values = prod(shape)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < num_values:
-            buffer = torch.empty(num_values, dtype=torch.float32, device=self._device)
+        if buffer is None or buffer.numel() < num_values or buffer.dtype != dtype:
+            buffer = torch.empty(num_values, dtype=dtype, device=self._device)
             self._buffers[name] = buffer
         return buffer[:num_values].view(*shape)
 

@@ -1,14 +1,14 @@
 """Copies between host and accelerator that run beside the computing, in streams of their own.
 
-Nothing here waits but `incoming`, for a copy that began two batches ago: that also keeps the host
-from running far ahead of the device. Knows no patches and no blocks.
+Nothing here waits but `pace`, which keeps the host from running far ahead of the device. Knows no
+patches and no blocks.
 
-    host       fill pinned k+1 |  fill pinned k+2 ...
-    inward           copy k ----'--> copy k+1
-    computing                 network k-1 ---> network k ...
-    outward                         part j-1 of the output -> pinned
+    inward        layer k+1 -> device
+    computing     batches of layer k: raw patches, network, sums ...
+    outward       part j of the output -> pinned
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,24 +21,24 @@ import torch
 from torch import Tensor
 
 NUM_SLOTS = 2
-"""Batches, and parts of the output, that are on their way at the same time."""
+"""Layers of the input, and parts of the output, that are on their way at the same time."""
+
+NUM_BATCHES_AHEAD = 2
+"""Batches that the device has been asked for and not begun."""
 
 
 @dataclass(slots=True)
 class _Slot:
     """A place that copies pass through, and what has happened to it last."""
 
-    host: Tensor | None = None
-    """(nbytes,) uint8, pinned."""
-
-    device: Tensor | None = None
-    """(nbytes,) uint8."""
+    memory: Tensor | None = None
+    """(nbytes,) uint8 on the device."""
 
     copied: Any = None
     """Event: the last copy is done."""
 
     used: Any = None
-    """Event: what reads the device's side is done."""
+    """Event: what has read it is done."""
 
 
 class Transfer:
@@ -73,36 +73,33 @@ class Transfer:
         self._in_slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._out_slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._num_in = self._num_out = 0
+        self._begun: deque[Any] = deque()
 
-    def incoming(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return pinned host memory to be filled for `bring`; wait until it is free."""
-        slot = self._in_slots[self._num_in % NUM_SLOTS]
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        nbytes = prod(shape) * dtype.itemsize
-        if slot.host is None or slot.host.numel() < nbytes:
-            slot.host = self.host_bytes(nbytes)
-            slot.device = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            # It may be memory that what was asked for earlier still works with.
-            slot.used = self._mark()
-        return _shaped(slot.host, shape, dtype)
+    def pace(self) -> None:
+        """Wait until the device has begun with the batch before the last that called this."""
+        if len(self._begun) == NUM_BATCHES_AHEAD:
+            self._begun.popleft().synchronize()
+        self._begun.append(self._mark())
 
     def bring(self, host: Tensor) -> Tensor:
-        """Begin to copy what `incoming` returned; what comes next on the device sees it there.
+        """Begin to copy from pinned memory; what comes next on the device sees it there.
 
-        The tensor holds until the next call but one.
+        Item by item of the first axis, each of which lies in one piece. The tensor holds until the
+        next call but one.
         """
-        # All that reads the batch before has been asked for by now, in this order.
+        # All that reads the one before has been asked for by now.
         if self._num_in:
             self._in_slots[(self._num_in - 1) % NUM_SLOTS].used = self._mark()
         slot = self._in_slots[self._num_in % NUM_SLOTS]
         self._num_in += 1
-        assert slot.device is not None, "incoming comes first"
-        device = _shaped(slot.device, host.shape, host.dtype)
+        if _grow(slot, host.nbytes, self._device):
+            # It may be memory that what was asked for earlier still works with.
+            slot.used = self._mark()
+        device = _shaped(slot.memory, host.shape, host.dtype)
         with self._module.stream(self._inward):
             if slot.used is not None:
                 self._inward.wait_event(slot.used)
-            self._copy(device, host)
+            self._copy_items(device, host)
             slot.copied = self._mark()
         self._current().wait_event(slot.copied)
         return device
@@ -110,15 +107,10 @@ class Transfer:
     def outgoing(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return device memory for `send`, once what was sent from there before is copied."""
         slot = self._out_slots[self._num_out % NUM_SLOTS]
-        nbytes = prod(shape) * dtype.itemsize
-        if slot.device is None or slot.device.numel() < nbytes:
-            if slot.copied is not None:
-                # The memory must not be given to others while it is being read.
-                slot.copied.synchronize()
-            slot.device = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        _grow(slot, prod(shape) * dtype.itemsize, self._device)
         if slot.copied is not None:
             self._current().wait_event(slot.copied)
-        return _shaped(slot.device, shape, dtype)
+        return _shaped(slot.memory, shape, dtype)
 
     def send(self, tensor: Tensor, host: Tensor) -> None:
         """Begin to copy what `outgoing` returned, item by item of the first axis."""
@@ -127,9 +119,7 @@ class Transfer:
         done = self._mark()
         with self._module.stream(self._outward):
             self._outward.wait_event(done)
-            for target, source in zip(host, tensor, strict=True):
-                # In one piece: else torch would copy by way of memory that is not pinned.
-                self._copy(target, source)
+            self._copy_items(host, tensor)
             slot.copied = self._mark()
 
     def settle(self, flags: Sequence[Tensor]) -> Callable[[], list[bool]]:
@@ -164,6 +154,11 @@ class Transfer:
         """Return (nbytes,) uint8 of pinned memory; torch rounds it up to a power of two."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_pinned)
 
+    def _copy_items(self, targets: Tensor, sources: Tensor) -> None:
+        """Begin to copy in pieces: else torch would go by way of memory that is not pinned."""
+        for target, source in zip(targets, sources, strict=True):
+            self._copy(target, source)
+
     def _copy(self, target: Tensor, source: Tensor) -> None:
         """Begin to copy, in the current stream."""
         target.copy_(source, non_blocking=True)
@@ -187,6 +182,18 @@ def make_transfer(device: torch.device) -> Transfer | None:
     return Transfer(device, torch.cuda, partial(torch.cuda.Event, blocking=True))
 
 
-def _shaped(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _grow(slot: _Slot, nbytes: int, device: torch.device) -> bool:
+    """Let a slot hold so many bytes; return whether its memory is new."""
+    if slot.memory is not None and slot.memory.numel() >= nbytes:
+        return False
+    if slot.copied is not None:
+        # The memory must not be given to others while it is being copied.
+        slot.copied.synchronize()
+    slot.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return True
+
+
+def _shaped(memory: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the first bytes of some memory as a tensor."""
+    assert memory is not None
     return memory[: prod(shape) * dtype.itemsize].view(dtype).view(*shape)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import prod
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,8 @@ class HostPool:
     def __init__(self, allocate: Callable[[int], Bytes]) -> None:
         self._allocate = allocate
         self._free: list[Bytes] = []
+        # By identity; what nobody holds any more is forgotten.
+        self._lent: WeakValueDictionary[int, Bytes] = WeakValueDictionary()
         self._lock = Lock()
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -38,12 +41,17 @@ class HostPool:
                 # Blocks at the faces of the ROI come first: what is too small will not be needed.
                 self._free.clear()
                 memory = self._allocate(nbytes)
+            self._lent[id(memory)] = memory
         return memory[:nbytes].view(dtype).reshape(shape)
 
     def give_back(self, array: npt.NDArray[Any]) -> None:
-        """Let memory that `take` returned be used again; nothing may read it any more."""
+        """Let memory that `take` returned be used again; nothing may read it any more.
+
+        Other memory is left alone.
+        """
         memory = array
-        while memory.base is not None and isinstance(memory.base, np.ndarray):
+        while isinstance(memory.base, np.ndarray):
             memory = memory.base
         with self._lock:
-            self._free.append(memory)
+            if self._lent.pop(id(memory), None) is memory:
+                self._free.append(memory)

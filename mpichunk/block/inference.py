@@ -10,15 +10,24 @@ network runs, and whoever writes the core waits for it.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling, Staged, Vectors
+from mpichunk.backends.engine import (
+    DeviceArray,
+    Engine,
+    EngineRequest,
+    Feed,
+    Scaling,
+    Staged,
+    Vectors,
+)
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.slab import Slab, Target, Unsettled
@@ -53,8 +62,8 @@ class Inferred:
     unsettled: Unsettled | None = None
     """What to wait for; None for nothing."""
 
-    pool: HostPool | None = None
-    """Where the core's memory comes from; None for memory of its own."""
+    give_back: Callable[[], None] = lambda: None
+    """Lets the memory of the block be used again."""
 
     def core(self) -> npt.NDArray[Any]:
         """Return the finished core, which nothing else uses; wait until it is there.
@@ -67,9 +76,8 @@ class Inferred:
         return self.core_czyx
 
     def release(self) -> None:
-        """Let the core's memory be used again: it is written."""
-        if self.pool is not None:
-            self.pool.give_back(self.core_czyx)
+        """Let the memory of the block be used again: its core is written."""
+        self.give_back()
 
 
 class BlockInference:
@@ -112,10 +120,22 @@ class BlockInference:
         z, y, x = (window(window_name, length) for length in output_shape)
         self._vectors: Vectors = (z, y, x)
         self._window = engine.arrays.window(self._vectors)
-        self._pool = HostPool(engine.arrays.host_bytes)
+        self._sources = HostPool(engine.arrays.host_bytes)
+        self._cores = HostPool(engine.arrays.host_bytes)
 
         self.num_batches = 0
         """Batches that went through the network."""
+
+    def hold(self, source_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a block's raw input where the device can take it from by itself; any thread may.
+
+        To be passed to `run`, which sees to its memory.
+        """
+        if not self._engine.arrays.wants_pinned:
+            return source_czyx
+        held_czyx = self._sources.take(source_czyx.shape, source_czyx.dtype)
+        np.copyto(held_czyx, source_czyx)
+        return held_czyx
 
     def run(
         self,
@@ -131,7 +151,7 @@ class BlockInference:
 
         Args:
             block: where its patches are.
-            source_czyx: raw input over `block.input_box`, padded.
+            source_czyx: raw input over `block.input_box`, padded; best as `hold` returns it.
             mask_zyx: wanted voxels of `block.output_box`, or None for all.
             out_dtype: dtype of the output.
 
@@ -179,15 +199,17 @@ class BlockInference:
         boxes = self._wanted(block, source_czyx, mask_zyx)
         shape = self._reduction.num_channels, *block.core.shape
         core_czyx, slab, num_patches = None, None, 0
+        feed = self._engine.arrays.feed(source_czyx)
         while batch := list(islice(boxes, self._batch_size)):
             if core_czyx is None or slab is None:
-                core_czyx = self._pool.take(shape, out_dtype)
+                core_czyx = self._cores.take(shape, out_dtype)
                 slab = self._slab(block, mask_zyx, core_czyx)
-            output_nczyx = self._predict(self._stage(block, source_czyx, batch))
+            output_nczyx = self._predict(self._stage(block, feed, batch))
             for box, patch_czyx in zip(batch, output_nczyx, strict=False):
                 slab.add(box, patch_czyx)
             num_patches += len(batch)
         if core_czyx is None or slab is None:
+            self._sources.give_back(source_czyx)
             return Inferred(core_czyx=np.zeros(shape, dtype=out_dtype), num_patches=0)
         is_halved = self._batch_size != self._request.batch_size
         return Inferred(
@@ -195,8 +217,13 @@ class BlockInference:
             batch_size=self._batch_size if is_halved else None,
             core_czyx=core_czyx,
             unsettled=slab.finish(),
-            pool=self._pool,
+            give_back=partial(self._give_back, source_czyx, core_czyx),
         )
+
+    def _give_back(self, source_czyx: npt.NDArray[Any], core_czyx: npt.NDArray[Any]) -> None:
+        """Let the memory of a block be used again."""
+        self._sources.give_back(source_czyx)
+        self._cores.give_back(core_czyx)
 
     def _slab(
         self, block: Block, mask_zyx: npt.NDArray[np.bool_] | None, core_czyx: npt.NDArray[Any]
@@ -244,10 +271,10 @@ class BlockInference:
         """Return where the input of an output box is in the block's source."""
         return box.grow(block.crop).slices(block.input_box.start)
 
-    def _stage(self, block: Block, source_czyx: npt.NDArray[Any], boxes: Sequence[Box]) -> Staged:
+    def _stage(self, block: Block, feed: Feed, boxes: Sequence[Box]) -> Staged:
         """Begin to bring the raw patches of one batch to the device."""
         return self._engine.arrays.stage(
-            source_czyx,
+            feed,
             [self._input_slices(block, box) for box in boxes],
             patch_shape=self._request.patch_shape,
             batch_size=self._batch_size,
@@ -307,7 +334,7 @@ def texture_batch(engine: Engine, request: EngineRequest) -> DeviceArray:
     texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     whole: Slices = slice(None), slice(None), slice(None)
     staged = engine.arrays.stage(
-        texture_czyx,
+        engine.arrays.feed(texture_czyx),
         [whole] * request.batch_size,
         patch_shape=request.patch_shape,
         batch_size=request.batch_size,

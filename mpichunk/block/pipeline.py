@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -210,6 +210,8 @@ class Pipeline:
     def _load(self, block: Block) -> Loaded:
         """Read what a block needs."""
         loaded = load_block(self._source, block)
+        if loaded.source_czyx is not None:
+            loaded = replace(loaded, source_czyx=self._inference.hold(loaded.source_czyx))
         self._num_steps += 1
         return loaded
 

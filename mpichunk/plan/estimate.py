@@ -24,8 +24,8 @@ FLOAT32_NBYTES = 4
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
 
-BATCHES_IN_FLIGHT = 2
-"""Batches of raw patches on their way to an accelerator."""
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 CACHE_NBYTES = 64 * MIB
 """Decoded chunks of the input that the storage library keeps at most."""
@@ -189,18 +189,27 @@ def _memory(
     raw = config.patch.batch_size * _nbytes(
         plan.patch_shape, info.num_channels, info.dtype.itemsize
     )
+    # All that patches with the same start along z see.
+    layer_shape = min(plan.patch_shape[0], work.input_shape[0]), *work.input_shape[1:]
+    layer = _nbytes(layer_shape, info.num_channels, info.dtype.itemsize)
     slab_shape = min(plan.output_patch_shape[0], work.core_shape[0]), *work.core_shape[1:]
     slab = _nbytes(slab_shape, channels, FLOAT32_NBYTES)
     window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
     parts = [
-        _on_host("input of the blocks in flight", num_read * source),
+        MemoryPart(
+            name="input of the blocks in flight",
+            cpu_nbytes=num_read * source,
+            # Memory that is pinned is kept; what is read is copied there.
+            host_nbytes=BLOCKS_IN_FLIGHT * _pinned(source) + source,
+            device_nbytes=0,
+        ),
         _on_host("mask of the blocks in flight", num_read * mask),
         _on_host("padded copy of one input", source if work.is_padded else 0),
         MemoryPart(
-            name="raw patches on their way",
+            name="raw patches, and the layers that they are cut from",
             cpu_nbytes=0,
-            host_nbytes=BATCHES_IN_FLIGHT * _pinned(raw),
-            device_nbytes=BATCHES_IN_FLIGHT * raw,
+            host_nbytes=0,
+            device_nbytes=raw + LAYERS_IN_FLIGHT * layer,
         ),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         _on_device("blending: window, and a slab as high as a patch", slab + window),
