@@ -1,0 +1,369 @@
+"""What a bioimage.io package says, read by bioimageio.spec: network, axes, first and last steps.
+
+Knows the format's words and what each means in a config. Loads no network, downloads nothing.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpichunk.config.described.files import named_file
+from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
+from mpichunk.config.described.scaling import Scale
+from mpichunk.config.text import parse
+from mpichunk.errors import ConfigError, ModelError
+
+_NAMES = "bioimageio.yaml", "rdf.yaml"
+_AXES = ["batch", "channel", "z", "y", "x"]
+_FORMATS = {
+    "pytorch": ("torchscript", "pytorch_state_dict"),
+    "onnxruntime": ("onnx",),
+    "openvino": ("onnx", "torchscript", "pytorch_state_dict"),
+}
+"""What each backend takes, what runs no code of the package first."""
+
+_NORMALIZE = (
+    "measure the numbers once, over the whole volume, and write `input.normalize: {subtract: .., "
+    "divide: .., clip: [.., ..]}`"
+)
+_ACTIVATION = (
+    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
+    "it, and do it afterwards"
+)
+
+
+def find_package(path: Path) -> Path | None:
+    """Return the description of a package: the file itself, or that in the folder; else None."""
+    if path.is_file():
+        return path if path.name.endswith(_NAMES) else None
+    if not path.is_dir():
+        return None
+    for name in _NAMES:
+        if (path / name).is_file():
+            return path / name
+    others = sorted(
+        p for p in path.glob("*.yaml") if p.name.endswith(tuple(f".{n}" for n in _NAMES))
+    )
+    return others[0] if others else None
+
+
+def read_package(file: Path, backend: str, *, as_code: bool) -> Findings:
+    """Return what a package says.
+
+    Args:
+        file: its description.
+        backend: what will run the network.
+        as_code: whether a class with weights is preferred to a saved network.
+
+    Raises:
+        ModelError: there is nothing in it that this backend could run.
+    """
+    origin = f"the bioimage.io package {file}"
+    model = _load(file)
+    given, returned = _only(model.inputs, "input", origin), _only(model.outputs, "output", origin)
+    for tensor in (given, returned):
+        _refuse_axes(tensor, origin)
+    settings, form = _network(model.weights, file.parent, backend, as_code=as_code)
+    settings["model.out_channels"] = len(_axis(returned, "channel").channel_names)
+    obstacles: list[Obstacle] = []
+    scale = _first_steps(given)
+    if isinstance(scale, Scale):
+        settings["input.normalize"] = scale.settings()
+    else:
+        obstacles.append(scale)
+    last = _last_steps(returned)
+    if isinstance(last, Obstacle):
+        obstacles.append(last)
+    else:
+        settings |= last
+    crop = _crop(given, returned)
+    if isinstance(crop, Obstacle):
+        obstacles.append(crop)
+    elif any(crop):
+        settings["patch.crop"] = crop
+    sizes = tuple(_size(_axis(given, name)) for name in "zyx")
+    if all(size is not None and size.step == 0 for size in sizes):
+        settings["patch.shape"] = [size.min for size in sizes if size is not None]
+    return Findings(
+        origin=origin,
+        settings=settings,
+        obstacles=tuple(obstacles),
+        remarks=tuple(_remarks(given, returned)),
+        sizes=sizes,
+        notes=(form, *_notes(given)),
+    )
+
+
+def _load(file: Path) -> Any:
+    """Return the description in the newest version of the format.
+
+    Raises:
+        ModelError: bioimageio.spec is not there, or the description is none of a model.
+    """
+    if importlib.util.find_spec("bioimageio") is None or not importlib.util.find_spec(
+        "bioimageio.spec"
+    ):
+        raise ModelError(
+            f"reading {file} needs the package bioimageio.spec, which is not installed: "
+            "pip install 'mpichunk[bioimageio]'",
+            key="model.path",
+        )
+    try:
+        document = parse(file.read_text(encoding="utf-8"), str(file))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ModelError(str(error), key="model.path") from None
+    from bioimageio.spec import InvalidDescr, ValidationContext, build_description
+    from loguru import logger
+
+    logger.disable("bioimageio")
+    context = ValidationContext(
+        root=file.parent, file_name=file.name, perform_io_checks=False, log_warnings=False
+    )
+    content = document.values if isinstance(document.values, dict) else {}
+    found = build_description(content, context=context, format_version="latest")
+    if isinstance(found, InvalidDescr):
+        errors = [e for detail in found.validation_summary.details for e in detail.errors]
+        where = ".".join(str(part) for part in errors[0].loc) if errors else "it"
+        reason = errors[0].msg if errors else "no reason given"
+        raise ModelError(
+            f"{file} is no valid description of bioimage.io: {where}: {reason}", key="model.path"
+        )
+    if found.type != "model":
+        raise ModelError(f"{file} describes a {found.type}; expected a model", key="model.path")
+    return found
+
+
+# Network
+
+
+def _network(
+    weights: Any, folder: Path, backend: str, *, as_code: bool
+) -> tuple[dict[str, Any], str]:
+    """Return where the network is, and in which form."""
+    formats = _FORMATS[backend]
+    if as_code:
+        formats = tuple(sorted(formats, key=lambda name: name != "pytorch_state_dict"))
+    there = [name for name in type(weights).model_fields if getattr(weights, name) is not None]
+    name = next((name for name in formats if name in there), None)
+    if name is None:
+        others = [b for b, takes in _FORMATS.items() if set(takes) & set(there)]
+        cure = f"set model.backend: {' or '.join(others)}" if others else "none is read by mpichunk"
+        raise ModelError(
+            f"{folder} has weights as {', '.join(there)}, but the {backend} backend takes "
+            f"{', '.join(_FORMATS[backend])}; {cure}",
+            key="model.backend",
+        )
+    entry = getattr(weights, name)
+    path = named_file(folder, str(entry.source), entry.sha256 and str(entry.sha256))
+    if name != "pytorch_state_dict":
+        return {"model.path": str(path)}, f"weights as {name}"
+    code = entry.architecture
+    where = getattr(code, "import_from", None)
+    if where is None:
+        where = str(named_file(folder, str(code.source), code.sha256 and str(code.sha256)))
+    settings: dict[str, Any] = {"model.path": f"{where}:{code.callable}", "model.weights": str(path)}
+    if code.kwargs:
+        settings["model.arguments"] = dict(code.kwargs)
+    return settings, f"weights as {name}"
+
+
+# Axes
+
+
+def _only(tensors: Sequence[Any], what: str, origin: str) -> Any:
+    """Return the one tensor that the network takes or returns."""
+    if len(tensors) == 1:
+        return tensors[0]
+    names = ", ".join(str(tensor.id) for tensor in tensors)
+    raise ModelError(
+        f"{origin} describes {len(tensors)} {what}s ({names}); mpichunk runs networks with one; "
+        "wrap it in a module of your own: `path: net.py:Name`",
+        key="model.path",
+    )
+
+
+def _refuse_axes(tensor: Any, origin: str) -> None:
+    """Refuse what is not (batch, channel, z, y, x)."""
+    found = [str(axis.id) for axis in tensor.axes]
+    if found == _AXES:
+        return
+    is_flat = "z" not in found and not any(axis.type == "time" for axis in tensor.axes)
+    why = "is for images of two dimensions; " if is_flat else ""
+    raise ModelError(
+        f"{origin} {why}has {tensor.id} with the axes {', '.join(found)}; mpichunk runs networks "
+        f"with {', '.join(_AXES)}; wrap it in a module of your own: `path: net.py:Name`",
+        key="model.path",
+    )
+
+
+def _axis(tensor: Any, name: str) -> Any:
+    return next(axis for axis in tensor.axes if axis.id == name)
+
+
+def _size(axis: Any) -> AxisSize | None:
+    """Return the sizes along an axis of the input, None where they follow from another axis."""
+    if isinstance(axis.size, int):
+        return AxisSize(min=axis.size, step=0)
+    if hasattr(axis.size, "step"):
+        return AxisSize(min=axis.size.min, step=axis.size.step)
+    return None
+
+
+def _crop(given: Any, returned: Any) -> list[int] | Obstacle:
+    """Return what is cut off each side: by the network itself, or as the halo of its output."""
+    lost: list[int] = []
+    halos: list[int] = []
+    for name in "zyx":
+        source, target = _axis(given, name), _axis(returned, name)
+        offset = _offset(source, target, given.id)
+        if offset is None or offset > 0 or offset % 2:
+            return Obstacle(
+                keys=("patch.crop",),
+                found=f"an output whose {name} axis is not the input's, less as much on each side",
+                cure="mpichunk runs networks whose output lies on the grid of their input",
+            )
+        lost.append(-offset // 2)
+        halos.append(int(getattr(target, "halo", 0)))
+    if any(lost) and any(halos):
+        return Obstacle(
+            keys=("patch.crop",),
+            found=f"a halo of {halos} besides the {lost} voxels a side that the network cuts off",
+            cure=f"mpichunk cuts either; `patch.crop: {lost}` runs it without the halo",
+        )
+    return lost if any(lost) else halos
+
+
+def _offset(source: Any, target: Any, tensor_id: str) -> int | None:
+    """Return output size - input size, None where it is not one number."""
+    if isinstance(target.size, int):
+        return target.size - source.size if isinstance(source.size, int) else None
+    is_own = target.size.tensor_id == tensor_id and target.size.axis_id == source.id
+    return int(target.size.offset) if is_own and target.scale == source.scale else None
+
+
+# First and last steps
+
+
+def _first_steps(tensor: Any) -> Scale | Obstacle:
+    """Return preprocessing as one scale."""
+    scale = Scale()
+    for step in tensor.preprocessing:
+        try:
+            scale = _scaled(scale, str(step.id), _numbers(step))
+        except ValueError as error:
+            return Obstacle(keys=("input.normalize",), found=str(error), cure=_NORMALIZE)
+    return scale
+
+
+def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
+    """Return the scale with one more step.
+
+    Raises:
+        ValueError: says which step cannot be part of it.
+    """
+    if name == "ensure_dtype":
+        # Before the first step this is the type of the volume.
+        if kwargs["dtype"].startswith("float") or scale == Scale():
+            return scale
+        raise ValueError(f"{kwargs['dtype']} as the type of scaled values")
+    try:
+        if name == "scale_linear":
+            return scale.mapped(float(kwargs["gain"]), float(kwargs["offset"]))
+        if name == "fixed_zero_mean_unit_variance":
+            return scale.normalised(float(kwargs["mean"]), float(kwargs["std"]))
+        if name == "clip" and not any(key.endswith("percentile") for key in kwargs):
+            return scale.clipped(kwargs.get("min"), kwargs.get("max"))
+    except (TypeError, ValueError) as error:
+        why = "by channel" if isinstance(error, TypeError) else f"with {error}"
+        raise ValueError(f"{_shown(name, kwargs)} {why}") from error
+    once = name in ("zero_mean_unit_variance", "scale_range", "clip")
+    why = " by the numbers of each sample, which differ from patch to patch" if once else ""
+    raise ValueError(f"{_shown(name, kwargs)}{why}")
+
+
+def _last_steps(tensor: Any) -> dict[str, Any] | Obstacle:
+    """Return postprocessing as an activation and a threshold."""
+    settings: dict[str, Any] = {}
+    for step in tensor.postprocessing:
+        name, kwargs = str(step.id), _numbers(step)
+        if not _is_done(name, kwargs, settings):
+            return Obstacle(
+                keys=("model.activation", "output.threshold"),
+                found=_shown(name, kwargs),
+                cure=_ACTIVATION,
+            )
+    return settings
+
+
+def _is_done(name: str, kwargs: Mapping[str, Any], settings: dict[str, Any]) -> bool:
+    """Add a step to the settings; return whether it is among what mpichunk does."""
+    if name == "ensure_dtype":
+        return True
+    if "output.threshold" in settings:
+        return False
+    is_first = not settings
+    if name == "sigmoid" and is_first:
+        settings["model.activation"] = "sigmoid"
+    elif name == "softmax" and is_first and kwargs["axis"] == "channel":
+        settings["model.activation"] = "softmax"
+    elif name == "binarize" and isinstance(kwargs["threshold"], float) and kwargs["threshold"] >= 0:
+        settings["output.threshold"] = kwargs["threshold"]
+    elif name == "scale_linear":
+        return kwargs.get("gain") == 1 and kwargs.get("offset") == 0
+    elif name == "clip" and not is_first:
+        # Probabilities are within these bounds already.
+        return (
+            set(kwargs) <= {"min", "max"}
+            and kwargs.get("min", 0) <= 0
+            and kwargs.get("max", 1) >= 1
+        )
+    else:
+        return False
+    return True
+
+
+def _numbers(step: Any) -> dict[str, Any]:
+    """Return the arguments of a step that are set; a list of equal numbers as that number."""
+    kwargs = getattr(step, "kwargs", None)
+    if kwargs is None:
+        return {}
+    found = dict(kwargs) if isinstance(kwargs, dict) else kwargs.model_dump(mode="json")
+    return {
+        key: value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
+        for key, value in found.items()
+        if value is not None
+    }
+
+
+def _shown(name: str, kwargs: Mapping[str, Any]) -> str:
+    """Return a step in words."""
+    return (
+        f"{name} ({', '.join(f'{key}: {value}' for key, value in kwargs.items())})"
+        if kwargs
+        else name
+    )
+
+
+# What is told
+
+
+def _remarks(given: Any, returned: Any) -> Iterator[str]:
+    """Yield what the user must see to."""
+    tied = [name for name in "zyx" if _size(_axis(given, name)) is None]
+    if tied:
+        yield f"derives the size of {' and '.join(tied)} from another axis, which is not checked"
+    names = [str(step.id) for step in returned.postprocessing]
+    stored = returned.postprocessing[-1].kwargs.dtype if names[-1] == "ensure_dtype" else "float32"
+    if "binarize" not in names and not stored.startswith("float"):
+        yield f"stores its result as {stored} without scaling; here output.dtype decides"
+
+
+def _notes(given: Any) -> Iterator[str]:
+    """Yield what the volume should be like."""
+    data = given.data if not isinstance(given.data, list | tuple) else given.data[0]
+    yield f"it expects voxels of type {data.type}"
+    axes = [_axis(given, name) for name in "zyx"]
+    if all(axis.unit for axis in axes):
+        size = " x ".join(f"{axis.scale:g}" for axis in axes)
+        yield f"of {size} {axes[0].unit} (zyx)"
