@@ -4,10 +4,11 @@ Knows the format's words and what each means in a config. Loads no network, down
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpichunk.config.described.bioimageio_steps import first_steps, last_steps
 from mpichunk.config.described.files import named_file
 from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
 from mpichunk.config.described.scaling import Scale
@@ -22,15 +23,6 @@ _FORMATS = {
     "openvino": ("onnx", "torchscript", "pytorch_state_dict"),
 }
 """What each backend takes, what runs no code of the package first."""
-
-_NORMALIZE = (
-    "measure the numbers once, over the whole volume, and write `input.normalize: {subtract: .., "
-    "divide: .., clip: [.., ..]}`"
-)
-_ACTIVATION = (
-    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
-    "it, and do it afterwards"
-)
 
 
 def find_package(path: Path) -> Path | None:
@@ -67,12 +59,12 @@ def read_package(file: Path, backend: str, *, as_code: bool) -> Findings:
     settings, form = _network(model.weights, file.parent, backend, as_code=as_code)
     settings["model.out_channels"] = len(_axis(returned, "channel").channel_names)
     obstacles: list[Obstacle] = []
-    scale = _first_steps(given)
+    scale = first_steps(given)
     if isinstance(scale, Scale):
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)
-    last = _last_steps(returned)
+    last = last_steps(returned)
     if isinstance(last, Obstacle):
         obstacles.append(last)
     else:
@@ -162,7 +154,10 @@ def _network(
     where = getattr(code, "import_from", None)
     if where is None:
         where = str(named_file(folder, str(code.source), code.sha256 and str(code.sha256)))
-    settings: dict[str, Any] = {"model.path": f"{where}:{code.callable}", "model.weights": str(path)}
+    settings: dict[str, Any] = {
+        "model.path": f"{where}:{code.callable}",
+        "model.weights": str(path),
+    }
     if code.kwargs:
         settings["model.arguments"] = dict(code.kwargs)
     return settings, f"weights as {name}"
@@ -240,109 +235,6 @@ def _offset(source: Any, target: Any, tensor_id: str) -> int | None:
         return target.size - source.size if isinstance(source.size, int) else None
     is_own = target.size.tensor_id == tensor_id and target.size.axis_id == source.id
     return int(target.size.offset) if is_own and target.scale == source.scale else None
-
-
-# First and last steps
-
-
-def _first_steps(tensor: Any) -> Scale | Obstacle:
-    """Return preprocessing as one scale."""
-    scale = Scale()
-    for step in tensor.preprocessing:
-        try:
-            scale = _scaled(scale, str(step.id), _numbers(step))
-        except ValueError as error:
-            return Obstacle(keys=("input.normalize",), found=str(error), cure=_NORMALIZE)
-    return scale
-
-
-def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
-    """Return the scale with one more step.
-
-    Raises:
-        ValueError: says which step cannot be part of it.
-    """
-    if name == "ensure_dtype":
-        # Before the first step this is the type of the volume.
-        if kwargs["dtype"].startswith("float") or scale == Scale():
-            return scale
-        raise ValueError(f"{kwargs['dtype']} as the type of scaled values")
-    try:
-        if name == "scale_linear":
-            return scale.mapped(float(kwargs["gain"]), float(kwargs["offset"]))
-        if name == "fixed_zero_mean_unit_variance":
-            return scale.normalised(float(kwargs["mean"]), float(kwargs["std"]))
-        if name == "clip" and not any(key.endswith("percentile") for key in kwargs):
-            return scale.clipped(kwargs.get("min"), kwargs.get("max"))
-    except (TypeError, ValueError) as error:
-        why = "by channel" if isinstance(error, TypeError) else f"with {error}"
-        raise ValueError(f"{_shown(name, kwargs)} {why}") from error
-    once = name in ("zero_mean_unit_variance", "scale_range", "clip")
-    why = " by the numbers of each sample, which differ from patch to patch" if once else ""
-    raise ValueError(f"{_shown(name, kwargs)}{why}")
-
-
-def _last_steps(tensor: Any) -> dict[str, Any] | Obstacle:
-    """Return postprocessing as an activation and a threshold."""
-    settings: dict[str, Any] = {}
-    for step in tensor.postprocessing:
-        name, kwargs = str(step.id), _numbers(step)
-        if not _is_done(name, kwargs, settings):
-            return Obstacle(
-                keys=("model.activation", "output.threshold"),
-                found=_shown(name, kwargs),
-                cure=_ACTIVATION,
-            )
-    return settings
-
-
-def _is_done(name: str, kwargs: Mapping[str, Any], settings: dict[str, Any]) -> bool:
-    """Add a step to the settings; return whether it is among what mpichunk does."""
-    if name == "ensure_dtype":
-        return True
-    if "output.threshold" in settings:
-        return False
-    is_first = not settings
-    if name == "sigmoid" and is_first:
-        settings["model.activation"] = "sigmoid"
-    elif name == "softmax" and is_first and kwargs["axis"] == "channel":
-        settings["model.activation"] = "softmax"
-    elif name == "binarize" and isinstance(kwargs["threshold"], float) and kwargs["threshold"] >= 0:
-        settings["output.threshold"] = kwargs["threshold"]
-    elif name == "scale_linear":
-        return kwargs.get("gain") == 1 and kwargs.get("offset") == 0
-    elif name == "clip" and not is_first:
-        # Probabilities are within these bounds already.
-        return (
-            set(kwargs) <= {"min", "max"}
-            and kwargs.get("min", 0) <= 0
-            and kwargs.get("max", 1) >= 1
-        )
-    else:
-        return False
-    return True
-
-
-def _numbers(step: Any) -> dict[str, Any]:
-    """Return the arguments of a step that are set; a list of equal numbers as that number."""
-    kwargs = getattr(step, "kwargs", None)
-    if kwargs is None:
-        return {}
-    found = dict(kwargs) if isinstance(kwargs, dict) else kwargs.model_dump(mode="json")
-    return {
-        key: value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
-        for key, value in found.items()
-        if value is not None
-    }
-
-
-def _shown(name: str, kwargs: Mapping[str, Any]) -> str:
-    """Return a step in words."""
-    return (
-        f"{name} ({', '.join(f'{key}: {value}' for key, value in kwargs.items())})"
-        if kwargs
-        else name
-    )
 
 
 # What is told
