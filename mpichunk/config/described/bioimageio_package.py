@@ -113,6 +113,8 @@ def _load(file: Path) -> Any:
         root=file.parent, file_name=file.name, perform_io_checks=False, log_warnings=False
     )
     content = document.values if isinstance(document.values, dict) else {}
+    if (kind := content.get("type")) != "model":
+        raise ModelError(f"{file} describes a {kind}; expected a model", key="model.path")
     found = build_description(content, context=context, format_version="latest")
     if isinstance(found, InvalidDescr):
         errors = [e for detail in found.validation_summary.details for e in detail.errors]
@@ -121,8 +123,6 @@ def _load(file: Path) -> Any:
         raise ModelError(
             f"{file} is no valid description of bioimage.io: {where}: {reason}", key="model.path"
         )
-    if found.type != "model":
-        raise ModelError(f"{file} describes a {found.type}; expected a model", key="model.path")
     return found
 
 

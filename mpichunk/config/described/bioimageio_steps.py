@@ -10,8 +10,8 @@ from mpichunk.config.described.findings import Obstacle
 from mpichunk.config.described.scaling import Scale
 
 _NORMALIZE = (
-    "measure the numbers once, over the whole volume, and write `input.normalize: {subtract: .., "
-    "divide: .., clip: [.., ..]}`"
+    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
+    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
 )
 _ACTIVATION = (
     "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "

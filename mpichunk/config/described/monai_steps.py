@@ -36,8 +36,8 @@ _COMPUTED = frozenset(("ScaleIntensityRange", "NormalizeIntensity", "Activations
 """What is made a value of the config, with some of its arguments."""
 
 _NORMALIZE = (
-    "measure the numbers once, over the whole volume, and write `input.normalize: {subtract: .., "
-    "divide: .., clip: [.., ..]}`"
+    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
+    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
 )
 _AFTER = "model.activation", "output.reduce", "output.threshold"
 
@@ -175,7 +175,7 @@ def _obstacle_before(found: str) -> Obstacle:
     return Obstacle(
         keys=("input.normalize",),
         found=found,
-        cure=f"mpichunk scales by fixed numbers only; {_NORMALIZE}",
+        cure=_NORMALIZE,
     )
 
 
