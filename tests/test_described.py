@@ -345,22 +345,28 @@ STEPS = st.lists(
 def test_steps_compose_to_one(steps: list[tuple[str, Any, Any]]) -> None:
     raw = np.linspace(-300, 300, 61)
     expected, scale = raw, Scale()
+
+    def rounding() -> float:
+        """Return what float64 may lose among numbers as large as those of the scale."""
+        bounds = [bound for bound in scale.clip or () if abs(bound) < 1e30]
+        return 1e-12 * max(300, abs(scale.subtract), *map(abs, bounds), 0) / scale.divide
+
     for name, first, second in steps:
-        try:
-            scale = getattr(scale, name)(first, second)
-        except ValueError:
-            # All values are one from here on, as they really are.
-            assert np.ptp(np.clip(expected, first, second)) < 1e-6 or name == "clipped"
-            return
         if name == "mapped":
             expected = expected * first + second
         elif name == "normalised":
             expected = (expected - first) / second
         else:
             expected = np.clip(expected, first, second)
+        try:
+            scale = getattr(scale, name)(first, second)
+        except ValueError:
+            # What is refused makes all values one.
+            assert name == "clipped" and np.ptp(expected) <= rounding()
+            return
     clipped = raw if scale.clip is None else np.clip(raw, *scale.clip)
     found = (clipped - scale.subtract) / scale.divide
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=rounding())
 
 
 ORIGIN = "the bioimage.io package {package}/rdf.yaml"
@@ -543,6 +549,17 @@ def test_user_decides(tmp_path: Path, zoo: None) -> None:
     ]
 
 
+def test_steps_before_one_that_is_left_out_are_done(tmp_path: Path, zoo: None) -> None:
+    after = [{"id": "sigmoid"}, {"id": "scale_linear", "kwargs": {"gain": 255}}]
+    package = points_package(tmp_path / "net", after=after)
+    loaded = load_config(config_file(tmp_path, {"path": "net"}, output={"threshold": 0.5}))
+    assert loaded.config.model.activation == "sigmoid"
+    assert [warning.partition(": ")[2] for warning in loaded.warnings()] == [
+        f"output.threshold: is used; {ORIGIN.format(package=package)} asks for scale_linear (gain: "
+        "255.0, offset: 0.0), which is left out"
+    ]
+
+
 def test_fixed_patch_is_taken_from_the_package(tmp_path: Path, zoo: None) -> None:
     package = points_package(tmp_path / "net", size=32)
     path = config_file(tmp_path, {"path": "net"})
@@ -678,7 +695,12 @@ BUNDLE_REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
         f"input.normalize: {BUNDLE} asks for ScaleIntensityRanged (a_min: $-5, a_max: 5); mpichunk",
     ),
     "components": (
-        {"postprocessing": transforms({"_target_": "KeepLargestConnectedComponentd"})},
+        {
+            "postprocessing": transforms(
+                {"_target_": "Activationsd", "softmax": True},
+                {"_target_": "KeepLargestConnectedComponentd"},
+            )
+        },
         METADATA,
         f"model.activation: {BUNDLE} asks for KeepLargestConnectedComponentd; mpichunk does not do "
         "that; write model.activation (none, sigmoid or softmax) to run without it",
@@ -753,7 +775,11 @@ def test_bundle_and_its_user(tmp_path: Path) -> None:
         {"_target_": "ScaleIntensityd", "keys": "image"},
         {"_target_": "NormalizeIntensityd", "keys": "image", "_disabled_": True},
     )
-    after = transforms({"_target_": "AsDiscreted", "argmax": True})
+    after = transforms(
+        {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+        {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing"},
+        {"_target_": "AsDiscreted", "argmax": True},
+    )
     bundle = points_bundle(
         tmp_path / "net",
         inference=network(channels="$1 + 1", spatial_dims="@dims")
@@ -775,6 +801,7 @@ def test_bundle_and_its_user(tmp_path: Path) -> None:
         "network's, at that voxel size",
     ]
     assert loaded.config.model.arguments == {"spatial_dims": 3, "channels": 2}
+    assert loaded.config.model.activation == "softmax"
     assert loaded.config.output.reduce == "argmax" and loaded.config.output.dtype == "uint8"
     assert loaded.config.patch.shape == (16, 32, 32)
     assert "its inferer has roi_size: [16, 32, 32]; its inferer has overlap: 0.5" in loaded.notes[0]

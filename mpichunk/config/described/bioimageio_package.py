@@ -64,11 +64,9 @@ def read_package(file: Path, backend: str, *, as_code: bool) -> Findings:
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)
-    last = last_steps(returned)
-    if isinstance(last, Obstacle):
-        obstacles.append(last)
-    else:
-        settings |= last
+    last, undone = last_steps(returned)
+    settings |= last
+    obstacles += undone
     crop = _crop(given, returned)
     if isinstance(crop, Obstacle):
         obstacles.append(crop)

@@ -56,18 +56,15 @@ def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
     raise ValueError(f"{_shown(name, kwargs)}{why}")
 
 
-def last_steps(tensor: Any) -> dict[str, Any] | Obstacle:
-    """Return postprocessing as an activation and a threshold."""
+def last_steps(tensor: Any) -> tuple[dict[str, Any], list[Obstacle]]:
+    """Return postprocessing as an activation and a threshold, and what is neither."""
     settings: dict[str, Any] = {}
     for step in tensor.postprocessing:
         name, kwargs = str(step.id), _numbers(step)
         if not _is_done(name, kwargs, settings):
-            return Obstacle(
-                keys=("model.activation", "output.threshold"),
-                found=_shown(name, kwargs),
-                cure=_ACTIVATION,
-            )
-    return settings
+            keys = "model.activation", "output.reduce", "output.threshold"
+            return settings, [Obstacle(keys=keys, found=_shown(name, kwargs), cure=_ACTIVATION)]
+    return settings, []
 
 
 def _is_done(name: str, kwargs: Mapping[str, Any], settings: dict[str, Any]) -> bool:

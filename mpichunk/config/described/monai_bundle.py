@@ -61,11 +61,9 @@ def read_bundle(folder: Path, backend: str, *, as_code: bool) -> Findings:
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)
-    last = last_steps(value_of(config, config.get("postprocessing")))
-    if isinstance(last, Obstacle):
-        obstacles.append(last)
-    else:
-        settings |= last
+    last, unmapped = last_steps(value_of(config, config.get("postprocessing")))
+    settings |= last
+    obstacles += unmapped
     roi, advice = _inferer(value_of(config, config.get("inferer")))
     if roi is not None:
         settings["patch.shape"] = roi

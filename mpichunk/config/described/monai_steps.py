@@ -63,23 +63,23 @@ def first_steps(preprocessing: Any) -> tuple[Scale | Obstacle, tuple[str, ...]]:
     return scale, _remarks(undone)
 
 
-def last_steps(postprocessing: Any) -> dict[str, Any] | Obstacle:
-    """Return `postprocessing` as an activation, and a threshold or labels."""
+def last_steps(postprocessing: Any) -> tuple[dict[str, Any], list[Obstacle]]:
+    """Return `postprocessing` as an activation, a threshold or labels, and what is neither."""
     steps = _steps(postprocessing)
-    if isinstance(steps, str):
-        return _obstacle_after(f"the postprocessing {steps}")
     settings: dict[str, Any] = {}
+    if isinstance(steps, str):
+        return settings, [_obstacle_after(f"the postprocessing {steps}")]
     for step in steps:
         name = _name(step)
         if name in _NO_VALUES:
             continue
-        found = _activation(step) if name == "Activations" else None
-        if name == "AsDiscrete":
+        found = _activation(step) if name == "Activations" and not settings else None
+        if name == "AsDiscrete" and not settings.keys() - {"model.activation"}:
             found = _labels(step)
-        if found is None or (name == "Activations" and settings):
-            return _obstacle_after(_shown(step))
+        if found is None:
+            return settings, [_obstacle_after(_shown(step))]
         settings |= found
-    return settings
+    return settings, []
 
 
 def _steps(value: Any) -> Steps | str:
