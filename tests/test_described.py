@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpichunk.cli import main
 from mpichunk.config.described.scaling import Scale
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ConfigError
@@ -137,9 +138,11 @@ def test_package_runs_as_the_plain_config(
         ),
     )
     assert f"the bioimage.io package {package}/rdf.yaml: model.path: " in capsys.readouterr().err
+    path = str(tmp_path / "config.yaml")
+    for verb in (["verify"], ["status", "--check"]):
+        assert main([*verb, path]) == 0
     # The run's own config names no package, and starts the same run.
     effective = tmp_path / "runs/config/config.yaml"
-    shutil.rmtree(package / "elsewhere", ignore_errors=True)
     (package / "rdf.yaml").unlink()
     assert load_config(effective).config.patch.crop == (2, 4, 4)
     assert "rdf.yaml" not in effective.read_text()
@@ -568,7 +571,7 @@ def test_fixed_patch_is_taken_from_the_package(tmp_path: Path, zoo: None) -> Non
     path.write_text(yaml.safe_dump(values))
     loaded = load_config(path)
     assert loaded.config.patch.shape == (32, 32, 32)
-    assert "it expects voxels of type uint8; of 10 x 10 x 10 nanometer (zyx)" in loaded.notes[0]
+    assert "it expects uint8 voxels of 10 x 10 x 10 nanometer (zyx)" in loaded.notes[0]
     (problem,) = problems_of(config_file(tmp_path, {"path": "net"}))
     assert problem == (
         f"patch.shape: [16, 24, 24] does not fit the bioimage.io package {package}/rdf.yaml: "

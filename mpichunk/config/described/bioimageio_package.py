@@ -91,9 +91,9 @@ def _load(file: Path) -> Any:
     Raises:
         ModelError: bioimageio.spec is not there, or the description is none of a model.
     """
-    if importlib.util.find_spec("bioimageio") is None or not importlib.util.find_spec(
-        "bioimageio.spec"
-    ):
+    # It lies in a package that others may lie in, too.
+    names = "bioimageio", "bioimageio.spec"
+    if any(importlib.util.find_spec(name) is None for name in names):
         raise ModelError(
             f"reading {file} needs the package bioimageio.spec, which is not installed: "
             "pip install 'mpichunk[bioimageio]'",
@@ -252,8 +252,7 @@ def _remarks(given: Any, returned: Any) -> Iterator[str]:
 def _notes(given: Any) -> Iterator[str]:
     """Yield what the volume should be like."""
     data = given.data if not isinstance(given.data, list | tuple) else given.data[0]
-    yield f"it expects voxels of type {data.type}"
     axes = [_axis(given, name) for name in "zyx"]
-    if all(axis.unit for axis in axes):
-        size = " x ".join(f"{axis.scale:g}" for axis in axes)
-        yield f"of {size} {axes[0].unit} (zyx)"
+    size = " x ".join(f"{axis.scale:g}" for axis in axes)
+    of_size = f" of {size} {axes[0].unit} (zyx)" if all(axis.unit for axis in axes) else ""
+    yield f"it expects {data.type} voxels{of_size}"

@@ -4,7 +4,7 @@ Values only. Knows no files, no kind of description and nothing of what the user
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -61,5 +61,5 @@ class Findings:
     sizes: tuple[AxisSize | None, ...] = (None, None, None)
     """What the patch may measure along z, y and x; None where nothing is said."""
 
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What the user may like to know, a clause each."""
