@@ -50,6 +50,7 @@ RECORDED_LIBRARIES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "monai",
     "mpi4py",
     "h5py",
 )

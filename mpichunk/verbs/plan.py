@@ -37,8 +37,8 @@ def preview(
             print(json.dumps(found, indent=2))
         else:
             print(render_plan(*arguments, num_ranks=num_ranks, num_masked=num_masked))
-        for warning in loaded.warnings():
-            print(f"mpichunk: {warning}", file=sys.stderr)
+        for line in (*loaded.notes, *loaded.warnings()):
+            print(f"mpichunk: {line}", file=sys.stderr)
     return ExitCode.ALL_DONE
 
 

@@ -162,7 +162,8 @@ def run_on(
 def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
     """Return how long the start may take, before there are other ranks to read the config."""
     try:
-        return load_config(config_path, overrides).config.schedule.start_timeout_seconds
+        loaded = load_config(config_path, overrides, read_packages=False)
+        return loaded.config.schedule.start_timeout_seconds
     except (UserError, OSError):
         # It is told in good order once the ranks know one another.
         return Schedule().start_timeout_seconds
@@ -215,6 +216,8 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
+    for note in loaded.notes:
+        log.info("%s", note)
     for warning in (*loaded.warnings(), *bindings.warnings):
         log.warning("%s", warning)
 
