@@ -15,10 +15,9 @@ from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, MemoryPart
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.table import WIDTH, Row, count, table, value_rows
 from mpichunk.words import duration, size
 
-WIDTH = 100
-_LABEL = 20
 _Column = tuple[str, Sequence[int | None], int]
 
 
@@ -167,11 +166,11 @@ def _ranks_json(estimate: Estimate, num_ranks: int, num_masked: int | None) -> d
 
 def _volume_lines(plan: Plan, config: Config, info: VolumeInfo) -> list[str]:
     """Return where the voxels are: input, ROI, output."""
-    kind = f"{info.dtype.name}, {_count(info.num_channels, 'channel')}"
+    kind = f"{info.dtype.name}, {count(info.num_channels, 'channel')}"
     if info.voxel_size is not None:
         kind += f", voxels of {' x '.join(f'{size:g}' for size in info.voxel_size)} nm"
     clipped = plan.roi != plan.volume
-    rows: list[_Row] = [
+    rows: list[Row] = [
         ("input", plan.volume.shape, kind),
         ("starts at", plan.volume.start, "its voxel offset") if any(plan.volume.start) else None,
         ("ROI from", plan.roi.start, "what is computed and written") if clipped else None,
@@ -179,17 +178,17 @@ def _volume_lines(plan: Plan, config: Config, info: VolumeInfo) -> list[str]:
         (
             "output",
             plan.output_domain.shape,
-            f"{config.output.dtype}, {_count(config.num_written_channels, 'channel')}",
+            f"{config.output.dtype}, {count(config.num_written_channels, 'channel')}",
         ),
     ]
-    return _table("Volumes, in voxels", rows)
+    return table("Volumes, in voxels", rows)
 
 
 def _shape_lines(plan: Plan, config: Config) -> list[str]:
     """Return the shapes of patch, block and write unit, each explained."""
     unit = "shard" if config.output.shard_shape else "chunk"
     chunk = config.chunk_shape if config.output.shard_shape else None
-    rows: list[_Row] = [
+    rows: list[Row] = [
         ("patch", plan.patch_shape, "what the network sees"),
         ("crop", plan.crop, "cut off each side of its output") if any(plan.crop) else None,
         ("output patch", plan.output_patch_shape, "what is left of it") if any(plan.crop) else None,
@@ -206,7 +205,7 @@ def _shape_lines(plan: Plan, config: Config) -> list[str]:
         "crop": "stitch: crop, each block has patches of its own",
         "seamless": "stitch: seamless, blocks share the patches of the whole volume",
     }[plan.stitch]
-    return [*_table("Shapes, in voxels", rows), f"  {stitch}"]
+    return [*table("Shapes, in voxels", rows), f"  {stitch}"]
 
 
 def _work_lines(
@@ -261,7 +260,7 @@ def _work_lines(
         ),
         _forward_row(config, estimate),
     ]
-    return ["Work", *_value_rows(rows)]
+    return ["Work", *value_rows(rows)]
 
 
 def _clipped(estimate: Estimate) -> str:
@@ -331,11 +330,11 @@ def _rank_lines(
     rows = [
         ("blocks per rank", each, remark),
         *(
-            (f"{_count(n, 'rank')} on a node", size(n * nbytes), "of memory at their peak" + more)
+            (f"{count(n, 'rank')} on a node", size(n * nbytes), "of memory at their peak" + more)
             for n in counts[-4:]
         ),
     ]
-    return [f"With {num_ranks} ranks", *_value_rows(rows)]
+    return [f"With {num_ranks} ranks", *value_rows(rows)]
 
 
 def _advice_lines(estimate: Estimate) -> list[str]:
@@ -347,35 +346,6 @@ def _advice_lines(estimate: Estimate) -> list[str]:
     return ["Could be better", *lines] if lines else []
 
 
-# ---- Words and columns ------------------------------------------------------------------------
-
-_Row = tuple[str, Sequence[int], str] | None
-
-
-def _table(title: str, rows: Iterable[_Row]) -> list[str]:
-    """Return rows of three numbers under z, y, x, each with a remark."""
-    shown = [row for row in rows if row is not None]
-    width = 2 + max(len(f"{n:,}") for _, values, _ in shown for n in values)
-    width = max(width, 8)
-    lines = [f"{title:<{_LABEL + 2}}" + "".join(f"{axis:>{width}}" for axis in "zyx")]
-    for name, values, remark in shown:
-        numbers = "".join(f"{n:>{width},}" for n in values)
-        lines.append(f"  {name:<{_LABEL}}{numbers}   {remark}")
-    return lines
-
-
-def _value_rows(rows: Iterable[tuple[str, str, str] | None]) -> list[str]:
-    """Return rows of one value, each with a remark."""
-    shown = [row for row in rows if row is not None]
-    width = max(len(value) for _, value, _ in shown)
-    return [f"  {name:<{_LABEL}}{value:>{width}}   {remark}" for name, value, remark in shown]
-
-
 def _is_complete(memory: Iterable[MemoryPart]) -> bool:
     """Return whether every part is measured."""
     return all(part.cpu_nbytes is not None for part in memory)
-
-
-def _count(number: int, word: str) -> str:
-    """Return a number and its word, plural if it must be."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
