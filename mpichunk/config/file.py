@@ -21,6 +21,9 @@ from mpichunk.errors import ConfigError, Problem, UserError
 MAX_NBYTES = 1 << 20
 """No config is larger; what is larger is an image or a network given by mistake."""
 
+_FOLLOWING = "patch.overlap", "block.margin", "output.chunk_shape"
+"""Keys whose defaults follow from other values."""
+
 _HEADER = """\
 # The effective config of a run: every default written out, every path absolute.
 # A copy of this file starts the same run.
@@ -88,6 +91,9 @@ class LoadedConfig(Source):
     config: Config
     """The effective config: defaults written out, paths absolute."""
 
+    defaulted: frozenset[str] = frozenset()
+    """Keys that were left open, and whose values follow from others."""
+
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each value that has no effect, with its place."""
         return tuple(
@@ -119,12 +125,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     config = check(values)
     if isinstance(config, list):
         raise source.refuse([*problems, *config])
+    given = flatten(config)
+    defaulted = frozenset(key for key in _FOLLOWING if given[key] is None)
     config = _resolve(config, os.path.abspath(path.parent)).with_defaults()
     # Once more: only resolved paths tell whether the output is the input.
     problems = [*problems, *find_problems(flatten(config))]
     if problems:
         raise source.refuse(problems)
-    return LoadedConfig(path=path, lines=lines, overrides=source.overrides, config=config)
+    return LoadedConfig(
+        path=path,
+        lines=lines,
+        overrides=source.overrides,
+        config=config,
+        defaulted=defaulted,
+    )
 
 
 def dump_config(config: Config) -> str:

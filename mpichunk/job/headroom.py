@@ -53,10 +53,11 @@ def host_room(
     own = psutil.Process().memory_info().rss if own_nbytes is None else own_nbytes
     sources = [(available_nbytes, num_local, "the host has {} available")]
     sources += [(group.nbytes, num, "its control group leaves {}") for group, num in groups]
+    held = f", and it holds {size(own)}" if own else ""
     rooms = [
         Room(
             nbytes=nbytes // num + own,
-            words=f"{words.format(size(nbytes))}{_shared(num)}, and it holds {size(own)}",
+            words=words.format(size(nbytes)) + _shared(num) + held,
         )
         for nbytes, num, words in sources
     ]

@@ -121,7 +121,7 @@ def forecast_of(
     batch, num_turns = config.patch.batch_size, len(turns_of(config.model.augment))
     batch_seconds = num_turns * (1.0 if probe is None else probe.seconds)
     pace = None if probe is None else probe.pace
-    read = 0.0 if pace is None else pace.read_seconds * _voxels_of_a_read(work)
+    read = 0.0 if pace is None else pace.read_seconds * voxels_of_a_read(work)
     scale = 1.0 if pace is None else pace.scale
     costs: Counter[float] = Counter()
     for z, y, x in product(*kinds):
@@ -228,7 +228,7 @@ def _level(ascending: "np.ndarray[Any, np.dtype[np.float64]]", volume: float) ->
     return float(levels[np.argmax(levels <= above)])
 
 
-def _voxels_of_a_read(work: Work) -> float:
+def voxels_of_a_read(work: Work) -> float:
     """Return the voxels that a block reads on average, in whole chunks if chunks are known."""
     decoded = work.decode_amplification
     share = work.read_amplification if decoded is None else decoded

@@ -15,9 +15,12 @@ from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, MemoryPart
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.prediction import Forecast, forecast_json
+from mpichunk.plan.suggestion import runs_on_cpu
 from mpichunk.plan.table import WIDTH, Row, count, table, value_rows
 from mpichunk.words import duration, size
 
+_ON_CPU, _DEVICE = "on a CPU", "accelerator"
 _Column = tuple[str, Sequence[int | None], int]
 
 
@@ -29,6 +32,8 @@ def render_plan(
     *,
     num_ranks: int = 1,
     num_masked: int | None = None,
+    expected: Forecast | None = None,
+    peak_nbytes: int | None = None,
 ) -> str:
     """Return what a run would do, for people, in lines of at most 100 characters or so.
 
@@ -39,12 +44,14 @@ def render_plan(
         estimate: what `plan` takes.
         num_ranks: how many ranks would share the work.
         num_masked: blocks that the mask leaves nothing of; None without a mask.
+        expected: how long it is expected to take.
+        peak_nbytes: what the largest rank of the last run took of its host's memory.
     """
     sections = [
         _volume_lines(plan, config, info),
         _shape_lines(plan, config),
-        _work_lines(plan, config, info, estimate, num_masked),
-        _memory_lines(config, estimate),
+        _work_lines(plan, config, info, estimate, num_masked, expected),
+        _memory_lines(config, estimate, peak_nbytes),
         _rank_lines(config, estimate, num_ranks, num_masked) if num_ranks > 1 else [],
         _advice_lines(estimate),
     ]
@@ -59,6 +66,8 @@ def plan_json(
     *,
     num_ranks: int = 1,
     num_masked: int | None = None,
+    expected: Forecast | None = None,
+    peak_nbytes: int | None = None,
 ) -> dict[str, Any]:
     """Return what `render_plan` tells, as JSON values: voxels zyx, bytes, counts; None: unknown."""
     probe = estimate.probe
@@ -71,7 +80,9 @@ def plan_json(
             "host_nbytes": estimate.host_nbytes,
             "device_nbytes": estimate.device_nbytes,
             "is_complete": _is_complete(estimate.memory),
+            "measured_nbytes": peak_nbytes,
         },
+        "prediction": forecast_json(expected),
         "ranks": _ranks_json(estimate, num_ranks, num_masked),
         "probe": None if probe is None else asdict(probe),
         "advice": [asdict(advice) for advice in estimate.advice],
@@ -209,7 +220,12 @@ def _shape_lines(plan: Plan, config: Config) -> list[str]:
 
 
 def _work_lines(
-    plan: Plan, config: Config, info: VolumeInfo, estimate: Estimate, num_masked: int | None
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    estimate: Estimate,
+    num_masked: int | None,
+    expected: Forecast | None,
 ) -> list[str]:
     """Return what is computed, read and written."""
     work = estimate.work
@@ -259,6 +275,7 @@ def _work_lines(
             f"before compression, in {estimate.num_files:,} files ({unit})",
         ),
         _forward_row(config, estimate),
+        _forecast_row(expected),
     ]
     return ["Work", *value_rows(rows)]
 
@@ -282,7 +299,16 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     return "network time", duration(seconds), f"for one rank, measured on {estimate.probe.device}"
 
 
-def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
+def _forecast_row(expected: Forecast | None) -> tuple[str, str, str] | None:
+    """Return how long everything will take, if `bench` has measured everything."""
+    if expected is None or expected.basis != "bench":
+        return None
+    ranks = count(expected.num_ranks, "rank")
+    remark = f"predicted for {ranks}, {expected.idle_share:.1%} of it idle at the end"
+    return "wall time", duration(expected.seconds), remark
+
+
+def _memory_lines(config: Config, estimate: Estimate, peak_nbytes: int | None) -> list[str]:
     """Return the peak memory of a rank, part by part."""
     columns = _memory_columns(config, estimate)
     head = "".join(f"{title:>{width}}" for title, _, width in columns)
@@ -298,14 +324,21 @@ def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
     )
     name = "together" if _is_complete(estimate.memory) else "together, without the network"
     lines.append(f"  {name:<38}{totals}")
+    if peak_nbytes is not None:
+        on_cpu = runs_on_cpu(config, estimate.probe)
+        cells = [
+            f"{size(peak_nbytes) if on_cpu == (title == _ON_CPU) and title != _DEVICE else '':>14}"
+            for title, _, _ in columns
+        ]
+        lines.append(f"  {'measured, last run, largest rank':<38}{''.join(cells).rstrip()}")
     return lines
 
 
 def _memory_columns(config: Config, estimate: Estimate) -> list[_Column]:
     """Return the columns that can apply: CPU, and host and accelerator."""
-    cpu: _Column = ("on a CPU", [part.cpu_nbytes for part in estimate.memory], 14)
+    cpu: _Column = (_ON_CPU, [part.cpu_nbytes for part in estimate.memory], 14)
     host: _Column = ("host", [part.host_nbytes for part in estimate.memory], 14)
-    device: _Column = ("accelerator", [part.device_nbytes for part in estimate.memory], 14)
+    device: _Column = (_DEVICE, [part.device_nbytes for part in estimate.memory], 14)
     if config.model.backend in CPU_BACKENDS or config.compute.device == "cpu":
         return [cpu]
     return [cpu, host, device] if config.compute.device == "auto" else [host, device]

@@ -26,6 +26,9 @@ from mpichunk.plan.work import AxisKind, AxisWork, Work, axis_kinds, axis_work, 
 SAME_TIME = 0.01
 """Times that differ by less count as equal: no prediction is better than that."""
 
+FEW_BLOCKS = 4
+"""With fewer blocks per rank, reading and writing hide behind little, and a lost one is much."""
+
 _SAME_READING = 0.05
 _SAME_SIZE = 1.25
 """Of shapes whose volumes differ by less than this factor, the better one is shown."""
@@ -100,8 +103,8 @@ def suggest(
 ) -> Suggestions:
     """Return up to `most` shapes, those with the shortest predicted time first.
 
-    Of equally long ones (`SAME_TIME`) the one that reads least is first, then the one that needs
-    the least memory.
+    Of equally long ones (`SAME_TIME`) those with not too `FEW_BLOCKS` are first, then what reads
+    least, then what needs the least memory.
 
     Args:
         plan: the plan of `config` over the volume of `info`.
@@ -239,11 +242,12 @@ def _ranked(tried: Sequence[Suggestion]) -> list[Suggestion]:
     seconds = {id(item): item.forecast.seconds for item in tried}
     best = min(seconds.values(), default=0.0)
 
-    def key(item: Suggestion) -> tuple[bool, int, int, int, int]:
+    def key(item: Suggestion) -> tuple[bool, int, bool, int, int, int]:
         longer = log(seconds[id(item)] / best) / SAME_TIME if best > 0 else 0.0
         return (
             item.work.num_blocks > _MANY_BLOCKS,
             floor(longer),
+            item.work.num_blocks < FEW_BLOCKS * item.forecast.num_ranks,
             ceil_div(round(1000 * reading(item.work)), round(1000 * _SAME_READING)),
             item.nbytes,
             item.work.num_blocks,
