@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import floor, lcm, log, prod
 
+import numpy as np
+
 from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
@@ -34,7 +36,7 @@ _SAME_SIZE = 1.25
 """Of shapes whose volumes differ by less than this factor, the better one is shown."""
 
 _LARGEST_CHUNK, _USUAL_CHUNK, _SMALLEST_CHUNK = 256, 64, 8
-_MOST_EXTENTS = 28
+_MOST_EXTENTS = 24
 """Extents that are tried per axis: the number of shapes is its cube."""
 
 _EVEN_SPLITS = 8
@@ -132,10 +134,13 @@ def suggest(
         nbytes=nbytes_of(plan, config, work),
     )
     smallest = now.nbytes
+    num_channels, itemsize = config.num_written_channels, np.dtype(config.output.dtype).itemsize
     for extents in product(*_extents(plan, config, info, is_chunk_open)):
         z, y, x = extents
         work = replace(now.work, axes=(z.work, y.work, x.work))
-        if work.num_blocks > MOST_BLOCKS:
+        core_nbytes = prod(work.core_shape) * num_channels * itemsize
+        # No need to add up the rest where one core is too much: a host holds it whole.
+        if work.num_blocks > MOST_BLOCKS or (memory != "device" and core_nbytes > limit_nbytes):
             continue
         shape, chunk = (triple([getattr(e, n) for e in extents]) for n in ("extent", "chunk"))
         other = with_block(config, shape, chunk if is_chunk_open else None)

@@ -1,4 +1,4 @@
-"""The `plan` verb: what a run would do and cost, before it is run, and which blocks would do better.
+"""The `plan` verb: what a run would do and cost, and which blocks would do better, before it runs.
 
 Opens the input's metadata, and nothing else of it; starts neither MPI nor torch.
 """
