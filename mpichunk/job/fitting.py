@@ -12,6 +12,7 @@ from dataclasses import replace
 from mpichunk.backends.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import UserError
+from mpichunk.job.canary import FAILURES
 from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.probing import probe_engine, write_probe
 from mpichunk.job.startup import Job
@@ -95,20 +96,17 @@ def probe_ranks(
     """
     if job.config.model.backend == "identity":
         return None
-
-    def measure() -> Probe | None:
-        if comm.rank not in sound:
-            return None
+    mine: Probe | None = None
+    if comm.rank in sound:
         try:
-            probe = probe_engine(engine, request)
-        except (RuntimeError, MemoryError) as error:
-            raise engine.explain(error) from error
-        room = device_room(engine)
-        return probe if room is None else replace(probe, free_nbytes=room.nbytes)
-
-    mine = on_every_rank(comm, measure)
-    probes = comm.allgather(mine)
-    first = next((probe for probe in probes if probe is not None), None)
+            mine = probe_engine(engine, request)
+        except FAILURES as error:
+            # What fails now and then is for the blocks to find out: they are tried elsewhere.
+            log.warning("one forward more has failed, so its memory is not known: %s", error)
+    room = device_room(engine)
+    if mine is not None and room is not None:
+        mine = replace(mine, free_nbytes=room.nbytes)
+    first = next((probe for probe in comm.allgather(mine) if probe is not None), None)
     if first is not None:
         on_rank_0(comm, lambda: keep_probe(job, first))
     return mine
