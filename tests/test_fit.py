@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import triple
+from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import Group, host_room, memory_groups, slurm_nbytes
 from mpichunk.plan.estimate import Memory, Probe, estimate, total_nbytes
 from mpichunk.plan.fit import Need, Room, find_refusal
@@ -101,6 +104,16 @@ def test_before_the_first_forward_its_memory_does_not_count() -> None:
     assert needed(known) == needed(unknown) + 500 * MIB
     assert refusal(unknown, needed(unknown)) is None
     assert refusal(known, needed(unknown)) is not None
+
+
+def test_ranks_share_what_their_device_has_free() -> None:
+    device = SimpleNamespace(device_nbytes=lambda: (900, 100))
+    engine: Any = SimpleNamespace(arrays=device, info=SimpleNamespace(device="cuda:0 H200"))
+    for num_sharing, nbytes in ((1, 1000), (3, 400)):
+        found = device_room(engine, num_sharing)
+        assert found is not None and found.nbytes == nbytes and "H200" in found.words
+    engine.arrays = NumpyArrays()
+    assert device_room(engine) is None
 
 
 # ---- Limits -----------------------------------------------------------------------------------

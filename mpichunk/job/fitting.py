@@ -100,6 +100,9 @@ def probe_ranks(
     if comm.rank in sound:
         try:
             mine = probe_engine(engine, request)
+        except SystemExit as error:
+            # A network that calls sys.exit would end the run as if all were well.
+            raise RuntimeError(f"the network called sys.exit({error.code})") from error
         except FAILURES as error:
             # What fails now and then is for the blocks to find out: they are tried elsewhere.
             log.warning("one forward more has failed, so its memory is not known: %s", error)
