@@ -55,27 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set the journal aside and compute every block again, overwriting in place",
     )
 
-    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
-        "--schema",
-        action=_PrintSchema,
-        nargs=0,
-        help="print the JSON schema of configs, for editors, and end",
-    )
-    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
-    plan.add_argument(
-        "--suggest",
-        action="store_true",
-        help="print block shapes that would be faster or fit the memory; changes nothing",
-    )
-    plan.add_argument(
-        "--memory",
-        type=_size,
-        metavar="SIZE",
-        help="with --suggest: what one rank may take where its network runs, e.g. 16GB (default: "
-        "what this machine has available, or the accelerator had when it was measured)",
-    )
+    _add_plan(verbs)
 
     status = _add_verb(verbs, "status", "say how far a run is, also while it runs")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -99,6 +79,31 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(verbs)
     return parser
+
+
+def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb that looks ahead."""
+    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--schema",
+        action=_PrintSchema,
+        nargs=0,
+        help="print the JSON schema of configs, for editors, and end",
+    )
+    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
+    plan.add_argument(
+        "--suggest",
+        action="store_true",
+        help="print block shapes that would be faster or fit the memory; changes nothing",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="with --suggest: what one rank may take where its network runs, e.g. 16GB (default: "
+        "what this machine has available, or the accelerator had when it was measured)",
+    )
 
 
 def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -119,47 +119,87 @@ def suggest(
         model_nbytes, probe: as of `estimate`.
         most: how many to return.
     """
-    tried: list[Suggestion] = []
-
-    def nbytes_of(plan: Plan, config: Config, work: Work) -> int:
-        parts = memory_of(plan, config, info, work, model_nbytes=model_nbytes, probe=probe)
-        return total_nbytes(parts, memory)
-
-    work = work_of(plan, info.chunk_shape)
-    now = Suggestion(
-        block_shape=plan.block_shape,
-        chunk_shape=config.chunk_shape,
-        work=work,
-        forecast=forecast(plan, config, work, probe, num_ranks=num_ranks),
-        nbytes=nbytes_of(plan, config, work),
+    search = _Search(
+        plan=plan,
+        config=config,
+        info=info,
+        num_ranks=num_ranks,
+        memory=memory,
+        is_chunk_open=is_chunk_open,
+        model_nbytes=model_nbytes,
+        probe=probe,
     )
+    now = search.now()
+    tried: list[Suggestion] = []
     smallest = now.nbytes
-    num_channels, itemsize = config.num_written_channels, np.dtype(config.output.dtype).itemsize
-    for extents in product(*_extents(plan, config, info, is_chunk_open)):
-        z, y, x = extents
-        work = replace(now.work, axes=(z.work, y.work, x.work))
-        core_nbytes = prod(work.core_shape) * num_channels * itemsize
+    for shape, chunk, extents in search.shapes():
+        work = replace(now.work, axes=(extents[0].work, extents[1].work, extents[2].work))
         # No need to add up the rest where one core is too much: a host holds it whole.
-        if work.num_blocks > MOST_BLOCKS or (memory != "device" and core_nbytes > limit_nbytes):
+        is_vain = memory != "device" and search.core_nbytes(work) > limit_nbytes
+        if work.num_blocks > MOST_BLOCKS or is_vain:
             continue
-        shape, chunk = (triple([getattr(e, n) for e in extents]) for n in ("extent", "chunk"))
-        other = with_block(config, shape, chunk if is_chunk_open else None)
-        nbytes = nbytes_of(replace(plan, block_shape=shape), other, work)
+        other = with_block(config, shape, chunk)
+        nbytes = search.nbytes_of(replace(plan, block_shape=shape), other, work)
         smallest = min(smallest, nbytes)
-        if nbytes > limit_nbytes:
-            continue
-        kinds = [extent.kinds for extent in extents]
-        tried.append(
-            Suggestion(
-                block_shape=shape,
-                chunk_shape=other.chunk_shape,
-                work=work,
-                forecast=forecast_of(kinds, config, work, probe, num_ranks=num_ranks),
-                nbytes=nbytes,
+        if nbytes <= limit_nbytes:
+            kinds = [extent.kinds for extent in extents]
+            expected = forecast_of(kinds, config, work, probe, num_ranks=num_ranks)
+            tried.append(
+                Suggestion(
+                    block_shape=shape,
+                    chunk_shape=other.chunk_shape,
+                    work=work,
+                    forecast=expected,
+                    nbytes=nbytes,
+                )
             )
-        )
     rows = tuple(_different(_ranked(tried), most))
     return Suggestions(now=now, rows=rows, smallest_nbytes=smallest, num_tried=len(tried))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """What `suggest` was asked for."""
+
+    plan: Plan
+    config: Config
+    info: VolumeInfo
+    num_ranks: int
+    memory: Memory
+    is_chunk_open: bool
+    model_nbytes: int | None
+    probe: Probe | None
+
+    def now(self) -> Suggestion:
+        """Return the config as it is."""
+        plan, config = self.plan, self.config
+        work = work_of(plan, self.info.chunk_shape)
+        return Suggestion(
+            block_shape=plan.block_shape,
+            chunk_shape=config.chunk_shape,
+            work=work,
+            forecast=forecast(plan, config, work, self.probe, num_ranks=self.num_ranks),
+            nbytes=self.nbytes_of(plan, config, work),
+        )
+
+    def shapes(self) -> Iterator[tuple[Triple, Triple | None, Sequence[_Extent]]]:
+        """Yield shapes of blocks with the chunk that goes with each, None for the present one."""
+        for extents in product(*_extents(self.plan, self.config, self.info, self.is_chunk_open)):
+            shape = triple([extent.extent for extent in extents])
+            chunk = triple([extent.chunk for extent in extents]) if self.is_chunk_open else None
+            yield shape, chunk, extents
+
+    def core_nbytes(self, work: Work) -> int:
+        """Return the bytes of the largest core as it is written."""
+        itemsize = np.dtype(self.config.output.dtype).itemsize
+        return prod(work.core_shape) * self.config.num_written_channels * itemsize
+
+    def nbytes_of(self, plan: Plan, config: Config, work: Work) -> int:
+        """Return the known bytes of a rank of the memory that is limited."""
+        parts = memory_of(
+            plan, config, self.info, work, model_nbytes=self.model_nbytes, probe=self.probe
+        )
+        return total_nbytes(parts, self.memory)
 
 
 def with_block(config: Config, shape: Triple, chunk: Triple | None = None) -> Config:
