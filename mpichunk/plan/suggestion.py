@@ -132,27 +132,10 @@ def suggest(
     now = search.now()
     tried: list[Suggestion] = []
     smallest = now.nbytes
-    for shape, chunk, extents in search.shapes():
-        work = replace(now.work, axes=(extents[0].work, extents[1].work, extents[2].work))
-        # No need to add up the rest where one core is too much: a host holds it whole.
-        is_vain = memory != "device" and search.core_nbytes(work) > limit_nbytes
-        if work.num_blocks > MOST_BLOCKS or is_vain:
-            continue
-        other = with_block(config, shape, chunk)
-        nbytes = search.nbytes_of(replace(plan, block_shape=shape), other, work)
-        smallest = min(smallest, nbytes)
-        if nbytes <= limit_nbytes:
-            kinds = [extent.kinds for extent in extents]
-            expected = forecast_of(kinds, config, work, probe, num_ranks=num_ranks)
-            tried.append(
-                Suggestion(
-                    block_shape=shape,
-                    chunk_shape=other.chunk_shape,
-                    work=work,
-                    forecast=expected,
-                    nbytes=nbytes,
-                )
-            )
+    for item in search.shapes(now, limit_nbytes):
+        smallest = min(smallest, item.nbytes)
+        if item.nbytes <= limit_nbytes:
+            tried.append(item)
     rows = tuple(_different(_ranked(tried), most))
     return Suggestions(now=now, rows=rows, smallest_nbytes=smallest, num_tried=len(tried))
 
@@ -182,12 +165,34 @@ class _Search:
             nbytes=self.nbytes_of(plan, config, work),
         )
 
-    def shapes(self) -> Iterator[tuple[Triple, Triple | None, Sequence[_Extent]]]:
-        """Yield shapes of blocks with the chunk that goes with each, None for the present one."""
+    def shapes(self, now: Suggestion, limit_nbytes: int) -> Iterator[Suggestion]:
+        """Yield what there is to choose from, without most of what is far beyond the limit."""
         for extents in product(*_extents(self.plan, self.config, self.info, self.is_chunk_open)):
-            shape = triple([extent.extent for extent in extents])
-            chunk = triple([extent.chunk for extent in extents]) if self.is_chunk_open else None
-            yield shape, chunk, extents
+            z, y, x = extents
+            work = replace(now.work, axes=(z.work, y.work, x.work))
+            # No need to add up the rest where one core is too much: a host holds it whole.
+            is_vain = self.memory != "device" and self.core_nbytes(work) > limit_nbytes
+            if work.num_blocks <= MOST_BLOCKS and not is_vain:
+                yield self.suggestion(extents, work, limit_nbytes, now)
+
+    def suggestion(
+        self, extents: Sequence[_Extent], work: Work, limit_nbytes: int, now: Suggestion
+    ) -> Suggestion:
+        """Return one shape; its time is left as it is `now` where it does not fit anyway."""
+        shape, chunk = (triple([getattr(e, n) for e in extents]) for n in ("extent", "chunk"))
+        config = with_block(self.config, shape, chunk if self.is_chunk_open else None)
+        nbytes = self.nbytes_of(replace(self.plan, block_shape=shape), config, work)
+        expected = now.forecast
+        if nbytes <= limit_nbytes:
+            kinds = [extent.kinds for extent in extents]
+            expected = forecast_of(kinds, config, work, self.probe, num_ranks=self.num_ranks)
+        return Suggestion(
+            block_shape=shape,
+            chunk_shape=config.chunk_shape,
+            work=work,
+            forecast=expected,
+            nbytes=nbytes,
+        )
 
     def core_nbytes(self, work: Work) -> int:
         """Return the bytes of the largest core as it is written."""
