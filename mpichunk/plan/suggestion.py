@@ -62,6 +62,9 @@ class Suggestion:
     nbytes: int
     """Known bytes of a rank of the memory that is limited."""
 
+    names_chunk: bool = False
+    """Whether the chunk must be named, since another one would follow from the block."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suggestions:
@@ -105,8 +108,8 @@ def suggest(
 ) -> Suggestions:
     """Return up to `most` shapes, those with the shortest predicted time first.
 
-    Of equally long ones (`SAME_TIME`) those with not too `FEW_BLOCKS` are first, then what reads
-    least, then what needs the least memory.
+    Of equally long ones (`SAME_TIME`) those with `FEW_BLOCKS` per rank or more are first, then
+    what reads least, then what needs the least memory.
 
     Args:
         plan: the plan of `config` over the volume of `info`.
@@ -192,6 +195,7 @@ class _Search:
             work=work,
             forecast=expected,
             nbytes=nbytes,
+            names_chunk=self.is_chunk_open and chunk != default_chunk_shape(shape),
         )
 
     def core_nbytes(self, work: Work) -> int:

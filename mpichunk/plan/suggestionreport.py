@@ -48,7 +48,7 @@ def render_suggestions(
         *_wrapped(f"time: {_basis_words(found, probe)}"),
         *_wrapped(
             f"multiples of the stride {plan.stride}, and of the {unit} of the output"
-            + (f" {config.write_unit}" if not _changes_chunk(config, found) else "")
+            + ("" if _changes_chunk(found) else f" {config.write_unit}")
             + f"; {found.num_tried:,} shapes fit. Times within {SAME_TIME:.0%} count as equal: "
             f"then {FEW_BLOCKS} blocks per rank or more are first, then what reads less, then what "
             "takes less memory"
@@ -61,7 +61,7 @@ def render_suggestions(
     ]
     for number, item in enumerate(found.rows, start=1):
         reasons = _wrapped("; ".join(reasons_for(item, found.now, room)), indent="      ")
-        command = f"      {' '.join(options_for(config, item, found.now))}"
+        command = f"      {' '.join(options_for(item))}"
         lines += ["", _row(f"{number}", item, found), *reasons, command]
     if not found.rows:
         lines += ["", *_wrapped(_nothing_words(found, room))]
@@ -70,13 +70,7 @@ def render_suggestions(
     return "\n".join([*lines, "", *_legend(), ""])
 
 
-def suggestions_json(
-    config: Config,
-    found: Suggestions,
-    *,
-    room: Room,
-    memory: Memory,
-) -> dict[str, Any]:
+def suggestions_json(found: Suggestions, *, room: Room, memory: Memory) -> dict[str, Any]:
     """Return what `render_suggestions` tells, as JSON values."""
     is_known = found.now.forecast.basis != "batches"
     best = min((item.forecast.seconds for item in found.rows), default=0.0)
@@ -108,19 +102,17 @@ def suggestions_json(
             {
                 **values(item),
                 "reasons": reasons_for(item, found.now, room),
-                "options": options_for(config, item, found.now, quote=""),
+                "options": options_for(item, quote=""),
             }
             for item in found.rows
         ],
     }
 
 
-def options_for(
-    config: Config, item: Suggestion, now: Suggestion, *, quote: str = "'"
-) -> list[str]:
+def options_for(item: Suggestion, *, quote: str = "'") -> list[str]:
     """Return the options of the command line that choose a suggestion."""
     found = [f"--set {quote}block.shape={_brackets(item.block_shape)}{quote}"]
-    if item.chunk_shape != now.chunk_shape:
+    if item.names_chunk:
         found.append(f"--set {quote}output.chunk_shape={_brackets(item.chunk_shape)}{quote}")
     return found if quote else [option.removeprefix("--set ") for option in found]
 
@@ -191,7 +183,7 @@ def _nothing_words(found: Suggestions, room: Room) -> str:
     )
 
 
-def _changes_chunk(config: Config, found: Suggestions) -> bool:
+def _changes_chunk(found: Suggestions) -> bool:
     return any(item.chunk_shape != found.now.chunk_shape for item in found.rows)
 
 

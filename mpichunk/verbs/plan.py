@@ -102,7 +102,7 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
         probe=probe,
     )
     if options.as_json:
-        text = json.dumps(suggestions_json(job.config, found, room=room, memory=memory), indent=2)
+        text = json.dumps(suggestions_json(found, room=room, memory=memory), indent=2)
     else:
         text = render_suggestions(
             job.plan, job.config, found, room=room, memory=memory, probe=probe
