@@ -252,6 +252,12 @@ class Arrays(Protocol):
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
         """Return the device memory that a call takes at its peak; None for a host's memory."""
 
+    def device_nbytes(self) -> tuple[int, int] | None:
+        """Return what nobody holds of the device's memory, and what this process holds.
+
+        None for a host's memory, or if nobody says.
+        """
+
     def release(self) -> None:
         """Give back all memory that is only kept for later calls."""
 

@@ -238,6 +238,10 @@ class NumpyArrays:
         """Return None: it is the host's memory."""
         return None
 
+    def device_nbytes(self) -> tuple[int, int] | None:
+        """Return None: it is the host's memory."""
+        return None
+
     def release(self) -> None:
         """Forget the buffers."""
         self._buffers.clear()

@@ -299,6 +299,16 @@ class TorchArrays:
         self.wait()
         return int(memory.max_memory_allocated(self._device)) - before
 
+    def device_nbytes(self) -> tuple[int, int] | None:
+        """Ask driver and allocator; see `Arrays.device_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        memory = torch.get_device_module(self._device)
+        if not hasattr(memory, "mem_get_info"):
+            return None
+        free, _ = memory.mem_get_info(self._device)
+        return int(free), int(memory.memory_reserved(self._device))
+
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
         self._buffers.clear()

@@ -23,6 +23,9 @@ from mpichunk.errors import ConfigError, Problem, UserError
 MAX_NBYTES = 1 << 20
 """No config is larger; what is larger is an image or a network given by mistake."""
 
+_FOLLOWING = "patch.overlap", "block.margin", "output.chunk_shape"
+"""Keys whose defaults follow from other values."""
+
 _HEADER = """\
 # The effective config of a run: every default written out, every path absolute.
 # A copy of this file starts the same run.
@@ -96,6 +99,9 @@ class LoadedConfig(Source):
     notes: tuple[str, ...] = ()
     """What was taken from a description."""
 
+    defaulted: frozenset[str] = frozenset()
+    """Keys that were left open, and whose values follow from others."""
+
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each value that has no effect or is doubtful, with its place."""
         found = (*self.remarks, *find_warnings(flatten(self.config)))
@@ -132,6 +138,8 @@ def load_config(
     config = check(described.values)
     if isinstance(config, list):
         raise source.refuse([*problems, *config])
+    given = flatten(config)
+    defaulted = frozenset(key for key in _FOLLOWING if given[key] is None)
     config = _resolve(config, base).with_defaults()
     # Once more: only resolved paths tell whether the output is the input.
     problems = [*problems, *find_problems(flatten(config))]
@@ -144,6 +152,7 @@ def load_config(
         config=config,
         remarks=described.warnings,
         notes=described.notes,
+        defaulted=defaulted,
     )
 
 

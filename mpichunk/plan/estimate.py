@@ -3,8 +3,10 @@
 Pure arithmetic; knows no files and no networks: what only a forward can tell is a parameter.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +19,9 @@ from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.advice import Advice, advise
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.work import Work, work_of
+
+Memory = Literal["cpu", "host", "device"]
+"""That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
 
 MIB = 1 << 20
 FLOAT32_NBYTES = 4
@@ -41,6 +46,29 @@ ENGINE_NBYTES = {"pytorch": TORCH_NBYTES, "onnxruntime": 32 * MIB, "openvino": 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What `bench` has measured besides the forward: seconds per unit of work, on one rank."""
+
+    patch_seconds: float
+    """Cutting out, activating and blending one patch."""
+
+    finish_seconds: float
+    """Dividing, checking and quantising one voxel of a core."""
+
+    read_seconds: float
+    """Reading and decoding one voxel of a whole storage chunk of the input."""
+
+    write_seconds: float
+    """Encoding and durably writing one voxel of a core."""
+
+    scale: float
+    """What the whole takes, over what these seconds and the forward's add up to."""
+
+    num_ranks: int
+    """Ranks that were measured at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """What one real forward of this config has told."""
 
@@ -52,6 +80,17 @@ class Probe:
 
     device: str
     """Where it ran, in words."""
+
+    free_nbytes: int | None = None
+    """What one rank could have of the accelerator's memory; None on a CPU, or if nobody says."""
+
+    pace: Pace | None = None
+    """What the rest of a block takes; None where only the forward was measured."""
+
+    def for_batch(self, old_size: int, new_size: int) -> "Probe":
+        """Return what it would be with another batch size, as if all grew with the batch."""
+        nbytes = None if self.nbytes is None else ceil_div(self.nbytes * new_size, old_size)
+        return replace(self, seconds=self.seconds * new_size / old_size, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +108,11 @@ class MemoryPart:
 
     device_nbytes: int | None
     """In the accelerator's memory, in a run on one."""
+
+
+def total_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
+    """Return the known bytes of all parts in one memory."""
+    return sum(getattr(part, f"{memory}_nbytes") or 0 for part in parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +146,17 @@ class Estimate:
     @property
     def cpu_nbytes(self) -> int:
         """Known peak memory of a rank that runs on a CPU."""
-        return sum(part.cpu_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "cpu")
 
     @property
     def host_nbytes(self) -> int:
         """Known peak host memory of a rank that runs on an accelerator."""
-        return sum(part.host_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "host")
 
     @property
     def device_nbytes(self) -> int:
         """Known peak accelerator memory of a rank that runs on one."""
-        return sum(part.device_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "device")
 
 
 def estimate(
@@ -155,6 +199,19 @@ def estimate(
         probe=probe,
         advice=advise(plan, config, work, num_files=num_files),
     )
+
+
+def memory_of(
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    work: Work,
+    *,
+    model_nbytes: int | None = None,
+    probe: Probe | None = None,
+) -> tuple[MemoryPart, ...]:
+    """Return the peak memory of one rank by part, as `estimate` does, and nothing else."""
+    return _memory(plan, config, info, work, model_nbytes, probe)
 
 
 def _num_whole(plan: Plan) -> int:
