@@ -274,15 +274,15 @@ def test_openvino_computes_in_bfloat16_only_where_the_cpu_can(tmp_path):
     import openvino
 
     path = onnx_maker.convolution(tmp_path / "net.onnx")
-    options = {"INFERENCE_PRECISION_HINT": "bf16"}
+    changes = {"precision": "bfloat16"}
     if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        engine = load("openvino", path, options=options)
+        engine = load("openvino", path, changes=changes)
         assert engine.info.precision == "bfloat16"
         np.testing.assert_allclose(engine.infer(BATCH)[:, 0], 2 * BATCH[:, 0], rtol=1e-2)
         return
-    with pytest.raises(DeviceError, match="cannot compute in bf16") as caught:
-        load("openvino", path, options=options)
-    assert caught.value.key == "model.options"
+    with pytest.raises(DeviceError, match="cannot compute in bfloat16") as caught:
+        load("openvino", path, changes=changes)
+    assert caught.value.key == "compute.precision"
 
 
 def test_onnxruntime_options_are_session_entries(tmp_path):

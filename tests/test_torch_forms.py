@@ -463,20 +463,6 @@ def test_of_several_weights_the_first_is_taken_and_said(checkpoints, logged):
     assert not torch.allclose(found, expected())
 
 
-def test_channels_last_gives_the_same_values(checkpoints, exported, tmp_path):
-    torch.jit.trace(make_net(), BATCH).save(tmp_path / "script.pt")
-    options = {"channels_last": True}
-    for path in (tmp_path / "script.pt", exported):
-        engine = load(path, options=options)
-        found = engine.infer(BATCH)
-        torch.testing.assert_close(found, expected())
-        assert engine.arrays.download(found).flags.c_contiguous
-        check_engine(engine, request())
-    torch.testing.assert_close(load_plain(checkpoints, "net.pt", options=options), expected())
-    with pytest.raises(ModelError, match="channels_last is 'yes'; it must be true or false"):
-        load(exported, options={"channels_last": "yes"})
-
-
 def test_a_key_that_is_not_there_and_an_option_that_is_unknown(checkpoints):
     with pytest.raises(ModelError, match=r"names with tensors, below 'averaged'"):
         load_plain(checkpoints, "both.pt", options={"weights_key": "averaged"})

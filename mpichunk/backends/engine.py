@@ -4,7 +4,7 @@ Knows no framework. An engine brings the few array operations that blending need
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +45,28 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """How a network runs, where the backend has a choice; none of it is assumed to help."""
+
+    compile: bool = False
+    """Kernels are made for this network, machine and batch."""
+
+    channels_last: bool = False
+    """The channels of a voxel are kept side by side."""
+
+    fold_batch_norm: bool = False
+    """Batch norms are multiplied into the convolutions before them."""
+
+    cuda_graphs: bool = False
+    """The forward of a batch is recorded once and replayed."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are on."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What really runs, for the log and the provenance."""
 
@@ -64,7 +86,10 @@ class EngineInfo:
     """Precision really used."""
 
     threads: int
-    """CPU threads of the forward pass."""
+    """CPU threads of the forward pass, as the framework tells."""
+
+    kernels: tuple[str, ...] = ()
+    """Kernel options that are in effect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +115,16 @@ class EngineRequest:
     """CPU threads for the forward pass."""
 
     precision: str
-    """`float32` for now."""
+    """`float32`, `tf32`, `bfloat16` or `float16`; what goes in and comes out is float32 always."""
 
     device: str
     """`cpu`, or the framework's name of one accelerator, e.g. `cuda:0`."""
 
     deterministic: bool
     """Whether algorithms must be chosen deterministically."""
+
+    kernels: Kernels = Kernels()
+    """How the network runs."""
 
 
 class Arrays(Protocol):

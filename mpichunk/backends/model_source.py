@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mpichunk.backends.local_imports import imported_files
 from mpichunk.config.location import split_model_path
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
@@ -60,13 +61,16 @@ def find_source(model: Model) -> ModelSource:
 
 
 def torch_files(model: Model) -> list[Path]:
-    """Return the files whose bytes are a network that torch loads.
+    """Return the files whose bytes are a network that torch loads; its own is the first.
+
+    To a Python file belong those beside it that it imports.
 
     Raises:
         ModelError: one does not exist, or is of another kind.
     """
-    weights = weights_file(model)
-    return [find_source(model).path, *([weights] if weights else [])]
+    source, weights = find_source(model), weights_file(model)
+    helpers = imported_files(source.path) if source.kind == "file" else []
+    return [source.path, *([weights] if weights else []), *helpers]
 
 
 def weights_file(model: Model) -> Path | None:

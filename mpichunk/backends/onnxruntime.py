@@ -97,7 +97,7 @@ class OnnxruntimeEngine:
             device=device,
             device_kind=kind,
             precision=self._request.precision,
-            threads=self._request.threads,
+            threads=int(self._session.get_session_options().intra_op_num_threads),
         )
 
     def infer(self, batch_nczyx: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -25,12 +25,17 @@ from mpichunk.backends.openvino_model import (
     read_network,
     reshape_network,
 )
+from mpichunk.config.computerules import HINTS, PRECISION_HINT
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple
 
 _OUT_OF_MEMORY = "bad_alloc", "could not allocate", "out of memory", "Can't allocate"
-_PRECISIONS = {"f32": "float32", "float": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+_PRECISIONS = {hint: name for name, hint in HINTS.items()} | {"float": "float32"}
+
+
+_CAPABILITIES = {"bfloat16": "BF16", "float16": "FP16"}
+"""What OpenVINO calls it that a CPU has a precision."""
 
 
 class OpenvinoBackend:
@@ -87,7 +92,7 @@ class OpenvinoEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        precision = str(self._compiled.get_property(PRECISION_HINT).to_string())
         return EngineInfo(
             backend="openvino",
             version=f"openvino {self._openvino.__version__.partition('-')[0]}",
@@ -145,26 +150,27 @@ class OpenvinoEngine:
 
 
 def _settings(core: Any, model: Model, request: EngineRequest) -> dict[str, Any]:
-    """Return the settings of the CPU; the user's come last.
+    """Return the settings of the CPU; the user's come last, but for the precision.
+
+    That one is `compute.precision`, which a hint among the user's settings does not contradict.
 
     Raises:
         DeviceError: this CPU cannot compute in the precision asked for.
     """
     settings: dict[str, Any] = {
-        # By itself it takes what the node is best at, and so the result depends on the node.
-        "INFERENCE_PRECISION_HINT": "f32",
         # Every process would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
         "INFERENCE_NUM_THREADS": request.threads,
         "NUM_STREAMS": 1,
     }
     settings |= {k: value for k, value in model.options.items() if k != WEIGHTS_KEY}
-    precision = str(settings["INFERENCE_PRECISION_HINT"])
+    # By itself it takes what the node is best at, and so the result depends on the node.
+    settings[PRECISION_HINT] = HINTS[request.precision]
     able = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-    if precision not in ("f32", "float32") and precision.upper() not in able:
+    if request.precision != "float32" and _CAPABILITIES[request.precision] not in able:
         raise DeviceError(
-            f"this CPU cannot compute in {precision}: it is able of {', '.join(able)}; take "
-            "INFERENCE_PRECISION_HINT out of model.options",
-            key="model.options",
+            f"this CPU cannot compute in {request.precision} by openvino: it is able of "
+            f"{', '.join(able)}; take compute.precision out",
+            key="compute.precision",
         )
     return settings

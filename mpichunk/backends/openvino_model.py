@@ -7,6 +7,7 @@ import logging
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,14 +79,16 @@ def convert_network(model: Model, request: EngineRequest) -> bytes:
     from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
     from mpichunk.backends.torch_network import load_network
 
-    prepare_torch(request)
-    network = load_network(model, request)
+    # What is compared is the conversion; openvino's precision comes later.
+    exact = replace(request, precision="float32")
+    prepare_torch(exact)
+    network = load_network(model, exact)
     refuse_conversion(network)
     # One forward by torch: it tells best what does not fit, and what the values must be.
     shape = request.batch_size, request.in_channels, *request.patch_shape
     chance = np.random.default_rng(0)
     batch_nczyx, other_nczyx = (chance.random(shape, dtype=np.float32) for _ in range(2))
-    engine = TorchEngine(network, request)
+    engine = TorchEngine(network, exact)
     try:
         expected = engine.infer(torch.from_numpy(batch_nczyx)).numpy()
     except ModelError:

@@ -33,8 +33,7 @@ class PytorchBackend:
     def load(self, model: Model, request: EngineRequest, prepared: bytes | None = None) -> Engine:
         """Load the network onto `request.device`."""
         from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-        from mpichunk.backends.torch_network import load_network, wants_channels_last
+        from mpichunk.backends.torch_network import load_network
 
         prepare_torch(request)
-        network = load_network(model, request)
-        return TorchEngine(network, request, channels_last=wants_channels_last(model))
+        return TorchEngine(load_network(model, request), request)

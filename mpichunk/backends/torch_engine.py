@@ -6,7 +6,7 @@ Every setting of torch that the result depends on is made here and nowhere else.
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,26 +16,35 @@ from mpichunk.backends.devices import accelerator_name
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.network_output import failed_forward, find_cut
 from mpichunk.backends.torch_arrays import TorchArrays
+from mpichunk.backends.torch_capture import CapturedForward
+from mpichunk.backends.torch_exported import ExportedNetwork
+from mpichunk.backends.torch_folding import fold_batch_norm
+from mpichunk.backends.torch_kernels import (
+    HALVES,
+    CompiledNetwork,
+    computing,
+    is_out_of_memory,
+    lay_out,
+    layout_of,
+    refuse_device,
+    refuse_without_halves,
+)
 from mpichunk.backends.torch_network import where_raised
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple
 
-_OUT_OF_MEMORY = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
-"""What torch, cuDNN and cuBLAS say where they raise no OutOfMemoryError."""
-
 
 def prepare_torch(request: EngineRequest) -> None:
-    """Set what is global in torch: threads, exact float32, deterministic algorithms.
+    """Set what is global in torch: threads, deterministic algorithms.
+
+    What engines of one process may want differently is set for each forward (`computing`).
 
     Raises:
-        DeviceError: torch does not know or cannot use the device.
+        DeviceError: torch does not know the device, cannot use it, or not in this way.
     """
     # cuBLAS reads this when it starts, before the first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(request.threads)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = not request.deterministic
     torch.backends.cudnn.deterministic = request.deterministic
     try:
@@ -52,30 +61,40 @@ def prepare_torch(request: EngineRequest) -> None:
             f"{str(error).strip().splitlines()[0]}",
             key="compute.device",
         ) from error
+    refuse_device(request)
 
 
 class TorchEngine:
-    """Runs a network under `inference_mode`, and cuts what the network had not cut."""
+    """Runs a network under `inference_mode`, and cuts what the network had not cut.
 
-    def __init__(
-        self, network: nn.Module, request: EngineRequest, *, channels_last: bool = False
-    ) -> None:
-        """Take a network that is on its device.
+    infer:  batch -> captured, if wanted ( network, compiled if wanted -> cut -> float32 )
+    """
+
+    def __init__(self, network: nn.Module, request: EngineRequest) -> None:
+        """Take a network that is on its device, and change it as the request's kernels say.
 
         Args:
             network: in `eval` mode.
             request: what it must do.
-            channels_last: keep the channels of a voxel side by side, which some networks run
-                faster with, and others slower.
+
+        Raises:
+            UserError: it cannot be changed so, or runs not even once.
         """
-        self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-        if channels_last:
-            network = network.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self._network = network
         self._request = request
+        self._layout = layout_of(request)
         self._device = torch.device(request.device)
         self._arrays = TorchArrays(self._device)
-        self._thread = 0
+        self._thread = self._threads = 0
+        self._network: Callable[[Tensor], Any] = network
+        try:
+            self._network = self._adapted(network)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self.explain(error) from error
+        self._infer: Callable[[Tensor], Tensor] = self._predict
+        if request.kernels.cuda_graphs:
+            self._infer = CapturedForward(self._predict, self._layout)
 
     @property
     def arrays(self) -> TorchArrays:
@@ -96,19 +115,40 @@ class TorchEngine:
             device=device,
             device_kind=kind,
             precision=self._request.precision,
-            threads=self._request.threads,
+            threads=self._threads or self._request.threads,
+            kernels=self._request.kernels.names,
         )
 
     def infer(self, batch_nczyx: Tensor) -> Tensor:
         """Run the network; see `Engine.infer`."""
+        self._use_threads()
+        return self._infer(batch_nczyx)
+
+    def _adapted(self, network: nn.Module) -> Callable[[Tensor], Any]:
+        """Return the network with the layout, precision and kernels of the request.
+
+        What needs a forward to be sure of has one, of a single patch where the network lets us.
+        """
+        request, kernels = self._request, self._request.kernels
+        self._use_threads()
+        size = 0 if isinstance(network, ExportedNetwork) else 1
+        if kernels.channels_last:
+            network = lay_out(network)
+        if kernels.fold_batch_norm:
+            network = fold_batch_norm(network, self._texture(size), request)
+        if request.precision in HALVES:
+            refuse_without_halves(network, self._texture(size), request)
+        return CompiledNetwork(network) if kernels.compile else network
+
+    def _predict(self, batch_nczyx: Tensor) -> Tensor:
+        """Run the network, cut its output, and convert it to float32."""
         output_nczyx = _only_tensor(self._forward(batch_nczyx))
         cut = find_cut(output_nczyx.shape, len(batch_nczyx), self._request, self._output_shape)
         return output_nczyx[cut].float()
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Return whether the device had no memory left; TorchScript and cuDNN tell it in words."""
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        return known or any(words in str(error) for words in _OUT_OF_MEMORY)
+        return is_out_of_memory(error)
 
     def explain(self, error: Exception) -> UserError:
         """Say what can be done about a forward that failed; see `Engine.explain`."""
@@ -134,17 +174,24 @@ class TorchEngine:
         return failed_forward(text, self._request, self._output_shape, where=where_raised(error))
 
     def _forward(self, batch_nczyx: Tensor) -> Any:
-        """Run the network once on this thread."""
-        if self._thread != threading.get_ident():
-            # OpenMP keeps this number per thread.
-            torch.set_num_threads(self._request.threads)
-            self._thread = threading.get_ident()
-        # TorchScript's optimiser first watches a run, then may fuse what rounds differently: the
-        # first blocks of each rank would differ from the later ones.
-        optimise = not self._request.deterministic
-        optimiser = torch.jit.optimized_execution(optimise)  # type: ignore[attr-defined]
-        with torch.inference_mode(), optimiser:
+        """Run the network once."""
+        with computing(self._request):
             return self._network(batch_nczyx.contiguous(memory_format=self._layout))
+
+    def _use_threads(self) -> None:
+        """Give this thread its share of the cores; OpenMP keeps their number per thread."""
+        if self._thread == threading.get_ident():
+            return
+        torch.set_num_threads(self._request.threads)
+        self._threads = torch.get_num_threads()
+        self._thread = threading.get_ident()
+
+    def _texture(self, batch_size: int) -> Tensor:
+        """Return a batch of chance in [0, 1], the same on every rank."""
+        shape = self._batch_shape(self._request.patch_shape, batch_size)
+        chance = torch.Generator().manual_seed(0)
+        batch_nczyx = torch.rand(shape, generator=chance).to(self._device)
+        return batch_nczyx.contiguous(memory_format=self._layout)
 
     def _output_shape(self, patch_shape: Triple) -> Triple | None:
         """Return what shape the network makes of one patch of this shape, None if it fails."""

@@ -32,8 +32,6 @@ from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from mpichunk.filehash import file_hash
 
-_CHANNELS_LAST = "channels_last"
-
 log = logging.getLogger(__name__)
 
 
@@ -67,31 +65,17 @@ def load_network(model: Model, request: EngineRequest) -> nn.Module:
     return network.eval().float().to(request.device)
 
 
-def wants_channels_last(model: Model) -> bool:
-    """Return whether the config asks for that layout.
-
-    Raises:
-        ModelError: what is set there is neither true nor false.
-    """
-    wanted = model.options.get(_CHANNELS_LAST, False)
-    if not isinstance(wanted, bool):
-        raise ModelError(
-            f"{_CHANNELS_LAST} is {wanted!r}; it must be true or false", key="model.options"
-        )
-    return wanted
-
-
 def _weights_key(model: Model) -> str | None:
     """Return where in a checkpoint the weights are, if the config says so.
 
     Raises:
         ModelError: there are options that this backend does not have.
     """
-    others = model.options.keys() - {WEIGHTS_KEY, _CHANNELS_LAST}
+    others = model.options.keys() - {WEIGHTS_KEY}
     if others and model.backend == "pytorch":
         raise ModelError(
             f"the pytorch backend has no option {min(others)!r}; it has `{WEIGHTS_KEY}`, the name "
-            f"of the weights in a checkpoint that holds several, and `{_CHANNELS_LAST}`",
+            "of the weights in a checkpoint that holds several",
             key="model.options",
         )
     key = model.options.get(WEIGHTS_KEY)

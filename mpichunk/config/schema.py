@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mpichunk.config.computerules import KERNELS
 from mpichunk.config.predictionrules import written_channels
 from mpichunk.config.rules import (
     default_chunk_shape,
@@ -33,6 +34,7 @@ from mpichunk.config.types import (
     Pad,
     Position,
     PositiveNumber,
+    Precision,
     Section,
     Size,
     Stitch,
@@ -241,8 +243,20 @@ class Compute(Section):
     device: Device = "auto"
     """`auto`, `cpu`, `cuda`, or another accelerator that torch knows."""
 
-    precision: Literal["float32"] = "float32"
-    """Precision of the network."""
+    precision: Precision = "float32"
+    """In which the network computes; blending is in float32 always."""
+
+    compile: Flag = False
+    """Let torch.compile make kernels for this network and machine."""
+
+    channels_last: Flag = False
+    """Keep the channels of a voxel side by side."""
+
+    fold_batch_norm: Flag = False
+    """Multiply batch norms into the convolutions before them."""
+
+    cuda_graphs: Flag = False
+    """Record the forward of a batch once, and replay it."""
 
     threads: Count | None = None
     """CPU threads per rank; default: the rank's share of its cores."""
@@ -252,6 +266,11 @@ class Compute(Section):
 
     share_device: Flag = False
     """Allow several ranks on one accelerator."""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Return the names of the kernel options that are switched on."""
+        return tuple(name for name in KERNELS if getattr(self, name))
 
 
 class Schedule(Section):

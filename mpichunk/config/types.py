@@ -54,9 +54,7 @@ Volume = Annotated[_Text | _Spec, Expected("a URL, a path, or a TensorStore spec
 Arguments = Annotated[
     dict[str, Any], Expected("a mapping of keyword arguments, e.g. {channels: 16}")
 ]
-Options = Annotated[
-    dict[str, Any], Expected("a mapping of settings, e.g. {INFERENCE_PRECISION_HINT: bf16}")
-]
+Options = Annotated[dict[str, Any], Expected("a mapping of settings, e.g. {weights_key: ema}")]
 Symmetries = Annotated[
     tuple[Literal["flip_z", "flip_y", "flip_x", "rot90"], ...],
     Expected("a list of some of `flip_z`, `flip_y`, `flip_x` and `rot90`"),
@@ -78,6 +76,7 @@ Device = Annotated[
     Expected("`auto`, `cpu`, `cuda` or another device of torch, e.g. `cuda:0`"),
 ]
 
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Backend = Literal["identity", "pytorch", "onnxruntime", "openvino", "pznet"]
 Pad = Literal["reflect", "edge", "zero"]
 Window = Literal["bump", "gaussian", "hann", "uniform"]

@@ -10,7 +10,7 @@ from glob import glob
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.binding import Binding, Bindings, RankFacts, bind
-from mpichunk.backends.engine import Engine, EngineRequest
+from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.backends.reduction import Reduction
 from mpichunk.backends.visibility import gpu_hints, visible_devices
 from mpichunk.block.inference import BlockInference, scaling_for
@@ -67,6 +67,7 @@ def engine_request(job: Job, binding: Binding) -> EngineRequest:
         precision=config.compute.precision,
         device=binding.device,
         deterministic=config.compute.deterministic,
+        kernels=Kernels(**dict.fromkeys(config.compute.kernels, True)),
     )
 
 
@@ -93,7 +94,7 @@ def load_engine(job: Job, request: EngineRequest, prepared: bytes | None = None)
         info.version,
         info.device,
         info.device_kind,
-        info.precision,
+        ", ".join((info.precision, *info.kernels)),
         info.threads,
     )
     return engine

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.absent import AbsentEngine
-from mpichunk.backends.engine import Engine, EngineRequest
+from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, UserError
@@ -113,7 +113,7 @@ def find_sound_ranks(
     Raises:
         UserError: the network does not load, run or fit, or no rank is sound; on every rank.
     """
-    cpu = replace(request, device="cpu", precision="float32", batch_size=1)
+    cpu = replace(request, device="cpu", precision="float32", batch_size=1, kernels=Kernels())
     engine: Engine = AbsentEngine(request)
     refusal: UserError | None = None
     try:
@@ -205,11 +205,7 @@ def _compare(
     share = 0.0
     if not is_same and output is not None and wanted is not None:
         share = deviation(output, wanted)
-    return comm.allgather(
-        Finding(
-            rank=mine.rank, host=mine.host, device=mine.device, deviation=share, error=mine.error
-        )
-    )
+    return comm.allgather(replace(mine, deviation=share))
 
 
 def _refuse_if_nobody_can(findings: Sequence[Finding]) -> None:

@@ -56,7 +56,9 @@ def make_fingerprint(
             "precision": config.compute.precision,
             "threads": threads,
             "deterministic": config.compute.deterministic,
-        },
+        }
+        # What is off is left out, as in runs that knew of no such thing.
+        | dict.fromkeys(config.compute.kernels, True),
     }
     flat = dict(_flatten("", sections))
     # Through JSON once, so that a fresh fingerprint equals one read back from a journal.

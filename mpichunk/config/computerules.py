@@ -1,0 +1,111 @@
+"""Which precisions and kernels go together with which backend and device, as far as names tell.
+
+Pure functions of single values, as in `config.rules`. What only a machine or a network can tell is
+refused where it is loaded.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mpichunk.config.rules import rule
+from mpichunk.config.types import Precision
+
+KERNELS = ("compile", "channels_last", "fold_batch_norm", "cuda_graphs")
+"""Keys of `compute` that say how the pytorch backend runs a network."""
+
+PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
+    "identity": ("float32",),
+    "pytorch": ("float32", "tf32", "bfloat16", "float16"),
+    "onnxruntime": ("float32",),
+    "openvino": ("float32", "bfloat16", "float16"),
+    "pznet": ("float32",),
+}
+"""What each backend can be asked for."""
+
+PRECISION_HINT = "INFERENCE_PRECISION_HINT"
+"""OpenVINO's own word for the precision."""
+
+HINTS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""Its values."""
+
+_HINT_NAMES = {
+    **{hint: name for name, hint in HINTS.items()},
+    **{name: name for name in HINTS},
+    "float": "float32",
+}
+
+
+@rule("compute.precision", "model.backend")
+def _backend_has_precision(precision: str, backend: str) -> str | None:
+    able = PRECISIONS[backend]
+    if precision in able:
+        return None
+    if backend == "onnxruntime":
+        why = "which computes as the ONNX file says: convert the file itself"
+    elif backend == "openvino":
+        why = "which runs on the CPU"
+    else:
+        why = "which computes in float32 only"
+    return f"{precision!r} cannot be had from the {backend} backend, {why}; it has {_either(able)}"
+
+
+@rule("compute.precision", "compute.device", "model.backend")
+def _device_has_tf32(precision: str, device: str, backend: str) -> str | None:
+    if precision != "tf32" or "tf32" not in PRECISIONS[backend] or _may_be_cuda(device):
+        return None
+    return f"'tf32' is a mode of NVIDIA devices, and compute.device is {device!r}; take 'float32'"
+
+
+@rule("compute.cuda_graphs", "compute.device", "model.backend")
+def _device_has_graphs(wanted: bool, device: str, backend: str) -> str | None:
+    if not wanted or backend != "pytorch" or _may_be_cuda(device):
+        return None
+    return f"CUDA graphs are of NVIDIA devices, and compute.device is {device!r}; take it out"
+
+
+def _may_be_cuda(device: str) -> bool:
+    return device == "auto" or device.partition(":")[0] == "cuda"
+
+
+def _is_of_pytorch(wanted: bool, backend: str) -> str | None:
+    if not wanted or backend == "pytorch":
+        return None
+    return f"is of the pytorch backend only, and would do nothing with {backend!r}; take it out"
+
+
+for _name in KERNELS:
+    rule(f"compute.{_name}", "model.backend")(_is_of_pytorch)
+
+
+@rule("compute.fold_batch_norm", "model.path", "model.backend")
+def _folding_has_modules(wanted: bool, path: str | None, backend: str) -> str | None:
+    if not wanted or backend != "pytorch" or path is None or not path.endswith(".pt2"):
+        return None
+    return (
+        "an exported network (.pt2) is a list of operations without modules to fold; fold it "
+        "before torch.export, or give the class itself, file.py:Name"
+    )
+
+
+@rule("model.options", "model.backend")
+def _channels_last_has_moved(options: dict[str, Any], backend: str) -> str | None:
+    if backend != "pytorch" or "channels_last" not in options:
+        return None
+    return "`channels_last` is no option of the model any more; set compute.channels_last instead"
+
+
+@rule("model.options", "compute.precision", "model.backend")
+def _hint_agrees(options: dict[str, Any], precision: str, backend: str) -> str | None:
+    if backend != "openvino" or PRECISION_HINT not in options:
+        return None
+    found = str(options[PRECISION_HINT])
+    meant = _HINT_NAMES.get(found.lower())
+    if meant == precision:
+        return None
+    cure = "take it out" if meant is None else f"set compute.precision: {meant} instead"
+    return f"{PRECISION_HINT} {found!r} contradicts compute.precision {precision!r}; {cure}"
+
+
+def _either(words: tuple[str, ...]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
