@@ -117,6 +117,7 @@ class Rank:
             depth=world.depth,
             own_blocks=own,
             permits=self.permits,
+            clock=lambda: world.now,
         )
 
     def submit(self, lease):
@@ -218,6 +219,7 @@ class Book:
 
     def sync(self):
         self.num_synced = len(self.lines)
+        return 0.0
 
     def last(self):
         """Return the last line of each block."""

@@ -40,6 +40,12 @@ Outgoing = tuple[int, ToWorker]
 SYNC_SECONDS = 0.02
 """Least time between two syncs of the journal: with small blocks the disk would set the pace."""
 
+SYNC_SHARE = 0.2
+"""Of rank 0's main thread, at most, for the disk."""
+
+MOST_SYNC_SECONDS = 1.0
+"""Longest time between two syncs: what is not synced is what a crash repeats."""
+
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
 
@@ -79,6 +85,8 @@ class Coordinator:
         self._ranks = tuple(sorted(hosts))
         self._wanted: dict[int, int] = {}
         self._parked: dict[int, int] = {}
+        # Of those that want blocks the ones that may get some now: a turn looks at no others.
+        self._ready: dict[int, None] = {}
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
@@ -108,12 +116,15 @@ class Coordinator:
                 if rank not in self._excluded and num_blocks:
                     queue = self._parked if rank in self._parked else self._wanted
                     queue[rank] = queue.pop(rank, 0) + num_blocks
+                    self._ready[rank] = None
             case Done():
                 self._finish(rank, message)
+                self._ready[rank] = None
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Failed():
                 self._release(rank, message.lease)
                 self._fail(rank, message)
+                self._look_at_all()
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Contested(lease=lease):
                 if self._scheduler.holds(rank, lease):
@@ -125,6 +136,7 @@ class Coordinator:
                 for lease in leases:
                     self._release(rank, lease)
                     self._scheduler.give_back(rank, lease)
+                self._look_at_all()
 
     def regroup(
         self,
@@ -164,6 +176,7 @@ class Coordinator:
             self._breaker.num_ranks = len(working)
         self._wanted.clear()
         self._parked.clear()
+        self._ready.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
@@ -179,15 +192,23 @@ class Coordinator:
         self._newly_excluded.clear()
         if self._scheduler.num_pending == 0:
             return outgoing + self._back_up(now)
-        for rank, num_blocks in list(self._wanted.items()):
-            leases = self._scheduler.lease(rank, num_blocks, now)
-            if not leases:
-                continue
-            outgoing.append((rank, Assign(leases=leases)))
-            self._wanted[rank] -= len(leases)
-            if self._wanted[rank] == 0:
-                del self._wanted[rank]
+        ready, self._ready = self._ready, {}
+        for rank in ready:
+            leases = self._scheduler.lease(rank, self._wanted.get(rank, 0), now)
+            if leases:
+                outgoing.append((rank, Assign(leases=leases)))
+                self._serve(rank, len(leases))
         return outgoing
+
+    def _serve(self, rank: int, num_leases: int) -> None:
+        """Note that a rank has got what it asked for, or part of it."""
+        self._wanted[rank] -= num_leases
+        if self._wanted[rank] == 0:
+            del self._wanted[rank]
+
+    def _look_at_all(self) -> None:
+        """Let the next turn look at every rank that wants blocks: some have come free."""
+        self._ready |= dict.fromkeys(self._wanted)
 
     def may_write(self, rank: int, lease: Lease) -> bool:
         """Return whether a rank may write a block: of several that hold it the first that asks."""
@@ -217,6 +238,7 @@ class Coordinator:
         """Lease what a rank holds to others."""
         self._scheduler.give_up_rank(rank)
         self._wanted.pop(rank, None)
+        self._look_at_all()
         self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
 
     def _back_up(self, now: float) -> list[Outgoing]:
@@ -228,7 +250,7 @@ class Coordinator:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        idle = list(self._wanted)
+        idle = [rank for rank in self._wanted if self._scheduler.is_idle(rank)]
         for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
             # What the rank that had it before has promised does not bind this one.
             *whose, has_promised = self._contested.get(late.block, (None, None, False))
@@ -245,9 +267,7 @@ class Coordinator:
             lease = self._scheduler.back_up(rank, block, now)
             if lease is not None:
                 log.info("block %d is slow; rank %d computes it as well", block, rank)
-                self._wanted[rank] -= 1
-                if self._wanted[rank] == 0:
-                    del self._wanted[rank]
+                self._serve(rank, 1)
                 idle.remove(rank)
                 return [(rank, Assign(leases=(lease,)))]
         return []
@@ -259,8 +279,8 @@ class Coordinator:
         is_stop_due = self.ending is not None and not self._is_stopped
         if now < self._next_sync and not is_stop_due:
             return []
-        self._next_sync = now + SYNC_SECONDS
-        self._sync()
+        seconds = self._sync() / SYNC_SHARE
+        self._next_sync = now + max(SYNC_SECONDS, min(seconds, MOST_SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()
@@ -281,18 +301,19 @@ class Coordinator:
         elif reason == FAILURES:
             log.error("ending early: %s", why)
 
-    def _sync(self) -> None:
-        """Make the journal durable; end the run when that cannot be done.
+    def _sync(self) -> float:
+        """Make the journal durable; end the run when that cannot be done. Return seconds.
 
         What is not in the journal is acknowledged all the same, else no rank would ever end: its
         blocks count as not done, and are computed again by the next start.
         """
         try:
-            self._journal.sync()
+            return self._journal.sync()
         except OSError as error:
             self._journal.give_up()
             why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
             self._end(FAILURES, why)
+            return 0.0
 
     def _release(self, rank: int, lease: Lease) -> None:
         """Let another rank write a block that this one will not."""
@@ -328,6 +349,7 @@ class Coordinator:
         log.warning("block %d: %s", block, why)
         self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
         self._scheduler.reopen(block)
+        self._look_at_all()
 
     def _note_death(self, rank: int, lease: Lease, state: State) -> None:
         """Note what a rank was computing, or near, when it died."""

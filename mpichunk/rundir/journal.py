@@ -142,14 +142,15 @@ class Journal:
             line = _block_line(record, state, core=core, rank=rank, host=host, time=self._time)
             self._lines.append(line)
 
-    def sync(self) -> None:
-        """Make every line appended so far durable.
+    def sync(self) -> float:
+        """Make every line appended so far durable; return the seconds that it took.
 
         Raises:
             OSError: it could not be written; the file is left as it was at the last `sync`.
         """
         if not self._lines:
-            return
+            return 0.0
+        started = time.monotonic()
         self._guard()
         text = b"".join(self._lines)
         end = self._file.seek(0, os.SEEK_END)
@@ -163,6 +164,7 @@ class Journal:
             raise
         self._end = end + len(text)
         self._lines.clear()
+        return time.monotonic() - started
 
     def _take_back(self, text: bytes, end: int) -> None:
         """Cut off the part of `text` that was written from `end` on, if nothing came after it."""

@@ -46,10 +46,14 @@ class Holders:
         return self._holders.get(block, {})
 
     def hold(self, rank: int, lease: Lease, since: float) -> None:
-        """Note that a rank holds a block."""
-        holder = Holder(lease.attempt, since, lease.is_backup)
-        self._holders.setdefault(lease.block, {})[rank] = holder
-        self._num_held[rank] += 1
+        """Note that a rank holds a block; of several tries of one rank the last one counts."""
+        holders = self._holders.setdefault(lease.block, {})
+        before = holders.get(rank)
+        if before is None:
+            self._num_held[rank] += 1
+        elif before.attempt > lease.attempt:
+            return
+        holders[rank] = Holder(lease.attempt, since, lease.is_backup)
 
     def release(self, rank: int, lease: Lease) -> bool:
         """Note that a rank holds a block no longer; return whether it did, by this lease."""

@@ -97,7 +97,8 @@ class Permits:
     def answer(self, lease: Lease, may_write: bool) -> None:
         """Let a writer thread go on."""
         with self._changed:
-            if lease in self._open:
+            # Once closed nobody counts on a thread that has not woken yet: it is to write nothing.
+            if lease in self._open and not self._is_closed:
                 self._answers[lease] = may_write
                 if may_write:
                     # Now, not when the thread wakes: others may ask meanwhile what is written.
