@@ -10,6 +10,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.rundir.history import read_checksum
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.demand import Demand
 from mpichunk.schedule.hang import Tempo
 from mpichunk.schedule.messages import (
     DRAINED,
@@ -83,10 +84,7 @@ class Coordinator:
         self._core_of = core_of
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
-        self._wanted: dict[int, int] = {}
-        self._parked: dict[int, int] = {}
-        # Of those that want blocks the ones that may get some now: a turn looks at no others.
-        self._ready: dict[int, None] = {}
+        self._demand = Demand()
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
@@ -112,19 +110,16 @@ class Coordinator:
         """Take in a message of a rank."""
         match message:
             case Request(num_blocks=num_blocks):
-                # Asked last, served last: what it still wants moves to the end of the queue.
                 if rank not in self._excluded and num_blocks:
-                    queue = self._parked if rank in self._parked else self._wanted
-                    queue[rank] = queue.pop(rank, 0) + num_blocks
-                    self._ready[rank] = None
+                    self._demand.add(rank, num_blocks)
             case Done():
                 self._finish(rank, message)
-                self._ready[rank] = None
+                self._demand.look_at(rank)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Failed():
                 self._release(rank, message.lease)
                 self._fail(rank, message)
-                self._look_at_all()
+                self._demand.look_at_all()
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Contested(lease=lease):
                 if self._scheduler.holds(rank, lease):
@@ -136,7 +131,7 @@ class Coordinator:
                 for lease in leases:
                     self._release(rank, lease)
                     self._scheduler.give_back(rank, lease)
-                self._look_at_all()
+                self._demand.look_at_all()
 
     def regroup(
         self,
@@ -174,9 +169,7 @@ class Coordinator:
             self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
-        self._wanted.clear()
-        self._parked.clear()
-        self._ready.clear()
+        self._demand.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
@@ -192,23 +185,12 @@ class Coordinator:
         self._newly_excluded.clear()
         if self._scheduler.num_pending == 0:
             return outgoing + self._back_up(now)
-        ready, self._ready = self._ready, {}
-        for rank in ready:
-            leases = self._scheduler.lease(rank, self._wanted.get(rank, 0), now)
+        for rank in self._demand.take_ready():
+            leases = self._scheduler.lease(rank, self._demand.of(rank), now)
             if leases:
                 outgoing.append((rank, Assign(leases=leases)))
-                self._serve(rank, len(leases))
+                self._demand.serve(rank, len(leases))
         return outgoing
-
-    def _serve(self, rank: int, num_leases: int) -> None:
-        """Note that a rank has got what it asked for, or part of it."""
-        self._wanted[rank] -= num_leases
-        if self._wanted[rank] == 0:
-            del self._wanted[rank]
-
-    def _look_at_all(self) -> None:
-        """Let the next turn look at every rank that wants blocks: some have come free."""
-        self._ready |= dict.fromkeys(self._wanted)
 
     def may_write(self, rank: int, lease: Lease) -> bool:
         """Return whether a rank may write a block: of several that hold it the first that asks."""
@@ -219,12 +201,12 @@ class Coordinator:
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others."""
         self._doubtful.add(rank)
-        self._parked[rank] = self._wanted.get(rank, 0) + self._parked.get(rank, 0)
+        self._demand.park(rank)
         self._take_back(rank)
 
     def welcome_back(self, rank: int) -> None:
-        """Count on a rank that was given up; it does not ask twice for the same."""
-        num_wanted = self._parked.pop(rank, 0)
+        """Count on a rank that was given up."""
+        num_wanted = self._demand.unpark(rank)
         if rank not in self._excluded:
             self._scheduler.welcome_back(rank)
             self.handle(rank, Request(num_blocks=num_wanted))
@@ -237,8 +219,8 @@ class Coordinator:
     def _take_back(self, rank: int) -> None:
         """Lease what a rank holds to others."""
         self._scheduler.give_up_rank(rank)
-        self._wanted.pop(rank, None)
-        self._look_at_all()
+        self._demand.drop(rank)
+        self._demand.look_at_all()
         self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
 
     def _back_up(self, now: float) -> list[Outgoing]:
@@ -246,11 +228,11 @@ class Coordinator:
 
         First the rank that has it promises to ask before it writes: two never write one block.
         """
-        if now < self._next_back_up or not self._wanted:
+        if now < self._next_back_up or not self._demand:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        idle = [rank for rank in self._wanted if self._scheduler.is_idle(rank)]
+        idle = [rank for rank in self._demand.ranks if self._scheduler.is_idle(rank)]
         for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
             # What the rank that had it before has promised does not bind this one.
             *whose, has_promised = self._contested.get(late.block, (None, None, False))
@@ -267,7 +249,7 @@ class Coordinator:
             lease = self._scheduler.back_up(rank, block, now)
             if lease is not None:
                 log.info("block %d is slow; rank %d computes it as well", block, rank)
-                self._serve(rank, 1)
+                self._demand.serve(rank, 1)
                 idle.remove(rank)
                 return [(rank, Assign(leases=(lease,)))]
         return []
@@ -349,7 +331,7 @@ class Coordinator:
         log.warning("block %d: %s", block, why)
         self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
         self._scheduler.reopen(block)
-        self._look_at_all()
+        self._demand.look_at_all()
 
     def _note_death(self, rank: int, lease: Lease, state: State) -> None:
         """Note what a rank was computing, or near, when it died."""
@@ -372,16 +354,10 @@ class Coordinator:
             self._retries.pop(failed.lease.block, None)
         else:
             self._retries[failed.lease.block] = rank, failed
-        log.warning(
-            "block %d failed on rank %d (%s), attempt %d: %s: %s; %s",
-            failed.lease.block,
-            rank,
-            self._hosts[rank],
-            failed.lease.attempt,
-            failed.error,
-            failed.message,
-            "given up" if state == State.FAILED else "it will be tried again",
-        )
+        lease, where = failed.lease, f"rank {rank} ({self._hosts[rank]})"
+        outcome = "given up" if state == State.FAILED else "it will be tried again"
+        why = f"{failed.error}: {failed.message}; {outcome}"
+        log.warning("block %d failed on %s, attempt %d: %s", lease.block, where, lease.attempt, why)
 
     def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
         """End the run when the breaker says so; what was to be tried again is listed as failed."""
@@ -410,7 +386,7 @@ class Coordinator:
         )
         self._excluded.add(rank)
         self._newly_excluded.append(rank)
-        self._wanted.pop(rank, None)
+        self._demand.drop(rank)
         # It keeps what it may be writing until it has ended: two never write one block.
         self._scheduler.retire(rank)
         if self._breaker is not None:

@@ -2,15 +2,15 @@
 
 Numbers in, a number out. Knows no blocks and no messages.
 
-    blocks that take      >= 0.25 s    25 ms    <= 1 ms
-    leases that wait          0          10       256
+    blocks that take      >= 0.25 s    25 ms    <= 0.5 ms
+    leases that wait          0          10       512
 """
 
 LOOKAHEAD_SECONDS = 0.25
 """What waits is work for so long: an answer takes less, and so little work is soon done at the
 end of a run, when others have none."""
 
-MOST_WAITING = 256
+MOST_WAITING = 512
 """Leases that wait at most; with so many a message costs little beside what it carries."""
 
 STALE_SECONDS = 1.0

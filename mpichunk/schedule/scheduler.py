@@ -132,10 +132,6 @@ class Scheduler:
             leases.append(self._hold(rank, block, now))
         return tuple(leases)
 
-    def has_room(self, rank: int) -> bool:
-        """Return whether a rank holds less than its share."""
-        return self._holders.num_held(rank) < self._share
-
     def is_idle(self, rank: int) -> bool:
         """Return whether a rank holds no block that was leased to it."""
         return not self._holders.num_held(rank)

@@ -18,12 +18,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from mpichunk.geometry.box import Grid
+from mpichunk.geometry.box import Box, Grid
 from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -72,8 +73,6 @@ class NoPipeline:
 
 def cube(num_blocks: int) -> Grid:
     """Return cores as a plan has them: at least so many."""
-    from mpichunk.geometry.box import Box
-
     edge = round(num_blocks ** (1 / 3) + 0.5)
     bounds = Box.from_shape((0, 0, 0), (64 * edge, 64 * edge, 64 * edge))
     return Grid(origin=(0, 0, 0), step=(64, 64, 64), bounds=bounds)
@@ -94,8 +93,19 @@ def lead_of(comm: Communicator, journal: Journal, num_blocks: int) -> Lead:
     return Lead(coordinator=coordinator, attendance=attendance, vigil=vigil)
 
 
-def dispatch(comm: Communicator, num_blocks: int, run_dir: Path) -> tuple[float, int]:
-    """Compute all blocks by the roles themselves; return seconds, and how many are journaled."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one rank has measured of one turn."""
+
+    seconds: float
+    """Of the wall clock, from the first message to the last."""
+
+    cpu_seconds: float
+    """Of this process meanwhile."""
+
+
+def dispatch(comm: Communicator, num_blocks: int, run_dir: Path, profile: str | None) -> Turn:
+    """Compute all blocks by the roles themselves, and check that all are in the journal."""
     journal = None
     if comm.is_coordinator:
         journal = Journal.open(run_dir, num_blocks=num_blocks, fingerprint={}, versions={})
@@ -116,15 +126,19 @@ def dispatch(comm: Communicator, num_blocks: int, run_dir: Path) -> tuple[float,
         lookout=Lookout(comm),
     )
     comm.barrier()
-    started = time.perf_counter()
-    loop.serve()
-    seconds = time.perf_counter() - started
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with profiled(profile):
+        loop.serve()
+    turn = Turn(
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu_started,
+    )
     if journal is not None:
         journal.close()
         states = np.zeros(num_blocks, np.uint8)
         scan(run_dir / NAME, states)
-        return seconds, int(np.count_nonzero(states == State.DONE))
-    return seconds, num_blocks
+        assert (states == State.DONE).all()
+    return turn
 
 
 def naive(num_blocks: int) -> float:
@@ -165,26 +179,48 @@ def profiled(path: str | None) -> Iterator[None]:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Take turns: the body of every rank."""
-    comm = start_mpi()
-    ours, theirs = [], []
-    path = f"{arguments.profile}.{comm.rank}" if arguments.profile and comm.rank < 2 else None
-    for turn in range(arguments.repeats):
+    comm, num_blocks = start_mpi(), arguments.blocks
+    naive_rates: list[float] = []
+    turns: list[list[Turn]] = []
+    for number in range(arguments.repeats):
         if comm.size > 1 and not arguments.no_anchor:
-            theirs.append(arguments.blocks / naive(arguments.blocks))
+            naive_rates.append(num_blocks / naive(num_blocks))
+        is_profiled = arguments.profile and comm.rank < 2 and number == arguments.repeats - 1
+        profile = f"{arguments.profile}.{comm.rank}" if is_profiled else None
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            with profiled(path if turn == arguments.repeats - 1 else None):
-                seconds, num_done = dispatch(comm, arguments.blocks, Path(folder) / "run")
-            assert num_done == arguments.blocks, f"{num_done} of {arguments.blocks} in the journal"
-        ours.append(arguments.blocks / seconds)
+            turn = dispatch(comm, num_blocks, Path(folder) / "run", profile)
+        turns.append(comm.allgather(turn))
     assert "torch" not in sys.modules
     if comm.is_coordinator:
-        model = platform.processor() or platform.machine()
-        print(f"{comm.size} ranks on {os.cpu_count()} cores ({model}); {comm.library}")
-        print(f"{arguments.blocks} blocks, medians of {arguments.repeats} interleaved repeats")
-        for name, rates in (("mpichunk, journal on", ours), ("naive, no journal", theirs)):
-            if rates:
-                every = ", ".join(f"{rate:.0f}" for rate in rates)
-                print(f"  {name:<22}{median(rates):>8.0f} leases/s   ({every})")
+        tell(comm, arguments, turns, naive_rates)
+
+
+def tell(
+    comm: Communicator,
+    arguments: argparse.Namespace,
+    turns: list[list[Turn]],
+    naive_rates: list[float],
+) -> None:
+    """Print the medians."""
+    num_blocks = arguments.blocks
+    print(f"{comm.size} ranks on {os.cpu_count()} cores ({cpu_model()}), {comm.library}")
+    print(f"{num_blocks} blocks, medians of {arguments.repeats} interleaved repeats")
+    rates = [num_blocks / ranks[0].seconds for ranks in turns]
+    for name, found in (("mpichunk, journal on", rates), ("naive, no journal", naive_rates)):
+        if found:
+            every = ", ".join(f"{rate:.0f}" for rate in found)
+            print(f"  {name:<22}{median(found):>8.0f} leases/s   ({every})")
+    first = median(1e6 * ranks[0].cpu_seconds / num_blocks for ranks in turns)
+    rest = median(1e6 * sum(r.cpu_seconds for r in ranks[1:]) / num_blocks for ranks in turns)
+    print(f"  CPU per lease: rank 0 {first:.1f} us, all others together {rest:.1f} us")
+
+
+def cpu_model() -> str:
+    """Return the name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def main() -> int:
