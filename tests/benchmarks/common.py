@@ -159,31 +159,15 @@ def write_config(path: Path, **sections: Any) -> Path:
     return path
 
 
-def plain(values: Sequence[int]) -> list[int]:
-    """Return zyx as YAML takes them."""
-    return [int(value) for value in values]
+def write_image(path: Path, shape: Sequence[int]) -> Path:
+    """Write made-up electron microscopy as uint8 to a local zarr 3; see `image`.
 
-
-def write_image(path: Path, shape: Sequence[int], *, seed: int = 7) -> Path:
-    """Write made-up electron microscopy as uint8 to a local zarr 3, chunks of at most 64 a side.
-
-    By a run of mpichunk's own. What is there already is left as it is.
+    What is there already is left as it is.
     """
-    sizes = plain(shape)
-    # One piece of about 16 Mvox after another, all rows and columns of it at once.
-    depth = max(1, min(sizes[0], (16 << 20) // (sizes[1] * sizes[2]) // 64 * 64 or 64))
-    block = [depth if sizes[0] % depth == 0 else sizes[0], *sizes[1:]]
-    config = write_config(
-        path.with_suffix(".yaml"),
-        input={"volume": f"synthetic://membranes?shape={','.join(map(str, sizes))}&seed={seed}"},
-        model={"backend": "identity"},
-        patch={"shape": block, "overlap": [0, 0, 0], "window": "uniform"},
-        block={"shape": block},
-        output={"volume": str(path), "dtype": "uint8"},
-        run_dir=f"{path.stem}-run",
-    )
+    if path.exists():
+        return path
     # In a process of its own: a process inherits the peak of memory of the one that starts it.
-    words = [sys.executable, "-m", "mpichunk", "run", str(config)]
+    words = [sys.executable, "-m", "tests.benchmarks.image", str(path), *map(str, shape)]
     done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the input was not written: {done.stderr}"
     return path
