@@ -97,19 +97,20 @@ def measure_memory(config: Path, sets: list[str]) -> dict[str, Any]:
     """Return the peak of the device's memory over a run; `why` if it fails."""
     import torch
 
+    if not torch.cuda.is_available():
+        return {"why": "no CUDA device"}
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         code = run_on(SerialCommunicator(), config, sets, fresh=True)
     if code != 0:
         return {"why": err.getvalue().strip().splitlines()[-1]}
-    is_there = torch.cuda.is_available()
     return {
-        "peak_nbytes": torch.cuda.max_memory_allocated() if is_there else None,
-        "reserved_nbytes": torch.cuda.max_memory_reserved() if is_there else None,
+        "peak_nbytes": torch.cuda.max_memory_allocated() - before,
+        "reserved_nbytes": torch.cuda.max_memory_reserved(),
     }
 
 
@@ -168,9 +169,13 @@ def render(found: Mapping[str, Any], patch: str) -> str:
 
 def _memory_cells(item: Mapping[str, Any]) -> list[str]:
     """Return the peaks of both block lengths, and how many times more the longer one took."""
-    peaks = [item[use].get("peak_nbytes") for use in LENGTHS]
-    cells = ["not measured" if n is None else f"{n / MIB:.0f}" for n in peaks]
-    return [*cells, "" if None in peaks else f"{peaks[1] / peaks[0]:.2f}"]
+    own = [item[use] for use in LENGTHS]
+    cells = [
+        f"not measured: {it['why']}" if "why" in it else f"{it['peak_nbytes'] / MIB:.0f}"
+        for it in own
+    ]
+    is_there = all("why" not in it for it in own)
+    return [*cells, f"{own[1]['peak_nbytes'] / own[0]['peak_nbytes']:.2f}" if is_there else ""]
 
 
 def _spread(values: Mapping[str, float]) -> str:
