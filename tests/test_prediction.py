@@ -161,7 +161,12 @@ def test_part_of_the_blocks_is_a_part_of_each_kind(kinds: list[Cost], num: int) 
     num = min(num, whole.num_blocks)
     part = whole.of_blocks(num)
     assert part.num_blocks == num
-    assert part.seconds <= whole.seconds + 1e-9
+    for kind in part.costs:
+        same = [cost.num_blocks for cost in kinds if cost.seconds == kind.seconds]
+        assert kind.num_blocks <= max(same)
+        if whole.num_blocks:
+            shares = [n * num / whole.num_blocks for n in same]
+            assert min(abs(kind.num_blocks - share) for share in shares) < 1
     assert whole.of_blocks(whole.num_blocks) == whole
 
 

@@ -87,6 +87,8 @@ def test_a_forward_that_needs_too_much_is_refused_on_all_ranks(
     # What was measured tells `plan` as much; and what is named fits.
     probe = json.loads((tmp_path / "runs/config/probe.json").read_text())["probe"]
     assert probe["nbytes"] > 0.95 * (8 << 25) and probe["pace"] is None
+    if num_ranks > 1:
+        return
     fitting = launch(*RUN, path, "--set", f"patch.batch_size={batch}", env=limit)
     assert fitting.returncode == 0, fitting.stderr
     assert "predicted" in fitting.stderr and "for the network alone" in fitting.stderr
