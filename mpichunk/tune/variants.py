@@ -95,7 +95,7 @@ def first_round(config: Config, facts: Facts) -> list[Variant]:
     found = [variant_of(config)]
     for backend in _backends(config):
         is_own = backend == config.model.backend
-        if backend not in facts.installed or (facts.kind != "cpu" and not is_own):
+        if not is_own and (backend not in facts.installed or facts.kind != "cpu"):
             continue
         for precision in PRECISIONS[backend]:
             if precision == "tf32" and facts.kind != "cuda":

@@ -29,7 +29,7 @@ from mpichunk.tune.figures import largest_batch
 from mpichunk.tune.measure import Meter, read_patches
 from mpichunk.tune.report import Tuning, comment_of, render_tuning, tuning_json
 from mpichunk.tune.search import Search
-from mpichunk.tune.variants import Facts, changed, with_settings
+from mpichunk.tune.variants import Facts, baseline, changed, with_settings
 
 _PACKAGES = {"pytorch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
@@ -81,11 +81,9 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 def _tune(config: Config, options: Options) -> Tuning:
     """Measure, and return what was found."""
     job = prepare(config)
-    facts = facts_of(job)
-    share = 1.0
-    if facts.device == "cpu":
-        share = min(1.0, _threads(job) / len(os.sched_getaffinity(0)))
-    available = free_nbytes(facts.device, share=share)
+    start = baseline(config)
+    facts = facts_of(replace(job, config=with_settings(config, start.settings)))
+    available = free_nbytes(facts.device, share=_share_of_host(job))
     patches_nczyx, is_real = read_patches(job)
     meter = Meter(
         job,
@@ -115,17 +113,18 @@ def _tune(config: Config, options: Options) -> Tuning:
 def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Facts:
     """Return what this machine has."""
     device = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).device
-    own = job.config.model.backend
     installed = {name for name, package in _PACKAGES.items() if find_spec(package) is not None}
     compilers = ("g++", "clang++", "c++") if device == "cpu" else ("cc", "gcc", "clang")
     has_compiler = any(which(name) for name in compilers)
     if device != "cpu":
         has_compiler = has_compiler and find_spec("triton") is not None
-    return Facts(device=device, installed=frozenset({*installed, own}), has_compiler=has_compiler)
+    return Facts(device=device, installed=frozenset(installed), has_compiler=has_compiler)
 
 
-def _threads(job: Job) -> int:
-    return bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
+def _share_of_host(job: Job) -> float:
+    """Return what a rank of a run may take of the host's memory: as much as of its cores."""
+    threads = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
+    return min(1.0, threads / len(os.sched_getaffinity(0)))
 
 
 def _refuse_ranks(environ: Mapping[str, str]) -> None:
@@ -159,14 +158,14 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
     Raises:
         UserError: it cannot be written.
     """
-    changes = dict(tuning.changes)
-    if "model.backend" in changes and loaded.config.model.options:
-        changes["model.options"] = {}
+    changes, config = dict(tuning.changes), with_settings(loaded.config, tuning.changes)
+    if config.model.options != loaded.config.model.options:
+        changes["model.options"] = config.model.options
     if target.absolute().parent == loaded.path.absolute().parent:
         given = dict(_override(text) for text in overrides)
         text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **changes})
     else:
-        text = dump_config(with_settings(loaded.config, tuning.changes))
+        text = dump_config(config)
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(comment_of(tuning, loaded.path.name) + text)
