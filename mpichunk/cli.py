@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mpichunk import __version__
 from mpichunk.errors import ExitCode, UserError
+from mpichunk.words import parse_size
 
 EPILOG = """\
 exit codes: 0 every block done; 2 a mistake that you can mend; 3 blocks failed; 75 stopped before
@@ -54,15 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set the journal aside and compute every block again, overwriting in place",
     )
 
-    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
-        "--schema",
-        action=_PrintSchema,
-        nargs=0,
-        help="print the JSON schema of configs, for editors, and end",
-    )
-    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
+    _add_plan(verbs)
 
     status = _add_verb(verbs, "status", "say how far a run is, also while it runs")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -87,6 +80,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(verbs)
     _add_tune(verbs)
     return parser
+
+
+def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb that looks ahead."""
+    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--schema",
+        action=_PrintSchema,
+        nargs=0,
+        help="print the JSON schema of configs, for editors, and end",
+    )
+    plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
+    plan.add_argument(
+        "--suggest",
+        action="store_true",
+        help="print block shapes that would be faster or fit the memory; changes nothing",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="with --suggest: what one rank may take where its network runs, e.g. 16GB (default: "
+        "what this machine has available, or the accelerator had when it was measured)",
+    )
 
 
 def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -178,6 +196,14 @@ def _positive_number(text: str) -> float:
     return value
 
 
+def _size(text: str) -> int:
+    """Return a number of bytes."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run(options: argparse.Namespace) -> int:
     from mpichunk.verbs.run import run
 
@@ -185,9 +211,18 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from mpichunk.verbs.plan import preview
+    from mpichunk.verbs.plan import Options, preview
 
-    return preview(options.config, options.overrides, num_ranks=options.ranks, as_json=options.json)
+    return preview(
+        options.config,
+        options.overrides,
+        Options(
+            num_ranks=options.ranks,
+            as_json=options.json,
+            suggest=options.suggest,
+            memory_nbytes=options.memory,
+        ),
+    )
 
 
 def _status(options: argparse.Namespace) -> int:

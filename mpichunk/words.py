@@ -3,6 +3,8 @@
 Knows nothing of what is measured.
 """
 
+import re
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -25,3 +27,20 @@ def size(nbytes: int | None) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {_UNITS[unit]}"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text such as `16GB`, `1.5 TiB` or `500M` means.
+
+    GB are powers of 1000, GiB of 1024; so is a bare G, as Slurm has it.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?B)?|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; expected a number and a unit, e.g. 16GB")
+    number, letter, suffix = match.groups()
+    power = 0 if letter is None else "KMGTP".index(letter.upper()) + 1
+    base = 1000 if (suffix or "").upper() == "B" else 1024
+    return int(float(number) * base**power)

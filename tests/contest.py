@@ -23,6 +23,7 @@ from mpichunk.schedule.messages import (
     Ask,
     Assign,
     Done,
+    Drain,
     Dropped,
     Failed,
     State,
@@ -117,9 +118,12 @@ class Rank:
             depth=world.depth,
             own_blocks=own,
             permits=self.permits,
+            clock=lambda: world.now,
         )
 
     def submit(self, lease):
+        # What a block takes in memory is bounded, however many leases wait.
+        assert len(self.waiting) + len(self.writes) < self.world.depth
         self.waiting.append(lease)
 
     def drop_waiting(self):
@@ -164,7 +168,7 @@ class Rank:
                 num_voxels=1,
                 nbytes_read=1,
                 nbytes_written=1,
-                seconds={"read": 0.0, "infer": 0.01, "write": 0.0},
+                seconds={"read": 0.0, "infer": self.world.seconds(), "write": 0.0},
                 checksum=value,
             )
         self.records.put(record)
@@ -218,6 +222,7 @@ class Book:
 
     def sync(self):
         self.num_synced = len(self.lines)
+        return 0.0
 
     def last(self):
         """Return the last line of each block."""
@@ -249,11 +254,15 @@ class World:
         limit=None,
         max_attempts=3,
         slow=lambda rank: False,
+        seconds=(0.01,),
+        drains=0,
     ):
         self.random, self.now, self.depth = random.Random(seed), 0.0, depth
         self.fails, self.value, self.write_failures = fails, value, write_failures
         self.deaths, self.give_ups, self.limit, self.slow = deaths, give_ups, limit, slow
-        self.max_attempts = max_attempts
+        self.max_attempts, self.drains = max_attempts, drains
+        self.seconds = lambda: self.random.choice(seconds)
+        self.most_waiting = 0
         self.num_blocks, self.computed = num_blocks, defaultdict(int)
         self.disk, self.book, self.mail = Disk(), Book(), defaultdict(deque)
         self.given_up, self.ended, self.was_given_up = set(), set(), set()
@@ -308,6 +317,9 @@ class World:
         if self.give_ups and len(self.ranks) > 1 and draw.random() < 0.05:
             self.give_ups -= 1
             return self.give_up(draw.choice([r for r in self.ranks if r != self.head]))
+        if self.drains and draw.random() < 0.01:
+            self.drains -= 1
+            return self.coordinator.handle(self.head, Drain(reason="SIGTERM"))
         if self.given_up and draw.random() < 0.03:
             return self.welcome_back(draw.choice(list(self.given_up)))
         awake = [rank for rank in self.ranks if rank not in self.given_up]
@@ -326,6 +338,8 @@ class World:
                 for _ in range(self.random.randint(0, len(letters))):
                     self.deliver(source, number, letters.popleft())
         self.post(number, [(self.head, message) for message in rank.worker.step()])
+        num_submitted = len(rank.waiting) + len(rank.writes) + rank.records.qsize()
+        self.most_waiting = max(self.most_waiting, len(rank.worker.held) - num_submitted)
         if number == self.head:
             self.post(number, self.coordinator.assign(self.now))
             self.post(number, self.coordinator.commit(self.now))
@@ -410,10 +424,14 @@ class World:
     def check(self):
         """Compare the journal with the disk."""
         assert self.scheduler.is_finished
-        for block, line in self.book.last().items():
-            if line[1] == "done":
-                assert self.disk.values[block] == line[3], f"block {block}: other bytes"
+        self.check_done()
         states = [self.scheduler.state(block) for block in range(self.num_blocks)]
         told = self.book.last()
         for block, state in enumerate(states):
             assert told[block][1] == {State.DONE: "done", State.FAILED: "failed"}[state]
+
+    def check_done(self):
+        """Compare what the journal calls done with the disk."""
+        for block, line in self.book.last().items():
+            if line[1] == "done":
+                assert self.disk.values[block] == line[3], f"block {block}: other bytes"

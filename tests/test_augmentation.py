@@ -104,12 +104,11 @@ def mean_of(kind: str, net: Net, batch_nczyx: np.ndarray, augmentation: Augmenta
     total = None
     num, num_in, *shape = batch_nczyx.shape
     # The patches lie side by side along z.
-    source = arrays.upload(np.concatenate(batch_nczyx, axis=1))
+    source = np.concatenate(batch_nczyx, axis=1)
     where = [Box.from_shape((i * shape[0], 0, 0), tuple(shape)).slices() for i in range(num)]
     for turn, moves in zip(augmentation.turns, augmentation.moves, strict=True):
-        turned = arrays.gather(
-            source, where, patch_shape=tuple(shape), batch_size=num, scaling=Scaling(), turn=turn
-        )
+        staged = arrays.stage(arrays.feed(source), where, patch_shape=tuple(shape), batch_size=num)
+        turned = arrays.gather(staged, scaling=Scaling(), turn=turn)
         assert tuple(turned.shape) == (num, num_in, *shape)
         output = np.stack([net(np.array(patch)) for patch in arrays.download(turned)])
         if total is None:

@@ -65,13 +65,10 @@ def test_gather_scales_exactly_and_pads_the_batch(make, dtype):
     where = [(slice(0, 3), slice(1, 5), slice(2, 7)), (slice(3, 6), slice(3, 7), slice(0, 5))]
     arrays = make()
     for count in (2, 1):  # the second time, the buffer holds an old patch in place of the padding
-        batch = arrays.gather(
-            arrays.upload(source_czyx),
-            where[:count],
-            patch_shape=(3, 4, 5),
-            batch_size=2,
-            scaling=scaling,
+        staged = arrays.stage(
+            arrays.feed(source_czyx), where[:count], patch_shape=(3, 4, 5), batch_size=2
         )
+        batch = arrays.gather(staged, scaling=scaling)
         raw = [source_czyx[(slice(None), *w)].astype(np.float32) for w in where[:count]]
         expected = [(np.clip(r, 3, 90) - np.float32(2.5)) / np.float32(7) for r in raw] + [
             np.zeros((2, 3, 4, 5), np.float32)
@@ -83,13 +80,9 @@ def test_gather_scales_exactly_and_pads_the_batch(make, dtype):
 def test_gather_divides_instead_of_multiplying_by_the_reciprocal(make):
     source_czyx = np.arange(65536, dtype=np.uint16).reshape(1, 16, 64, 64)
     arrays = make()
-    batch = arrays.gather(
-        arrays.upload(source_czyx),
-        [(slice(None), slice(None), slice(None))],
-        patch_shape=(16, 64, 64),
-        batch_size=1,
-        scaling=Scaling(divide=65535.0),
-    )
+    whole = [(slice(None), slice(None), slice(None))]
+    staged = arrays.stage(arrays.feed(source_czyx), whole, patch_shape=(16, 64, 64), batch_size=1)
+    batch = arrays.gather(staged, scaling=Scaling(divide=65535.0))
     expected = source_czyx.astype(np.float32) / np.float32(65535)
     np.testing.assert_array_equal(arrays.download(batch)[0], expected)
 
@@ -144,7 +137,7 @@ def test_add_weighted_and_divide(make):
     z, y, x = (RNG.uniform(0.1, 1, n).astype(np.float32) for n in (4, 5, 6))
     where = slice(1, 4), slice(0, 2), slice(3, 8)
     part = slice(1, 4), slice(3, 5), slice(0, 5)
-    total = arrays.zeros((2, 5, 6, 9), reuse=True)
+    total = arrays.zeros((2, 5, 6, 9))
     for _ in range(2):
         arrays.add_weighted(total, where, arrays.upload(patch_czyx), part, arrays.window((z, y, x)))
     weight_zyx = np.einsum("i,j,k->ijk", *(v.astype(np.float64) for v in (z, y, x)))
@@ -153,10 +146,12 @@ def test_add_weighted_and_divide(make):
     np.testing.assert_allclose(arrays.download(total), expected, rtol=1e-6)
 
     sums = tuple(RNG.uniform(0.1, 3, n).astype(np.float32) for n in (5, 6, 9))
-    arrays.divide(total, sums)
+    for at in (slice(0, 2), slice(2, 5)):
+        part = at, slice(0, 6), slice(0, 9)
+        arrays.divide(total[:, at], arrays.vectors(sums), part)
     expected /= np.einsum("i,j,k->ijk", *(v.astype(np.float64) for v in sums))
     np.testing.assert_allclose(arrays.download(total), expected, rtol=1e-6)
-    again = arrays.zeros((1, 5, 6, 9), reuse=True)
+    again = arrays.zeros((1, 5, 6, 9))
     assert not arrays.download(again).any()
 
 
@@ -167,11 +162,11 @@ def test_mask_overwrites_nan_and_finiteness_is_told(make):
         values = np.ones((2, 2, 3, 4), np.float32)
         values[1, 1, 2, 3] = bad
         total = arrays.upload(values)
-        assert not arrays.is_finite(total)
+        flags = [arrays.is_finite(total)]
         mask_zyx = np.ones((2, 3, 4), bool)
         mask_zyx[1, 2, 3] = False
         arrays.apply_mask(total, mask_zyx)
-        assert arrays.is_finite(total)
+        assert arrays.settle([*flags, arrays.is_finite(total)])() == [False, True]
         found = arrays.download(total)
         assert (found == mask_zyx).all()
 
@@ -196,10 +191,11 @@ def test_quantise_clips_and_rounds_half_to_even(make, dtype, halves, expected):
     values = np.concatenate([values[ties], [-5, -0.0, 0, 1, 1.5, 1e30]]).astype(np.float32)
     wanted = [*np.array(expected)[ties], 0, 0, 0, largest, largest, largest]
     arrays = make()
-    out = arrays.empty((1, 1, 1, len(values)), np.dtype(dtype))
+    found = np.empty((1, 1, 1, len(values)), dtype)
+    out = arrays.outgoing(found)
     arrays.quantise(arrays.upload(values.reshape(1, 1, 1, -1).copy()), out)
-    found = arrays.download(out)
-    assert found.dtype == dtype
+    arrays.send(out, found)
+    assert arrays.settle([])() == []
     np.testing.assert_array_equal(found.ravel(), wanted)
 
 
@@ -209,9 +205,12 @@ def test_quantise_is_the_same_in_numpy_and_torch(dtype):
     results = []
     for make in ARRAYS:
         arrays = make()
-        out = arrays.empty(values.shape, np.dtype(dtype))
+        found = np.empty(values.shape, dtype)
+        out = arrays.outgoing(found)
         arrays.quantise(arrays.upload(values.copy()), out)
-        results.append(arrays.download(out))
+        arrays.send(out, found)
+        arrays.settle([])()
+        results.append(found)
     np.testing.assert_array_equal(*results)
     assert results[0].dtype == dtype and results[0].flags.c_contiguous
 
@@ -288,13 +287,11 @@ def test_real_torchscript_networks_give_the_expected_values(
     assert get_backend("pytorch").model_files(model) == [Path(model.path)]
     engine = get_backend("pytorch").load(model, request)
     arrays = engine.arrays
-    batch = arrays.gather(
-        arrays.upload(source_czyx),
-        [(slice(None), slice(None), slice(None))],
-        patch_shape=request.patch_shape,
-        batch_size=1,
-        scaling=Scaling(divide=float(scale)),
+    whole = [(slice(None), slice(None), slice(None))]
+    staged = arrays.stage(
+        arrays.feed(source_czyx), whole, patch_shape=request.patch_shape, batch_size=1
     )
+    batch = arrays.gather(staged, scaling=Scaling(divide=float(scale)))
     found = arrays.download(engine.infer(batch))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

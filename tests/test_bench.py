@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpichunk.backends.stageclock import STAGES
-from mpichunk.bench.figures import Pass, RankFigures, combine, suggest
+from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.bench.scratch import scratch_output, scratch_parent
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
@@ -25,6 +25,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.job.probing import read_probe, write_probe
 from mpichunk.job.startup import prepare
 from mpichunk.plan.estimate import Probe
+from mpichunk.plan.prediction import forecast
 from mpichunk.plan.work import work_of
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.bench import Options, bench_on, choose_blocks
@@ -71,6 +72,22 @@ def test_the_slowest_rank_counts() -> None:
     assert found.bare.median == pytest.approx(2 / 3)
     assert found.efficiency.median == pytest.approx(3 / 4)
     assert found.num_patches == 16
+
+
+@pytest.mark.parametrize("stages", [{}, {"read": 9.0}, {"write": 3.0, "accumulate": 1.0}])
+def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
+    """One block of 8 patches in 4 batches, as `rank` has run: it takes as long as it took."""
+    config = make_config((50, 50, 50), (100, 100, 100), patch_overlap=(0, 0, 0), patch_batch_size=2)
+    ranks = [rank([2.0, 4.0, 2.5], [1.8, 2.0, 2.25], **stages) for _ in range(2)]
+    figures = combine(ranks)
+    work = work_of(make_plan(config, (100, 100, 100)))
+    found = pace(figures, ranks, work, num_blocks=1)
+    assert found.num_ranks == 2
+    probe = Probe(seconds=figures.seconds_per_batch, nbytes=None, device="cpu", pace=found)
+    for num_ranks in (1, 2):
+        plan = make_plan(config, (100, 100, 100 * num_ranks))
+        expected = forecast(plan, config, work_of(plan), probe, num_ranks=num_ranks)
+        assert expected.seconds == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +325,8 @@ def test_bench_of_a_run_that_is_there_touches_nothing_of_it(
     assert run_on(SerialCommunicator(), path) == 0
     capsys.readouterr()
     before = files_of(tmp_path)
+    # What the run's own forward told is replaced: now more is known.
+    assert before.pop("runs/config/probe.json")
     run_bench(path, capsys)
     after = files_of(tmp_path)
     assert after.pop("runs/config/probe.json")

@@ -109,6 +109,6 @@ def test_blocks_are_those_of_the_reference(
         source_czyx = pad(raw_czyx, inside, block.input_box, domain, config.input.pad)
         done = inference.run(block, source_czyx, wanted_zyx, np.dtype(np.float32))
         num_patches += done.num_patches
-        found_czyx[(slice(None), *block.core.slices(plan.output_domain.start))] = done.core_czyx
+        found_czyx[(slice(None), *block.core.slices(plan.output_domain.start))] = done.core()
     np.testing.assert_allclose(found_czyx, expected.values_czyx, atol=1e-5)
     assert num_patches == expected.num_patches

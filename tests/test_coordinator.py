@@ -45,6 +45,7 @@ class FakeJournal:
 
     def sync(self):
         self.num_synced = len(self.lines)
+        return 0.0
 
 
 def start(num_blocks, size=2, **kwargs):

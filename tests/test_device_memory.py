@@ -80,7 +80,7 @@ def test_the_batch_is_halved_until_it_fits_and_stays_so(name, case, caplog, monk
         found = tried.run(block, source, None, FLOAT32)
         assert found.batch_size == 1
         assert found.num_patches == expected.num_patches
-        np.testing.assert_allclose(found.core_czyx, expected.core_czyx, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.core(), expected.core(), rtol=1e-5, atol=1e-6)
     assert sizes[:2] == [7, 3]
     assert set(sizes[2:]) == {1}
     told = [record.message for record in caplog.records if record.levelno == logging.WARNING]

@@ -182,11 +182,15 @@ def test_memory_by_part() -> None:
     # Two patches of 10 with a stride of 8 are 18 voxels.
     source = 18**3 * 2 * 2
     core = 16**3 * 3
-    # Outputs are the larger ones: at the peak two blocks are being written, the third is inferred.
-    assert parts["input of the blocks in flight"] == (source, source, source)
-    assert parts["output of the blocks in flight"] == (3 * core, 3 * core, core)
-    assert parts["output being encoded"] == (2 * core, 2 * core, 0)
-    assert parts["blending, float32"] == (4 * core, 0, 4 * core)
+    # Inputs are the larger ones: at the peak two more blocks have been read.
+    assert parts["input of the blocks in flight"] == (3 * source, 3 * 2**15 + source, 0)
+    # Memory for outputs is kept for the next block; torch pins powers of two.
+    assert parts["output of the blocks in flight"] == (3 * core, 3 * 2**14, 0)
+    assert "output being encoded" not in parts
+    slab = 3 * 10 * 16**2 * 4 + 10**3 * 4
+    assert parts["blending: window, and a slab as high as a patch"] == (slab, 0, slab)
+    raw, layer = 4 * 2 * 10**3 * 2, 2 * 10 * 18**2 * 2
+    assert parts["raw patches, and the layers that they are cut from"] == (0, 0, raw + 2 * layer)
     assert "mask of the blocks in flight" not in parts
     batch = 4 * (2 + 3) * 1000 * 4
     assert parts["batch into and out of the network"] == (batch, 0, batch)
@@ -200,8 +204,9 @@ def test_memory_of_identity_has_no_torch() -> None:
     config = make_config((10, 10, 10), (16, 16, 16), patch_crop=(1, 0, 0))
     found = estimate_of(config, (64, 64, 64))
     parts = memory_of(found)
-    # Outputs are float32, which is what is blended: two more of them are being written.
-    assert parts["output of the blocks in flight"] == (2 * 16**3 * 4, 3 * 16**3 * 4, 0)
+    # Outputs are the larger ones: at the peak two blocks are being written.
+    assert parts["output of the blocks in flight"] == (3 * 16**3 * 4, 3 * 16**3 * 4, 0)
+    assert parts["output being encoded"] == (2 * 16**3 * 4, 2 * 16**3 * 4, 0)
     assert not {"torch", "weights", "inside the network"} & set(parts)
     # Blocks at the faces of the volume need what lies outside it.
     assert parts["padded copy of one input"][0] == prod(found.work.input_shape)
@@ -214,6 +219,17 @@ def test_memory_of_large_inputs_peaks_while_reading() -> None:
     assert parts["input of the blocks in flight"][0] == 3 * 4 * num_voxels
     assert parts["mask of the blocks in flight"][0] == 3 * num_voxels
     assert "output being encoded" not in parts
+
+
+def test_memory_of_the_device_does_not_grow_with_the_length_of_a_block() -> None:
+    found = []
+    for length in (32, 320):
+        config = make_config(
+            (20, 64, 64), (length, 192, 192), model={"backend": "pytorch", "path": "/n.pt"}
+        )
+        found.append(estimate_of(config, (640, 384, 384), model_nbytes=777))
+    assert found[1].device_nbytes == found[0].device_nbytes
+    assert found[1].host_nbytes > found[0].host_nbytes + 200 * 192**2 * 4
 
 
 def test_a_probe_fills_in_what_only_a_forward_can_tell() -> None:

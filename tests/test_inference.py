@@ -8,7 +8,8 @@ from torch import nn
 from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.block.inference import BlockInference, _slabs, check_engine, is_blank, scaling_for
+from mpichunk.block.inference import BlockInference, check_engine, is_blank, scaling_for
+from mpichunk.block.slab import parts
 from mpichunk.config.schema import Normalize
 from mpichunk.errors import BlockError, ModelError, UserError
 from mpichunk.geometry.blending import window
@@ -140,8 +141,8 @@ def test_blocks_equal_brute_force(name, stitch, window_name):
         expected, num_run = brute_force(
             block, source_czyx, ENGINES[name][1], window_name=window_name
         )
-        assert found.core_czyx.dtype == FLOAT32 and found.core_czyx.flags.c_contiguous
-        np.testing.assert_allclose(found.core_czyx, expected, rtol=0, atol=2e-6)
+        assert found.core().dtype == FLOAT32 and found.core().flags.c_contiguous
+        np.testing.assert_allclose(found.core(), expected, rtol=0, atol=2e-6)
         assert found.num_patches == num_run == block.num_patches
         np.testing.assert_array_equal(source_czyx, before)
 
@@ -157,7 +158,7 @@ def test_activation_acts_on_each_patch_before_weighting(name, activation):
     expected, _ = brute_force(
         block, source_czyx, ENGINES[name][1], activation=activation, divide=20
     )
-    np.testing.assert_allclose(found.core_czyx, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.core(), expected, rtol=0, atol=2e-6)
 
 
 @each_engine
@@ -170,9 +171,9 @@ def test_mask_skips_patches_and_zeroes_voxels(name):
     found = make_inference(plan, name).run(block, source_czyx, mask, FLOAT32)
     expected, num_run = brute_force(block, source_czyx, ENGINES[name][1], mask=mask)
     assert 0 < found.num_patches == num_run < block.num_patches
-    np.testing.assert_allclose(found.core_czyx, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.core(), expected, rtol=0, atol=2e-6)
     outside = np.broadcast_to(~mask[block.core.slices(block.output_box.start)], expected.shape)
-    assert not found.core_czyx[outside].any()
+    assert not found.core()[outside].any()
 
 
 @each_engine
@@ -187,12 +188,12 @@ def test_blank_patches_are_not_run_but_keep_their_weight(name):
     assert 0 < found.num_patches == num_run < block.num_patches
     # A blank patch contributes 0 and not sigmoid(0): where only blank ones are, the result is 0.
     assert not expected[:, :, 0].any()
-    np.testing.assert_allclose(found.core_czyx, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.core(), expected, rtol=0, atol=2e-6)
 
     inference = make_inference(plan, name, activation="sigmoid", skip_blank=False)
     found = inference.run(block, source_czyx, None, FLOAT32)
     assert found.num_patches == block.num_patches
-    np.testing.assert_allclose(found.core_czyx[:, :, 0], 0.5)
+    np.testing.assert_allclose(found.core()[:, :, 0], 0.5)
 
 
 @each_engine
@@ -203,8 +204,8 @@ def test_wholly_blank_block_is_zero(name, dtype):
     source_czyx = np.zeros((2, *block.input_box.shape), np.uint8)
     found = make_inference(plan, name).run(block, source_czyx, None, np.dtype(dtype))
     assert found.num_patches == 0
-    assert found.core_czyx.shape == (3, *block.core.shape) and found.core_czyx.dtype == dtype
-    assert not found.core_czyx.any()
+    assert found.core().shape == (3, *block.core.shape) and found.core().dtype == dtype
+    assert not found.core().any()
 
 
 @each_engine
@@ -215,8 +216,8 @@ def test_quantised_after_the_division(name, dtype):
     earlier = None
     for block in (plan[0], plan[7], plan[2]):
         source_czyx = make_source(block, seed=block.index)
-        exact = inference.run(block, source_czyx, None, FLOAT32).core_czyx
-        found = inference.run(block, source_czyx, None, np.dtype(dtype)).core_czyx
+        exact = inference.run(block, source_czyx, None, FLOAT32).core()
+        found = inference.run(block, source_czyx, None, np.dtype(dtype)).core()
         expected = exact
         if np.dtype(dtype).kind in "ui":
             expected = np.rint(np.clip(exact, 0, 1) * np.float32(np.iinfo(dtype).max))
@@ -236,11 +237,11 @@ def test_what_float16_cannot_hold_fails_the_block(name, value):
     core = block.core.slices(block.input_box.start)
     source_czyx[(slice(None), *core)][0, -1, -1, -1] = value
     inference = make_inference(plan, name, scaling=Scaling())
-    assert np.isfinite(inference.run(block, source_czyx, None, FLOAT32).core_czyx).all()
+    assert np.isfinite(inference.run(block, source_czyx, None, FLOAT32).core()).all()
     with pytest.raises(BlockError, match="values that float16 cannot, above 65504, near"):
-        inference.run(block, source_czyx, None, np.dtype(np.float16))
+        inference.run(block, source_czyx, None, np.dtype(np.float16)).core()
     source_czyx[source_czyx == value] = value * 0.9
-    found = inference.run(block, source_czyx, None, np.dtype(np.float16)).core_czyx
+    found = inference.run(block, source_czyx, None, np.dtype(np.float16)).core()
     assert abs(found[0]).max() > 6e4
 
 
@@ -249,7 +250,7 @@ def test_identity_is_exact_for_uint8():
     inference = make_inference(plan)
     for block in plan:
         source_czyx = make_source(block, seed=block.index)
-        found = inference.run(block, source_czyx, None, np.dtype(np.uint8)).core_czyx
+        found = inference.run(block, source_czyx, None, np.dtype(np.uint8)).core()
         core = block.core.slices(block.input_box.start)
         np.testing.assert_array_equal(found, source_czyx[[0, 1, 0]][(slice(None), *core)])
 
@@ -302,7 +303,7 @@ def test_batch_size_does_not_change_the_bytes(name):
     results = [
         make_inference(plan, name, request={"batch_size": n})
         .run(block, source_czyx, None, FLOAT32)
-        .core_czyx
+        .core()
         for n in (1, 3, 64)
     ]
     np.testing.assert_array_equal(results[0], results[1])
@@ -320,7 +321,7 @@ def test_nan_in_the_result_fails_the_block_and_names_the_place(name, bad):
     view[0, -1, -1, -1] = bad
     inference = make_inference(plan, name, scaling=Scaling())
     with pytest.raises(BlockError) as caught, np.errstate(invalid="ignore"):
-        inference.run(block, source_czyx, None, np.dtype(np.uint8))
+        inference.run(block, source_czyx, None, np.dtype(np.uint8)).core()
     assert "NaN or inf near" in str(caught.value)
 
     # What the mask excludes is not the user's concern.
@@ -328,7 +329,7 @@ def test_nan_in_the_result_fails_the_block_and_names_the_place(name, bad):
     mask[tuple(slice(n - 6, None) for n in mask.shape)] = False
     with np.errstate(invalid="ignore"):
         found = inference.run(block, source_czyx, mask, FLOAT32)
-    assert np.isfinite(found.core_czyx).all()
+    assert np.isfinite(found.core()).all()
 
 
 def test_small_slabs_change_nothing(monkeypatch):
@@ -338,9 +339,9 @@ def test_small_slabs_change_nothing(monkeypatch):
     mask = np.random.default_rng(1).random(block.output_box.shape) > 0.3
     for name in ENGINES:
         inference = make_inference(plan, name)
-        expected = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core_czyx
+        expected = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core()
         monkeypatch.setattr(type(inference._engine.arrays), "slab_nbytes", 1000)
-        found = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core_czyx
+        found = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core()
         np.testing.assert_array_equal(found, expected)
 
 
@@ -348,7 +349,7 @@ def test_small_slabs_change_nothing(monkeypatch):
 @pytest.mark.parametrize("nbytes", [1, 1000, 4000, 30_000, 10**9])
 def test_slabs_cover_a_core_once_and_are_small(shape, nbytes):
     count = np.zeros(shape[1:], int)
-    for slab in _slabs(shape, nbytes):
+    for slab in parts(shape, nbytes):
         count[slab.slices()] += 1
         one_row = slab.shape[0] == slab.shape[1] == 1
         assert one_row or slab.num_voxels * shape[0] * 4 <= nbytes

@@ -87,3 +87,69 @@ def test_what_is_journaled_is_what_is_stored_though_given_up_ranks_come_back(see
         assert not any(line[1] == "undone" for line in world.book.lines)
         assert world.scheduler.num_done == 5
         assert all(world.scheduler.state(block) == State.DONE for block in range(5))
+
+
+def test_leases_wait_where_blocks_are_short():
+    world = World(0, size=2, num_blocks=200, depth=2)
+    world.run()
+    world.check()
+    assert 5 < world.most_waiting < 100
+    world = World(0, size=2, num_blocks=200, depth=2, seconds=[2.0])
+    world.run()
+    assert world.most_waiting == 0
+
+
+@given(
+    seed=SEEDS,
+    size=st.integers(1, 4),
+    depth=st.integers(1, 3),
+    mode=st.sampled_from(["dynamic", "static"]),
+    seconds=st.lists(st.sampled_from([0.0, 0.001, 0.02, 0.1, 0.9]), min_size=1, max_size=4),
+    drains=st.integers(0, 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_leases_that_wait_are_lost_by_nobody(seed, size, depth, mode, seconds, drains):
+    """Ranks die, blocks fail, are slow or fast in turn, and the run may be asked to end."""
+    world = World(
+        seed,
+        size=size,
+        num_blocks=40,
+        depth=depth,
+        mode=mode,
+        seconds=seconds,
+        slow=lambda rank: rank == seed % size,
+        fails=lambda rank, lease: world.random.random() < 0.05,
+        write_failures=0.05,
+        deaths=size - 1,
+        max_attempts=5,
+        drains=drains,
+    )
+    world.run()
+    assert all(rank.worker.is_ended for rank in world.ranks.values())
+    if world.scheduler.is_finished:
+        world.check()
+    else:
+        assert world.coordinator.ending.reason == "drained"
+        # Of a static run what was not begun is nobody's: it was never handed out.
+        assert world.scheduler.num_leased == 0 or mode == "static"
+        world.check_done()
+
+
+@given(seed=SEEDS, seconds=st.sampled_from([0.0, 0.02, 0.3]))
+@settings(max_examples=100, deadline=None)
+def test_leases_that_wait_for_a_rank_that_was_given_up_are_written_once(seed, seconds):
+    world = World(
+        seed,
+        size=3,
+        num_blocks=30,
+        seconds=[seconds],
+        slow=lambda rank: rank == seed % 3,
+        give_ups=4,
+        max_attempts=9,
+    )
+    world.run()
+    assert world.scheduler.num_done == 30
+    away = [world.ranks[rank].worker.held for rank in world.given_up]
+    untold = {lease.block for held in away for lease in held}
+    for block, line in world.book.last().items():
+        assert block in untold or world.disk.values[block] == line[3]

@@ -14,8 +14,17 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
+FINISH_NBYTES = 1 << 26
+"""Bytes of float32 that are finished at a time on an accelerator: enough to fill it."""
+
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
+
+Feed = Any
+"""The raw source of a block, as an engine's arrays keep it."""
+
+Staged = Any
+"""Raw patches of one batch on their way to the device, as an engine's arrays keep them."""
 
 Vectors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Host vectors along z, y and x whose outer product is meant."""
@@ -130,25 +139,30 @@ class Arrays(Protocol):
         """Bytes of float32 that are finished at a time: on a CPU what its cache holds."""
 
     def upload(self, host_czyx: npt.NDArray[Any]) -> DeviceArray:
-        """Return the raw host array on the device, in its own dtype."""
+        """Return the host array on the device, in its own dtype."""
 
-    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> DeviceArray:
-        """Return a float32 array of zeros; with `reuse`, one that the next such call overwrites."""
+    def zeros(self, shape: tuple[int, ...]) -> DeviceArray:
+        """Return a float32 array of zeros, which the next such call overwrites."""
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """Return an array of an output dtype, its values undefined."""
+    def feed(self, source_czyx: npt.NDArray[Any]) -> Feed:
+        """Return what `stage` takes the patches of one block from; the array must not change."""
 
-    def gather(
+    def stage(
         self,
-        source_czyx: DeviceArray,
+        feed: Feed,
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
-        scaling: Scaling,
-        turn: Turn = STRAIGHT,
-    ) -> DeviceArray:
-        """Cut patches out of a raw source, scale them to float32, pad the batch with zero patches.
+    ) -> Staged:
+        """Begin to bring the raw patches of one batch to the device, in lattice order.
+
+        Waits until the device has begun with the batch before the last, so that the host does not
+        run far ahead. What is returned holds until the next call.
+        """
+
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> DeviceArray:
+        """Scale staged patches to float32, and pad the batch with zero patches.
 
         A `turn` is applied to each patch; one that exchanges y and x needs a square patch.
 
@@ -192,14 +206,17 @@ class Arrays(Protocol):
         `window` comes from `window` and covers the whole patch.
         """
 
-    def divide(self, total_czyx: DeviceArray, sums: Vectors) -> None:
-        """Divide in place by the product of three vectors as long as the array's axes."""
+    def vectors(self, vectors: Vectors) -> DeviceArray:
+        """Return three host vectors in the form that `divide` takes, without waiting."""
+
+    def divide(self, total_czyx: DeviceArray, sums: DeviceArray, part: Slices) -> None:
+        """Divide in place by the product of what `part` cuts out of three `vectors`."""
 
     def apply_mask(self, total_czyx: DeviceArray, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Set to zero, in place, what the mask excludes, whatever was there."""
 
-    def is_finite(self, array: DeviceArray) -> bool:
-        """Return whether the array holds neither NaN nor inf."""
+    def is_finite(self, array: DeviceArray) -> DeviceArray:
+        """Return whether the array holds neither NaN nor inf: a flag on the device."""
 
     def gate(
         self, total_czyx: DeviceArray, channel: int, below: float, gated: Sequence[int]
@@ -229,14 +246,45 @@ class Arrays(Protocol):
         float16 and float32 are plain casts.
         """
 
+    def clear(self, array: DeviceArray) -> None:
+        """Set to zero."""
+
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """Return the array on the host, C contiguous; it may share the array's memory."""
+
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself, from and to memory of `host_bytes` only."""
+
+    def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return new memory on the host that the device can copy to by itself."""
+
+    def outgoing(self, host_czyx: npt.NDArray[Any]) -> DeviceArray:
+        """Return where on the device to make what `send` will bring to a part of the host.
+
+        Of the same shape and dtype, its values undefined; on the host it is the part itself.
+        """
+
+    def send(self, array: DeviceArray, host_czyx: npt.NDArray[Any]) -> None:
+        """Begin to copy what `outgoing` returned to the same part, each channel in one piece."""
+
+    def settle(self, flags: Sequence[DeviceArray]) -> Callable[[], list[bool]]:
+        """Begin to bring flags to the host.
+
+        What is returned waits for them and for all that was sent before; any thread may call it.
+        """
 
     def wait(self) -> None:
         """Return when the device has done all that was asked of it."""
 
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
         """Return the device memory that a call takes at its peak; None for a host's memory."""
+
+    def device_nbytes(self) -> tuple[int, int] | None:
+        """Return what nobody holds of the device's memory, and what this process holds.
+
+        None for a host's memory, or if nobody says.
+        """
 
     def release(self) -> None:
         """Give back all memory that is only kept for later calls."""

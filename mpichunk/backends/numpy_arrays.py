@@ -5,6 +5,7 @@ touched stays in the cache. Knows no geometry beyond the slices it is given.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,17 @@ from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 Array = npt.NDArray[np.float32]
 Window = tuple[Array, Array]
 """(z,) weights, and the (y, x) plane of the product of the other two vectors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """Raw patches of one batch, where they lie in the source."""
+
+    patches_czyx: Sequence[npt.NDArray[Any]]
+    """Those that there are."""
+
+    batch_shape: tuple[int, ...]
+    """(n, c, z, y, x) of the whole batch."""
 
 
 class NumpyArrays:
@@ -32,39 +44,41 @@ class NumpyArrays:
         """Return the array itself."""
         return host_czyx
 
-    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> Array:
+    def zeros(self, shape: tuple[int, ...]) -> Array:
         """Return zeros; see `Arrays.zeros`. Fresh pages cost more than clearing old ones."""
-        if not reuse:
-            return np.zeros(shape, dtype=np.float32)
         total = self._buffer("total", shape)
         total.fill(0)
         return total
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return an array, its values undefined."""
-        return np.empty(shape, dtype=dtype)
+    def feed(self, source_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the source itself."""
+        return source_czyx
 
-    def gather(
+    def stage(
         self,
-        source_czyx: npt.NDArray[Any],
+        feed: npt.NDArray[Any],
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
-        scaling: Scaling,
-        turn: Turn = STRAIGHT,
-    ) -> Array:
-        """Cut, scale and pad; see `Arrays.gather`."""
-        shape = batch_size, source_czyx.shape[0], *patch_shape
-        batch_nczyx = self._buffer("batch", shape)
+    ) -> Staged:
+        """Return views of the source; see `Arrays.stage`."""
+        return Staged(
+            patches_czyx=[feed[(slice(None), *slices)] for slices in where],
+            batch_shape=(batch_size, feed.shape[0], *patch_shape),
+        )
+
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Array:
+        """Scale and pad; see `Arrays.gather`."""
+        batch_nczyx = self._buffer("batch", staged.batch_shape)
         # What float32 cannot hold becomes inf, which is found in the result.
         with np.errstate(over="ignore", invalid="ignore"):
-            for patch_czyx, slices in zip(batch_nczyx, where, strict=False):
-                seen = np.flip(source_czyx[(slice(None), *slices)], turn.flipped)
+            for patch_czyx, raw_czyx in zip(batch_nczyx, staged.patches_czyx, strict=False):
+                seen = np.flip(raw_czyx, turn.flipped)
                 seen = seen.swapaxes(-2, -1) if turn.swaps_yx else seen
                 np.copyto(patch_czyx, seen, casting="unsafe")
                 _scale(patch_czyx, scaling)
-        batch_nczyx[len(where) :] = 0
+        batch_nczyx[len(staged.patches_czyx) :] = 0
         return batch_nczyx
 
     def activate(self, batch_nczyx: Array, activation: str) -> Array:
@@ -125,9 +139,13 @@ class NumpyArrays:
                 np.multiply(patch_yx, weight, out=product)
                 np.add(total_yx, product, out=total_yx)
 
-    def divide(self, total_czyx: Array, sums: Vectors) -> None:
+    def vectors(self, vectors: Vectors) -> Vectors:
+        """Return the vectors themselves."""
+        return vectors
+
+    def divide(self, total_czyx: Array, sums: Vectors, part: Slices) -> None:
         """Divide one slice after the other; see `Arrays.divide`."""
-        z, y, x = sums
+        z, y, x = (vector[piece] for vector, piece in zip(sums, part, strict=True))
         plane = np.multiply.outer(y, x)
         weight = self._buffer("weight", plane.shape)
         for k, scale in enumerate(z):
@@ -185,14 +203,42 @@ class NumpyArrays:
         with np.errstate(over="ignore"):
             np.copyto(out_czyx, total_czyx, casting="unsafe")
 
+    def clear(self, array: Array) -> None:
+        """Set to zero."""
+        array.fill(0)
+
     def download(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the array itself, C contiguous."""
         return np.ascontiguousarray(array)
+
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself: no, it is the host."""
+        return False
+
+    def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return new memory."""
+        return np.empty(nbytes, np.uint8)
+
+    def outgoing(self, host_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the part itself."""
+        return host_czyx
+
+    def send(self, array: npt.NDArray[Any], host_czyx: npt.NDArray[Any]) -> None:
+        """Do nothing: it is there."""
+
+    def settle(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        """Return what returns the flags."""
+        return lambda: list(flags)
 
     def wait(self) -> None:
         """Do nothing: numpy has always done all."""
 
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return None: it is the host's memory."""
+        return None
+
+    def device_nbytes(self) -> tuple[int, int] | None:
         """Return None: it is the host's memory."""
         return None
 

@@ -13,7 +13,7 @@ STAGES = ("read", "gather", "forward", "accumulate", "finalise", "write")
 """What a block goes through, in order."""
 
 _ARRAYS: Mapping[str, str] = {
-    "upload": "gather",
+    "stage": "gather",
     "gather": "gather",
     "activate": "accumulate",
     "sums": "accumulate",
@@ -21,6 +21,7 @@ _ARRAYS: Mapping[str, str] = {
     "multiply": "accumulate",
     "zeros": "accumulate",
     "add_weighted": "accumulate",
+    "vectors": "finalise",
     "divide": "finalise",
     "apply_mask": "finalise",
     "is_finite": "finalise",
@@ -28,8 +29,10 @@ _ARRAYS: Mapping[str, str] = {
     "best_channel": "finalise",
     "above": "finalise",
     "quantise": "finalise",
-    "empty": "finalise",
-    "download": "finalise",
+    "clear": "finalise",
+    "outgoing": "finalise",
+    "send": "finalise",
+    "settle": "finalise",
 }
 """The stage that each array operation belongs to."""
 

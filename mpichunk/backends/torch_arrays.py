@@ -1,10 +1,12 @@
 """The array operations of blending in torch, on a CPU or an accelerator.
 
 Every operation writes into memory that is there already, and none waits for the device but
-`is_finite` and `download`. Knows no geometry beyond the slices it is given.
+`download`, and `stage` for the batch before the last. Knows no geometry beyond the slices it is
+given.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,16 +15,48 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.backends.engine import Scaling, Vectors
+from mpichunk.backends.engine import FINISH_NBYTES, Scaling, Vectors
+from mpichunk.backends.torch_transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 
-class TorchArrays:
-    """Arrays are tensors on one device."""
+@dataclass(slots=True)
+class Feed:
+    """The raw source of one block, and what of it is on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    source_czyx: Tensor
+    """On the host."""
+
+    start: int | None = None
+    """First row along z of what was brought last."""
+
+    layer_czyx: Tensor | None = None
+    """What was brought last: all that patches with this start see."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """Raw patches of one batch, on the device, where the computing looks for them."""
+
+    patches_nczyx: Sequence[Tensor] | Tensor
+    """Those that there are: views of the source on a CPU, side by side on an accelerator."""
+
+    batch_shape: tuple[int, ...]
+    """(n, c, z, y, x) of the whole batch."""
+
+
+class TorchArrays:
+    """Arrays are tensors on one device.
+
+    Args:
+        device: The device.
+        transfer: Copies beside the computing; default: those that the device knows.
+    """
+
+    def __init__(self, device: torch.device, transfer: Transfer | None = None) -> None:
         self._device = device
+        self._transfer = transfer or make_transfer(device)
         self._buffers: dict[str, Tensor] = {}
         # Divisors on the device: by a host number, CUDA kernels multiply by the reciprocal
         # instead, which rounds differently.
@@ -31,53 +65,71 @@ class TorchArrays:
     @property
     def slab_nbytes(self) -> int:
         """A core's second-level cache, or a small share of an accelerator's memory."""
-        return 1 << 20 if self._device.type == "cpu" else 1 << 28
+        return 1 << 20 if self._device.type == "cpu" else FINISH_NBYTES
 
     def upload(self, host_czyx: npt.NDArray[Any]) -> Tensor:
         """Return a tensor of the same dtype; on the CPU it shares the array's memory."""
-        host_czyx = np.ascontiguousarray(host_czyx)
-        if not host_czyx.flags.writeable:
-            # torch knows no read-only tensors, and warns.
-            host_czyx = host_czyx.copy()
-        return torch.from_numpy(host_czyx).to(self._device)
+        return _as_tensor(host_czyx).to(self._device)
 
-    def zeros(self, shape: tuple[int, ...], *, reuse: bool) -> Tensor:
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
         """Return zeros; see `Arrays.zeros`. Fresh pages cost more than clearing old ones."""
-        if not reuse:
-            return torch.zeros(shape, dtype=torch.float32, device=self._device)
         return self._buffer("total", shape).zero_()
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-        """Return a tensor, its values undefined."""
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=self._device)
+    def feed(self, source_czyx: npt.NDArray[Any]) -> Feed:
+        """Return the source of a block; see `Arrays.feed`."""
+        return Feed(_as_tensor(source_czyx))
 
-    @torch.no_grad()
-    def gather(
+    def stage(
         self,
-        source_czyx: Tensor,
+        feed: Feed,
         where: Sequence[Slices],
         *,
         patch_shape: Triple,
         batch_size: int,
-        scaling: Scaling,
-        turn: Turn = STRAIGHT,
-    ) -> Tensor:
-        """Cut, scale and pad; see `Arrays.gather`."""
-        batch_nczyx = self._buffer("batch", (batch_size, source_czyx.shape[0], *patch_shape))
-        for patch_czyx, slices in zip(batch_nczyx, where, strict=False):
-            patch_czyx.copy_(source_czyx[(slice(None), *slices)])
-            if scaling.clip is not None:
-                patch_czyx.clamp_(*scaling.clip)
-            if scaling.subtract != 0:
-                patch_czyx.sub_(scaling.subtract)
-            if scaling.divide != 1:
-                patch_czyx.div_(self._divisor(scaling.divide))
-            if turn != STRAIGHT:
-                # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
-                turned = patch_czyx.flip(turn.flipped)
-                patch_czyx.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
-        batch_nczyx[len(where) :] = 0
+    ) -> Staged:
+        """Cut patches out, on an accelerator of one layer after the other; see `Arrays.stage`.
+
+        A whole source would take memory that grows with the length of a block.
+        """
+        source = feed.source_czyx
+        batch_shape = batch_size, source.shape[0], *patch_shape
+        if self._transfer is None:
+            views = [source[(slice(None), *slices)] for slices in where]
+            return Staged(patches_nczyx=views, batch_shape=batch_shape)
+        self._transfer.pace()
+        raw_nczyx = self._buffer("raw", batch_shape, source.dtype)[: len(where)]
+        for patch_czyx, (z, y, x) in zip(raw_nczyx, where, strict=True):
+            if feed.layer_czyx is None or feed.start != z.start:
+                feed.start, feed.layer_czyx = z.start, self._transfer.bring(source[:, z])
+            patch_czyx.copy_(feed.layer_czyx[:, :, y, x])
+        return Staged(patches_nczyx=raw_nczyx, batch_shape=batch_shape)
+
+    @torch.no_grad()
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
+        """Scale and pad; see `Arrays.gather`."""
+        batch_nczyx, raw_nczyx = self._buffer("batch", staged.batch_shape), staged.patches_nczyx
+        if isinstance(raw_nczyx, Tensor):
+            self._fill(batch_nczyx[: len(raw_nczyx)], raw_nczyx, scaling, turn)
+        else:
+            # One by one, so that a patch stays in the cache.
+            for patch_czyx, raw_czyx in zip(batch_nczyx, raw_nczyx, strict=False):
+                self._fill(patch_czyx, raw_czyx, scaling, turn)
+        batch_nczyx[len(raw_nczyx) :] = 0
         return batch_nczyx
+
+    def _fill(self, patches: Tensor, raw: Tensor, scaling: Scaling, turn: Turn) -> None:
+        """Scale and turn one patch, or several side by side."""
+        patches.copy_(raw)
+        if scaling.clip is not None:
+            patches.clamp_(*scaling.clip)
+        if scaling.subtract != 0:
+            patches.sub_(scaling.subtract)
+        if scaling.divide != 1:
+            patches.div_(self._divisor(scaling.divide))
+        if turn != STRAIGHT:
+            # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
+            turned = patches.flip(turn.flipped)
+            patches.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
 
     @torch.no_grad()
     def activate(self, batch_nczyx: Tensor, activation: str) -> Tensor:
@@ -112,7 +164,7 @@ class TorchArrays:
 
     def window(self, vectors: Vectors) -> Tensor:
         """Return the whole (z, y, x) product: with it, adding is one kernel per patch."""
-        z, y, x = (self._vector(vector) for vector in vectors)
+        z, y, x = (self._to_device(vector) for vector in vectors)
         return z[:, None, None] * (y[:, None] * x)
 
     @torch.no_grad()
@@ -122,10 +174,15 @@ class TorchArrays:
         """Multiply and add in one pass, without a temporary; see `Arrays.add_weighted`."""
         total_czyx[(slice(None), *where)].addcmul_(patch_czyx[(slice(None), *part)], window[part])
 
+    def vectors(self, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
+        """Return three vectors on the device; see `Arrays.vectors`."""
+        z, y, x = (self._to_device(vector) for vector in vectors)
+        return z, y, x
+
     @torch.no_grad()
-    def divide(self, total_czyx: Tensor, sums: Vectors) -> None:
+    def divide(self, total_czyx: Tensor, sums: tuple[Tensor, Tensor, Tensor], part: Slices) -> None:
         """Divide by the product of the vectors, made for this slab only; see `Arrays.divide`."""
-        z, y, x = (self._vector(vector) for vector in sums)
+        z, y, x = (vector[piece] for vector, piece in zip(sums, part, strict=True))
         weight = self._buffer("weight", total_czyx.shape[1:])
         torch.mul(z[:, None, None], y[:, None] * x, out=weight)
         total_czyx.div_(weight)
@@ -133,13 +190,13 @@ class TorchArrays:
     @torch.no_grad()
     def apply_mask(self, total_czyx: Tensor, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Overwrite, since zero times NaN would stay NaN."""
-        total_czyx.masked_fill_(self.upload(~mask_zyx), 0)
+        total_czyx.masked_fill_(self._to_device(~mask_zyx), 0)
 
     @torch.no_grad()
-    def is_finite(self, array: Tensor) -> bool:
+    def is_finite(self, array: Tensor) -> Tensor:
         """Return whether both extremes are finite: NaN wins both, and no tensor is made."""
         low, high = torch.aminmax(array)
-        return bool(torch.isfinite(low) & torch.isfinite(high))
+        return torch.isfinite(low) & torch.isfinite(high)
 
     @torch.no_grad()
     def gate(self, total_czyx: Tensor, channel: int, below: float, gated: Sequence[int]) -> None:
@@ -181,10 +238,49 @@ class TorchArrays:
             total_czyx.clamp_(0, 1).mul_(torch.iinfo(out_czyx.dtype).max).round_()
         out_czyx.copy_(total_czyx)
 
+    @torch.no_grad()
+    def clear(self, array: Tensor) -> None:
+        """Set to zero."""
+        array.zero_()
+
     def download(self, array: Tensor) -> npt.NDArray[Any]:
         """Return the tensor as an array; from the CPU it shares the tensor's memory."""
         host: npt.NDArray[Any] = array.contiguous().cpu().numpy()
         return host
+
+    @property
+    def wants_pinned(self) -> bool:
+        """Whether the device copies by itself."""
+        return self._transfer is not None
+
+    def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""
+        if self._transfer is None:
+            return np.empty(nbytes, np.uint8)
+        host: npt.NDArray[np.uint8] = self._transfer.host_bytes(nbytes).numpy()
+        return host
+
+    def outgoing(self, host_czyx: npt.NDArray[Any]) -> Tensor:
+        """Return memory of the device, or on the CPU the part itself; see `Arrays.outgoing`."""
+        host = torch.from_numpy(host_czyx)
+        if self._transfer is not None:
+            return self._transfer.outgoing(host.shape, host.dtype)
+        return host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
+
+    @torch.no_grad()
+    def send(self, array: Tensor, host_czyx: npt.NDArray[Any]) -> None:
+        """Begin to copy to the host, or on the CPU do nothing; see `Arrays.send`."""
+        host = torch.from_numpy(host_czyx)
+        if self._transfer is not None:
+            self._transfer.send(array, host)
+        elif self._device.type != "cpu":
+            host.copy_(array)
+
+    def settle(self, flags: Sequence[Tensor]) -> Callable[[], list[bool]]:
+        """Begin to bring flags to the host; see `Arrays.settle`."""
+        if self._transfer is not None:
+            return self._transfer.settle(flags)
+        return lambda: [bool(flag) for flag in flags]
 
     def wait(self) -> None:
         """Wait for an accelerator; a CPU has always done all."""
@@ -203,15 +299,29 @@ class TorchArrays:
         self.wait()
         return int(memory.max_memory_allocated(self._device)) - before
 
+    def device_nbytes(self) -> tuple[int, int] | None:
+        """Ask driver and allocator; see `Arrays.device_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        memory = torch.get_device_module(self._device)
+        if not hasattr(memory, "mem_get_info"):
+            return None
+        free, _ = memory.mem_get_info(self._device)
+        return int(free), int(memory.memory_reserved(self._device))
+
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
         self._buffers.clear()
+        if self._transfer is not None:
+            self._transfer.release()
         if self._device.type != "cpu":
             torch.get_device_module(self._device).empty_cache()
 
-    def _vector(self, vector: npt.NDArray[np.float32]) -> Tensor:
-        """Return a copy of a small host vector on the device."""
-        return torch.tensor(vector, device=self._device)
+    def _to_device(self, host: npt.NDArray[Any]) -> Tensor:
+        """Return a copy of a small host array on the device."""
+        if self._transfer is not None:
+            return self._transfer.to_device(host)
+        return torch.tensor(host, device=self._device)
 
     def _divisor(self, value: float) -> Tensor:
         """Return a number as a float32 scalar on the device."""
@@ -220,12 +330,14 @@ class TorchArrays:
             self._divisors[value] = divisor
         return self._divisors[value]
 
-    def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return float32 memory that is kept for the next call of the same name."""
+    def _buffer(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return memory that is kept for the next call of the same name."""
         num_values = prod(shape)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < num_values:
-            buffer = torch.empty(num_values, dtype=torch.float32, device=self._device)
+        if buffer is None or buffer.numel() < num_values or buffer.dtype != dtype:
+            buffer = torch.empty(num_values, dtype=dtype, device=self._device)
             self._buffers[name] = buffer
         return buffer[:num_values].view(*shape)
 
@@ -233,3 +345,9 @@ class TorchArrays:
 def _float32(value: float) -> float:
     """Return the number as float32 has it, so that every device compares with the same one."""
     return float(np.float32(value))
+
+
+def _as_tensor(host: npt.NDArray[Any]) -> Tensor:
+    """Return a tensor that shares an array's memory if it can."""
+    # torch knows no read-only tensors, and warns.
+    return torch.from_numpy(np.require(host, requirements=["C", "W"]))

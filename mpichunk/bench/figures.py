@@ -9,6 +9,8 @@ from statistics import median
 
 from mpichunk.config.schema import Config
 from mpichunk.plan.advice import Advice
+from mpichunk.plan.estimate import Pace
+from mpichunk.plan.prediction import pace_of, voxels_of_a_read
 from mpichunk.plan.work import Work
 
 NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "writing"
@@ -139,6 +141,35 @@ def combine(ranks: Sequence[RankFigures]) -> Figures:
         num_patches=int(
             median(sum(r.whole[i].num_patches for r in ranks) for i in range(num_repeats))
         ),
+    )
+
+
+def pace(figures: Figures, ranks: Sequence[RankFigures], work: Work, *, num_blocks: int) -> Pace:
+    """Return what predicts a run: seconds per patch, voxel read and voxel written, on one rank.
+
+    Args:
+        figures: of all ranks together.
+        ranks: of each.
+        work: of the plan whose blocks were run.
+        num_blocks: blocks per rank and repeat.
+    """
+    passes = [item for rank in ranks for item in rank.whole]
+    num_repeats = len(ranks[0].whole)
+    whole = [max(rank.whole[i].seconds for rank in ranks) for i in range(num_repeats)]
+    stages, num_all = figures.stages, len(passes) * num_blocks
+    return pace_of(
+        batch_seconds=figures.seconds_per_batch,
+        num_patches=sum(item.num_patches for item in passes) / num_all,
+        num_batches=sum(item.num_batches for item in passes) / num_all,
+        num_core_voxels=sum(item.num_voxels for item in passes) / num_all,
+        num_read_voxels=voxels_of_a_read(work),
+        blend_seconds=stages["gather"] + stages["accumulate"],
+        finish_seconds=stages["finalise"],
+        read_seconds=stages["read"],
+        write_seconds=stages["write"],
+        whole_seconds=median(whole),
+        num_blocks=num_blocks,
+        num_ranks=len(ranks),
     )
 
 

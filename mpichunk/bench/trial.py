@@ -107,9 +107,10 @@ class Trial:
         if loaded.source_czyx is None:
             return clock.seconds
         inferred = inference.run(block, loaded.source_czyx, loaded.mask_zyx, self.output.dtype)
+        core_czyx = inferred.core()
         started = perf_counter()
-        written = self.writer.write(block.core, inferred.core_czyx)
-        checksum_of(inferred.core_czyx)
+        written = self.writer.write(block.core, core_czyx)
+        checksum_of(core_czyx)
         written.result()
         clock.seconds["write"] = perf_counter() - started
         return clock.seconds

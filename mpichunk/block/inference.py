@@ -3,25 +3,39 @@
 Knows no framework (an engine brings its arrays), no volumes and no ranks. What enters a batch
 depends on the block alone, so that the bytes do too.
 
-    source --gather--> batch --infer--> patches --activate, * window--> total / sum(w) --> core
+    source --stage, gather--> batch --infer, activate--> patches --> slab --finish--> core
+
+On an accelerator all of this is only asked for: the host prepares the batch after next while the
+network runs, and whoever writes the core waits for it.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling, Vectors
+from mpichunk.backends.engine import (
+    DeviceArray,
+    Engine,
+    EngineRequest,
+    Feed,
+    Scaling,
+    Staged,
+    Vectors,
+)
 from mpichunk.backends.reduction import Reduction
+from mpichunk.block.hostpool import HostPool
+from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
-from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
+from mpichunk.errors import DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry.blending import sum_of_windows, window
-from mpichunk.geometry.box import Box, Grid, Slices, subtract
+from mpichunk.geometry.box import Box, Slices, subtract
 from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
 from mpichunk.plan.plan import Block
 
@@ -34,16 +48,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inferred:
-    """A finished core."""
-
-    core_czyx: npt.NDArray[Any]
-    """(channels, z, y, x) in the output's dtype; memory that nothing else uses."""
+    """A block that has been through the network; its core may still be on its way to the host."""
 
     num_patches: int
     """Patches that went through the network."""
 
     batch_size: int | None = None
     """Patches per forward, where it had to be less than was asked for; else None."""
+
+    core_czyx: npt.NDArray[Any]
+    """(channels, z, y, x) in the output's dtype; for `core` and `release`."""
+
+    unsettled: Unsettled | None = None
+    """What to wait for; None for nothing."""
+
+    give_back: Callable[[], None] = lambda: None
+    """Lets the memory of the block be used again."""
+
+    def core(self) -> npt.NDArray[Any]:
+        """Return the finished core, which nothing else uses; wait until it is there.
+
+        Raises:
+            BlockError: it holds NaN or inf, or more than float16 can where that is written.
+        """
+        if self.unsettled is not None:
+            self.unsettled.wait()
+        return self.core_czyx
+
+    def release(self) -> None:
+        """Let the memory of the block be used again: its core is written."""
+        self.give_back()
 
 
 class BlockInference:
@@ -86,9 +120,22 @@ class BlockInference:
         z, y, x = (window(window_name, length) for length in output_shape)
         self._vectors: Vectors = (z, y, x)
         self._window = engine.arrays.window(self._vectors)
+        self._sources = HostPool(engine.arrays.host_bytes)
+        self._cores = HostPool(engine.arrays.host_bytes)
 
         self.num_batches = 0
         """Batches that went through the network."""
+
+    def hold(self, source_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return a block's raw input where the device can take it from by itself; any thread may.
+
+        To be passed to `run`, which sees to its memory.
+        """
+        if not self._engine.arrays.wants_pinned:
+            return source_czyx
+        held_czyx = self._sources.take(source_czyx.shape, source_czyx.dtype)
+        np.copyto(held_czyx, source_czyx)
+        return held_czyx
 
     def run(
         self,
@@ -97,19 +144,18 @@ class BlockInference:
         mask_zyx: npt.NDArray[np.bool_] | None,
         out_dtype: np.dtype[Any],
     ) -> Inferred:
-        """Return the finished core of one block.
+        """Return one block's core, finished or about to be.
 
         Where the device runs out of memory, the block is begun again with half the patches per
         forward, and so are all later ones: the values may then differ by rounding.
 
         Args:
             block: where its patches are.
-            source_czyx: raw input over `block.input_box`, padded.
+            source_czyx: raw input over `block.input_box`, padded; best as `hold` returns it.
             mask_zyx: wanted voxels of `block.output_box`, or None for all.
             out_dtype: dtype of the output.
 
         Raises:
-            BlockError: the result holds NaN or inf, or more than float16 can where it is written.
             DeviceMemoryError: there is no memory for a single patch.
         """
         while True:
@@ -150,31 +196,59 @@ class BlockInference:
         out_dtype: np.dtype[Any],
     ) -> Inferred:
         """Do what `run` does, with batches of the size that holds now."""
-        arrays = self._engine.arrays
         boxes = self._wanted(block, source_czyx, mask_zyx)
-        total_shape = self._request.out_channels, *block.core.shape
-        keeps_total = self._reduction.keeps_total(self._request.out_channels, out_dtype)
-        source = total_czyx = None
-        num_patches = 0
+        shape = self._reduction.num_channels, *block.core.shape
+        core_czyx, slab, num_patches = None, None, 0
+        feed = self._engine.arrays.feed(source_czyx)
         while batch := list(islice(boxes, self._batch_size)):
-            if source is None:
-                source = arrays.upload(source_czyx)
-                # What is written may be the total itself, also when the next block runs already.
-                total_czyx = arrays.zeros(total_shape, reuse=not keeps_total)
-            self._accumulate(block, source, batch, total_czyx)
+            if core_czyx is None or slab is None:
+                core_czyx = self._cores.take(shape, out_dtype)
+                slab = self._slab(block, mask_zyx, core_czyx)
+            output_nczyx = self._predict(self._stage(block, feed, batch))
+            for box, patch_czyx in zip(batch, output_nczyx, strict=False):
+                slab.add(box, patch_czyx)
             num_patches += len(batch)
-        if total_czyx is None:
-            shape = self._reduction.num_channels, *block.core.shape
+        if core_czyx is None or slab is None:
+            self._sources.give_back(source_czyx)
             return Inferred(core_czyx=np.zeros(shape, dtype=out_dtype), num_patches=0)
-        core_mask_zyx = None
-        if mask_zyx is not None:
-            core_mask_zyx = mask_zyx[block.core.slices(block.output_box.start)]
-        finished = self._finish(block, total_czyx, core_mask_zyx, out_dtype)
         is_halved = self._batch_size != self._request.batch_size
         return Inferred(
-            core_czyx=arrays.download(finished),
             num_patches=num_patches,
             batch_size=self._batch_size if is_halved else None,
+            core_czyx=core_czyx,
+            unsettled=slab.finish(),
+            give_back=partial(self._give_back, source_czyx, core_czyx),
+        )
+
+    def _give_back(self, source_czyx: npt.NDArray[Any], core_czyx: npt.NDArray[Any]) -> None:
+        """Let the memory of a block be used again."""
+        self._sources.give_back(source_czyx)
+        self._cores.give_back(core_czyx)
+
+    def _slab(
+        self, block: Block, mask_zyx: npt.NDArray[np.bool_] | None, core_czyx: npt.NDArray[Any]
+    ) -> Slab:
+        """Return where the patches of a block are added up."""
+        core, arrays = block.core, self._engine.arrays
+        z, y, x = (
+            sum_of_windows(starts, weights, start, stop)
+            for starts, weights, start, stop in zip(
+                block.starts, self._vectors, core.start, core.stop, strict=True
+            )
+        )
+        target = Target(
+            core=core,
+            core_czyx=core_czyx,
+            sums=arrays.vectors((z, y, x)),
+            mask_zyx=None if mask_zyx is None else mask_zyx[core.slices(block.output_box.start)],
+            reduction=self._reduction,
+        )
+        return Slab(
+            arrays,
+            self._window,
+            num_channels=self._request.out_channels,
+            patch_length=block.patch_shape[0],
+            target=target,
         )
 
     def _wanted(
@@ -197,96 +271,40 @@ class BlockInference:
         """Return where the input of an output box is in the block's source."""
         return box.grow(block.crop).slices(block.input_box.start)
 
-    def _accumulate(
-        self, block: Block, source: DeviceArray, boxes: Sequence[Box], total_czyx: DeviceArray
-    ) -> None:
-        """Run one batch and add its weighted output to the core's total."""
-        arrays = self._engine.arrays
-        seen = [self._input_slices(block, box) for box in boxes]
-        output_nczyx = self._predict(source, seen)
-        for box, patch_czyx in zip(boxes, output_nczyx, strict=False):
-            # Only the core is kept: what falls outside belongs to other blocks.
-            inner = box.intersect(block.core)
-            where, part = inner.slices(block.core.start), inner.slices(box.start)
-            arrays.add_weighted(total_czyx, where, patch_czyx, part, self._window)
+    def _stage(self, block: Block, feed: Feed, boxes: Sequence[Box]) -> Staged:
+        """Begin to bring the raw patches of one batch to the device."""
+        return self._engine.arrays.stage(
+            feed,
+            [self._input_slices(block, box) for box in boxes],
+            patch_shape=self._request.patch_shape,
+            batch_size=self._batch_size,
+        )
 
-    def _predict(self, source: DeviceArray, where: Sequence[Slices]) -> DeviceArray:
+    def _predict(self, staged: Staged) -> DeviceArray:
         """Return the activated prediction of one batch, or its mean over all turns."""
         augmentation = self._augmentation
         if augmentation is None:
-            return self._predict_turned(source, where, STRAIGHT)
+            return self._predict_turned(staged, STRAIGHT)
         arrays = self._engine.arrays
         # One sum, however many turns there are.
         mean_nczyx = arrays.sums(
             (self._batch_size, self._request.out_channels, *self._output_shape)
         )
         for turn, moves in zip(augmentation.turns, augmentation.moves, strict=True):
-            output_nczyx = self._predict_turned(source, where, turn)
+            output_nczyx = self._predict_turned(staged, turn)
             arrays.add_turned(mean_nczyx, output_nczyx, turn, moves)
         for share in augmentation.shares:
             part = mean_nczyx[(slice(None), share.channels, *share.part)]
             arrays.multiply(part, share.factor)
         return mean_nczyx
 
-    def _predict_turned(
-        self, source: DeviceArray, where: Sequence[Slices], turn: Turn
-    ) -> DeviceArray:
+    def _predict_turned(self, staged: Staged, turn: Turn) -> DeviceArray:
         """Return the activated prediction of one batch of turned patches, as turned as they are."""
         arrays = self._engine.arrays
-        batch_nczyx = arrays.gather(
-            source,
-            where,
-            patch_shape=self._request.patch_shape,
-            batch_size=self._batch_size,
-            scaling=self._scaling,
-            turn=turn,
-        )
+        batch_nczyx = arrays.gather(staged, scaling=self._scaling, turn=turn)
         output_nczyx = arrays.activate(self._engine.infer(batch_nczyx), self._activation)
         self.num_batches += 1
         return output_nczyx
-
-    def _finish(
-        self,
-        block: Block,
-        total_czyx: DeviceArray,
-        mask_zyx: npt.NDArray[np.bool_] | None,
-        out_dtype: np.dtype[Any],
-    ) -> DeviceArray:
-        """Divide by the sum of weights, mask, check, reduce and quantise, slab by slab."""
-        arrays = self._engine.arrays
-        z, y, x = (
-            sum_of_windows(starts, weights, start, stop)
-            for starts, weights, start, stop in zip(
-                block.starts, self._vectors, block.core.start, block.core.stop, strict=True
-            )
-        )
-        result = total_czyx
-        if not self._reduction.keeps_total(self._request.out_channels, out_dtype):
-            shape = self._reduction.num_channels, *block.core.shape
-            result = arrays.empty(shape, out_dtype)
-        for slab in _slabs(tuple(total_czyx.shape), arrays.slab_nbytes):
-            part = (slice(None), *slab.slices())
-            in_z, in_y, in_x = slab.slices()
-            total = total_czyx[part]
-            arrays.divide(total, (z[in_z], y[in_y], x[in_x]))
-            if mask_zyx is not None:
-                arrays.apply_mask(total, mask_zyx[slab.slices()])
-            if not arrays.is_finite(total):
-                raise BlockError(
-                    "the result holds NaN or inf near "
-                    f"{slab.translate(block.core.start)}; look at the input there, and at whether "
-                    "the network is sound for it"
-                )
-            self._reduction.shut(arrays, total)
-            if result is not total_czyx:
-                self._reduction.store(arrays, total, result[part])
-                if out_dtype == np.float16 and not arrays.is_finite(result[part]):
-                    raise BlockError(
-                        "the result holds values that float16 cannot, above 65504, near "
-                        f"{slab.translate(block.core.start)}; write float32, or look at the input "
-                        "there"
-                    )
-        return result
 
 
 def scaling_for(dtype: np.dtype[Any], normalize: Normalize | None) -> Scaling:
@@ -315,13 +333,13 @@ def texture_batch(engine: Engine, request: EngineRequest) -> DeviceArray:
     shape = request.in_channels, *request.patch_shape
     texture_czyx = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     whole: Slices = slice(None), slice(None), slice(None)
-    return engine.arrays.gather(
-        engine.arrays.upload(texture_czyx),
+    staged = engine.arrays.stage(
+        engine.arrays.feed(texture_czyx),
         [whole] * request.batch_size,
         patch_shape=request.patch_shape,
         batch_size=request.batch_size,
-        scaling=_BYTE,
     )
+    return engine.arrays.gather(staged, scaling=_BYTE)
 
 
 def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float32]:
@@ -339,7 +357,8 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
         raise
     except Exception as error:
         raise engine.explain(error) from error
-    if not arrays.is_finite(output_nczyx):
+    (is_finite,) = arrays.settle([arrays.is_finite(output_nczyx)])()
+    if not is_finite:
         raise ModelError(
             "the network returned NaN or inf for an ordinary texture with values in [0, 1]; its "
             "weights may be damaged, or belong to another network",
@@ -355,13 +374,3 @@ def is_blank(patch_czyx: npt.NDArray[Any]) -> bool:
     if sparse.any():
         return False
     return not any(slice_yx.any() for slice_zyx in patch_czyx for slice_yx in slice_zyx)
-
-
-def _slabs(total_shape: tuple[int, ...], nbytes: int) -> Grid:
-    """Return parts of a core that hold about `nbytes` of float32: whole rows, then whole slices."""
-    num_channels, num_z, num_y, num_x = total_shape
-    num_rows = max(1, nbytes // (4 * num_channels * num_x))
-    step = max(1, num_rows // num_y), min(num_rows, num_y), num_x
-    return Grid(
-        origin=(0, 0, 0), step=step, bounds=Box(start=(0, 0, 0), stop=(num_z, num_y, num_x))
-    )

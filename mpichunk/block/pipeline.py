@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -210,6 +210,8 @@ class Pipeline:
     def _load(self, block: Block) -> Loaded:
         """Read what a block needs."""
         loaded = load_block(self._source, block)
+        if loaded.source_czyx is not None:
+            loaded = replace(loaded, source_czyx=self._inference.hold(loaded.source_czyx))
         self._num_steps += 1
         return loaded
 
@@ -240,8 +242,9 @@ class Pipeline:
             self._put(Dropped(lease=lease))
             return
         started = monotonic()
-        written = self._writer.write(core, inferred.core_czyx)
-        checksum = checksum_of(inferred.core_czyx)
+        core_czyx = inferred.core()
+        written = self._writer.write(core, core_czyx)
+        checksum = checksum_of(core_czyx)
         written.result()
         self._put(
             Done(
@@ -249,9 +252,11 @@ class Pipeline:
                 num_patches=inferred.num_patches,
                 num_voxels=core.num_voxels,
                 nbytes_read=nbytes_read,
-                nbytes_written=inferred.core_czyx.nbytes,
+                nbytes_written=core_czyx.nbytes,
                 seconds=seconds | {"write": monotonic() - started},
                 checksum=checksum,
                 batch_size=inferred.batch_size,
             )
         )
+        # Not after a failure: other chunks of the core may still be on their way to the disk.
+        inferred.release()

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mpichunk.config.checks import check
+from mpichunk.config.described import follow
+from mpichunk.config.described.merging import Merged
 from mpichunk.config.location import resolve_model_path, resolve_path, resolve_volume
 from mpichunk.config.rules import find_problems, find_warnings
 from mpichunk.config.schema import Config, flatten
@@ -20,6 +22,9 @@ from mpichunk.errors import ConfigError, Problem, UserError
 
 MAX_NBYTES = 1 << 20
 """No config is larger; what is larger is an image or a network given by mistake."""
+
+_FOLLOWING = "patch.overlap", "block.margin", "output.chunk_shape"
+"""Keys whose defaults follow from other values."""
 
 _HEADER = """\
 # The effective config of a run: every default written out, every path absolute.
@@ -86,21 +91,32 @@ class LoadedConfig(Source):
     """A checked config that remembers where its values come from."""
 
     config: Config
-    """The effective config: defaults written out, paths absolute."""
+    """The effective config: defaults written out, paths absolute, no package left in it."""
+
+    remarks: tuple[Problem, ...] = ()
+    """What the user should know of values that a network's description speaks of, too."""
+
+    notes: tuple[str, ...] = ()
+    """What was taken from a description."""
+
+    defaulted: frozenset[str] = frozenset()
+    """Keys that were left open, and whose values follow from others."""
 
     def warnings(self) -> tuple[str, ...]:
-        """Return a sentence for each value that has no effect, with its place."""
-        return tuple(
-            f"{self.locate(p.key)}: {p.message}" for p in find_warnings(flatten(self.config))
-        )
+        """Return a sentence for each value that has no effect or is doubtful, with its place."""
+        found = (*self.remarks, *find_warnings(flatten(self.config)))
+        return tuple(f"{self.locate(p.key)}: {p.message}" for p in found)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), *, read_packages: bool = True
+) -> LoadedConfig:
     """Return the effective config of a file.
 
     Args:
         path: the YAML file; relative paths in it, and in `overrides`, start from its directory.
         overrides: `section.key=value`, the value in YAML; a later one wins.
+        read_packages: replace a package that `model.path` names by what it says.
 
     Raises:
         ConfigError: the file or an override is wrong; names every mistake with its line.
@@ -116,15 +132,28 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     source = Source(path=path, lines=lines, overrides=tuple(keys))
     if values.get("run_dir") is None:
         values["run_dir"] = f"runs/{path.stem}"
-    config = check(values)
+    base = os.path.abspath(path.parent)
+    described = follow(values, base) if read_packages else Merged(values=values)
+    problems = [*problems, *described.problems]
+    config = check(described.values)
     if isinstance(config, list):
         raise source.refuse([*problems, *config])
-    config = _resolve(config, os.path.abspath(path.parent)).with_defaults()
+    given = flatten(config)
+    defaulted = frozenset(key for key in _FOLLOWING if given[key] is None)
+    config = _resolve(config, base).with_defaults()
     # Once more: only resolved paths tell whether the output is the input.
     problems = [*problems, *find_problems(flatten(config))]
     if problems:
         raise source.refuse(problems)
-    return LoadedConfig(path=path, lines=lines, overrides=source.overrides, config=config)
+    return LoadedConfig(
+        path=path,
+        lines=lines,
+        overrides=source.overrides,
+        config=config,
+        remarks=described.warnings,
+        notes=described.notes,
+        defaulted=defaulted,
+    )
 
 
 def dump_config(config: Config) -> str:

@@ -123,7 +123,7 @@ class Model(Section):
     """What runs it."""
 
     path: Text | None = None
-    """File of a saved network, `file.py:Name`, `package.module:Name`, or the folder of a pznet."""
+    """Saved network, `file.py:Name`, `package.module:Name`, a package, or the folder of a pznet."""
 
     weights: Text | None = None
     """safetensors file or checkpoint that belongs to a network given as code."""

@@ -54,9 +54,11 @@ class Box:
 
     def intersect(self, other: "Box") -> "Box":
         """Return the voxels that are in both boxes."""
+        (a, b, c), (d, e, f) = self.start, self.stop
+        (i, j, k), (p, q, r) = other.start, other.stop
         return Box(
-            start=triple([max(a, b) for a, b in zip(self.start, other.start, strict=True)]),
-            stop=triple([min(a, b) for a, b in zip(self.stop, other.stop, strict=True)]),
+            start=(max(a, i), max(b, j), max(c, k)),
+            stop=(min(d, p), min(e, q), min(f, r)),
         )
 
     def touches(self, other: "Box") -> bool:
@@ -107,34 +109,26 @@ class Grid:
     @property
     def first(self) -> Triple:
         """Grid coordinates, zyx, of cell 0."""
-        return triple(
-            [
-                (a - o) // s
-                for a, o, s in zip(self.bounds.start, self.origin, self.step, strict=True)
-            ]
-        )
+        (a, b, c), (i, j, k), (p, q, r) = self.bounds.start, self.origin, self.step
+        return (a - i) // p, (b - j) // q, (c - k) // r
 
     @property
     def shape(self) -> Triple:
         """Cells per axis."""
         if self.bounds.is_empty:
             return 0, 0, 0
-        return triple(
-            [
-                ceil_div(b - o, s) - k
-                for b, o, s, k in zip(
-                    self.bounds.stop, self.origin, self.step, self.first, strict=True
-                )
-            ]
-        )
+        (a, b, c), (i, j, k), (p, q, r) = self.bounds.stop, self.origin, self.step
+        last = ceil_div(a - i, p), ceil_div(b - j, q), ceil_div(c - k, r)
+        return subtract(last, self.first)
 
     def __len__(self) -> int:
         return prod(self.shape)
 
     def __getitem__(self, index: int) -> Box:
-        if not 0 <= index < len(self):
+        # Plain arithmetic: the coordinator asks for the core of every block that is done.
+        nz, ny, nx = self.shape
+        if not 0 <= index < nz * ny * nx:
             raise IndexError(f"cell {index} of a grid of {len(self)}")
-        _, ny, nx = self.shape
         position = index // (ny * nx), index // nx % ny, index % nx
         start = add(self.origin, multiply(add(self.first, position), self.step))
         return Box.from_shape(start, self.step).intersect(self.bounds)

@@ -7,14 +7,16 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.job.probing import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
+from mpichunk.plan.prediction import Forecast, outcome_words
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.sentry import Lead
@@ -25,7 +27,7 @@ from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import Tempo, Vigil
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import Heartbeat, get_display, summarise
+from mpichunk.schedule.progress import COUNTERS, Heartbeat, get_display, summarise, totals
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
 
@@ -86,6 +88,9 @@ class Leading:
     sound: tuple[int, ...]
     """The ranks that compute right."""
 
+    expected: Forecast | None = None
+    """What the blocks of this start were expected to take."""
+
     started: float = field(default_factory=time.monotonic)
     """Monotonic seconds."""
 
@@ -128,15 +133,28 @@ class Leading:
     def tell(self, lead: Lead) -> None:
         """Tell what all ranks have done."""
         lead.attendance.close()
+        vectors, num_done = lead.attendance.vectors, lead.attendance.num_done
+        seconds = time.monotonic() - self.started
         summary = summarise(
-            lead.attendance.vectors,
+            vectors,
             num_blocks=len(self.todo),
             num_before=self.num_before,
-            num_done=lead.attendance.num_done,
-            seconds=time.monotonic() - self.started,
+            num_done=num_done,
+            seconds=seconds,
         )
         for line in summary.splitlines():
             log.info("%s", line)
+        num_patches = int(totals(vectors.sum(axis=0))["patches"])
+        told = outcome_words(
+            self.expected, num_done=num_done, num_patches=num_patches, seconds=seconds
+        )
+        log.info("%s", told)
+        self._keep_peak(int(vectors[:, COUNTERS.index("peak_bytes")].max()))
+
+    def _keep_peak(self, nbytes: int) -> None:
+        """Keep what the largest rank took, for `plan`; a run does not fail for that."""
+        with suppress(OSError):
+            write_peak(self.job.run_dir, self.job.config, self.job.model_files(), nbytes)
 
     def _lead(self, journal: Journal, scheduler: Scheduler) -> Lead:
         comm, schedule = self.comm, self.job.config.schedule

@@ -24,13 +24,13 @@ from mpichunk.backends.binding import Bindings
 from mpichunk.config.file import dump_config
 from mpichunk.config.schema import Config, Mask
 from mpichunk.errors import JournalError, LaunchError, ModelError
-from mpichunk.geometry.box import Box
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.job.probing import read_probe
-from mpichunk.plan.estimate import Estimate, estimate
+from mpichunk.plan.estimate import Estimate, Probe, estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.prediction import Forecast, forecast
 from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal
 from mpichunk.rundir.journal import Journal
@@ -50,6 +50,7 @@ RECORDED_LIBRARIES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",
+    "monai",
     "mpi4py",
     "h5py",
 )
@@ -86,12 +87,33 @@ class Job:
     run_dir: Path
     """Absolute path of the run directory."""
 
+    def model_files(self) -> tuple[Path, ...]:
+        """Return the files of the network."""
+        return tuple(get_backend(self.config.model.backend).model_files(self.config.model))
+
+    def model_nbytes(self) -> int:
+        """Return their bytes, which is about what the weights take."""
+        return sum(path.stat().st_size for path in self.model_files())
+
+    def probe(self) -> Probe | None:
+        """Return what the last forward of this config has told, if there was one."""
+        return read_probe(self.run_dir, self.config, self.model_files())
+
     def estimate(self) -> Estimate:
         """Return what the run will take."""
-        files = get_backend(self.config.model.backend).model_files(self.config.model)
-        nbytes = sum(path.stat().st_size for path in files)
-        probe = read_probe(self.run_dir, self.config, files)
-        return estimate(self.plan, self.config, self.volume, model_nbytes=nbytes, probe=probe)
+        return estimate(
+            self.plan,
+            self.config,
+            self.volume,
+            model_nbytes=self.model_nbytes(),
+            probe=self.probe(),
+        )
+
+    def forecast(self, num_ranks: int, num_blocks: int | None = None) -> Forecast:
+        """Return how long it will take on so many ranks: all blocks, or so many of them."""
+        found = self.estimate()
+        whole = forecast(self.plan, self.config, found.work, found.probe, num_ranks=num_ranks)
+        return whole if num_blocks is None else whole.of_blocks(num_blocks)
 
     @property
     def sources(self) -> list[VolumeInfo]:
@@ -201,7 +223,7 @@ def fingerprint_of(job: Job, *, device_kinds: Sequence[str], threads: int | None
             job.config,
             volume=job.volume,
             mask=job.mask,
-            model_files=get_backend(job.config.model.backend).model_files(job.config.model),
+            model_files=job.model_files(),
             device_kind=" + ".join(sorted(device_kinds)),
             threads=threads,
         )
@@ -305,8 +327,8 @@ def changed_versions(header: Mapping[str, Any], versions: Mapping[str, str]) -> 
     ]
 
 
-def write_run_files(config: Config, job: Job) -> str:
-    """Write the run directory's files; return the nonce in it.
+def write_run_files(config: Config, job: Job, expected: Forecast | None = None) -> str:
+    """Write the run directory's files, with what this start is expected to take; return the nonce.
 
     Raises:
         JournalError: the run directory cannot be written.
@@ -314,7 +336,7 @@ def write_run_files(config: Config, job: Job) -> str:
     nonce = secrets.token_hex(16)
     try:
         _replace(job.run_dir / "config.yaml", dump_config(config))
-        plan = plan_json(job.plan, config, job.volume, job.estimate())
+        plan = plan_json(job.plan, config, job.volume, job.estimate(), expected=expected)
         _replace(job.run_dir / "plan.json", json.dumps(plan, indent=2) + "\n")
         _replace(job.run_dir / NONCE_NAME, nonce)
     except OSError as error:
@@ -353,20 +375,6 @@ def check_sight(
                 key="run_dir",
             )
         sleep(0.2)
-
-
-def masked_blocks(plan: Plan, grid: MaskGrid, mask: Reader, *, limit: int) -> int | None:
-    """Count the blocks that the mask excludes, or return None for more than `limit` blocks."""
-    if len(plan) > limit:
-        return None
-    return sum(not is_wanted(grid, mask, core) for core in plan.grid)
-
-
-def is_wanted(grid: MaskGrid, mask: Reader, core: Box) -> bool:
-    """Return whether the mask wants any voxel of a core."""
-    inside = grid.source_box(core)
-    values = np.zeros((1, *inside.shape)) if inside.is_empty else mask.read(inside).result()
-    return grid.wants_any(values, inside, core)
 
 
 def _read_if_there(path: Path) -> str | None:

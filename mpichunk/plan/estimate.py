@@ -3,11 +3,14 @@
 Pure arithmetic; knows no files and no networks: what only a forward can tell is a parameter.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import numpy as np
 
+from mpichunk.backends.engine import FINISH_NBYTES
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
@@ -17,11 +20,17 @@ from mpichunk.plan.advice import Advice, advise
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.work import Work, work_of
 
+Memory = Literal["cpu", "host", "device"]
+"""That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
+
 MIB = 1 << 20
 FLOAT32_NBYTES = 4
 
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
+
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 CACHE_NBYTES = 64 * MIB
 """Decoded chunks of the input that the storage library keeps at most."""
@@ -37,6 +46,29 @@ ENGINE_NBYTES = {"pytorch": TORCH_NBYTES, "onnxruntime": 32 * MIB, "openvino": 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What `bench` has measured besides the forward: seconds per unit of work, on one rank."""
+
+    patch_seconds: float
+    """Cutting out, activating and blending one patch."""
+
+    finish_seconds: float
+    """Dividing, checking and quantising one voxel of a core."""
+
+    read_seconds: float
+    """Reading and decoding one voxel of a whole storage chunk of the input."""
+
+    write_seconds: float
+    """Encoding and durably writing one voxel of a core."""
+
+    scale: float
+    """What the whole takes, over what these seconds and the forward's add up to."""
+
+    num_ranks: int
+    """Ranks that were measured at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """What one real forward of this config has told."""
 
@@ -48,6 +80,17 @@ class Probe:
 
     device: str
     """Where it ran, in words."""
+
+    free_nbytes: int | None = None
+    """What one rank could have of the accelerator's memory; None on a CPU, or if nobody says."""
+
+    pace: Pace | None = None
+    """What the rest of a block takes; None where only the forward was measured."""
+
+    def for_batch(self, old_size: int, new_size: int) -> "Probe":
+        """Return what it would be with another batch size, as if all grew with the batch."""
+        nbytes = None if self.nbytes is None else ceil_div(self.nbytes * new_size, old_size)
+        return replace(self, seconds=self.seconds * new_size / old_size, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +108,11 @@ class MemoryPart:
 
     device_nbytes: int | None
     """In the accelerator's memory, in a run on one."""
+
+
+def total_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
+    """Return the known bytes of all parts in one memory."""
+    return sum(getattr(part, f"{memory}_nbytes") or 0 for part in parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,17 +146,17 @@ class Estimate:
     @property
     def cpu_nbytes(self) -> int:
         """Known peak memory of a rank that runs on a CPU."""
-        return sum(part.cpu_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "cpu")
 
     @property
     def host_nbytes(self) -> int:
         """Known peak host memory of a rank that runs on an accelerator."""
-        return sum(part.host_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "host")
 
     @property
     def device_nbytes(self) -> int:
         """Known peak accelerator memory of a rank that runs on one."""
-        return sum(part.device_nbytes or 0 for part in self.memory)
+        return total_nbytes(self.memory, "device")
 
 
 def estimate(
@@ -153,6 +201,19 @@ def estimate(
     )
 
 
+def memory_of(
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    work: Work,
+    *,
+    model_nbytes: int | None = None,
+    probe: Probe | None = None,
+) -> tuple[MemoryPart, ...]:
+    """Return the peak memory of one rank by part, as `estimate` does, and nothing else."""
+    return _memory(plan, config, info, work, model_nbytes, probe)
+
+
 def _num_whole(plan: Plan) -> int:
     """Return how many blocks the ROI does not clip."""
     per_axis = []
@@ -176,30 +237,51 @@ def _memory(
     channels, reduction = config.model.out_channels, Reduction.of(config)
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
     core = _nbytes(work.core_shape, reduction.num_channels, dtype.itemsize)
-    # What is written may be the blended array itself; else it is made from it.
-    converted = 0 if reduction.keeps_total(channels, dtype) else core
     # The peak: one block in the network, the others all read, or all being written. What is being
     # written is there twice, once as the storage library encodes it.
     waiting = BLOCKS_IN_FLIGHT - 1
-    num_written = waiting if 2 * core > source else 0
+    num_written = waiting if core > source else 0
     num_read = BLOCKS_IN_FLIGHT - num_written
     mask = prod(work.input_shape) if config.mask is not None else 0
+    raw = config.patch.batch_size * _nbytes(
+        plan.patch_shape, info.num_channels, info.dtype.itemsize
+    )
+    # All that patches with the same start along z see.
+    layer_shape = min(plan.patch_shape[0], work.input_shape[0]), *work.input_shape[1:]
+    layer = _nbytes(layer_shape, info.num_channels, info.dtype.itemsize)
+    slab_shape = min(plan.output_patch_shape[0], work.core_shape[0]), *work.core_shape[1:]
+    slab = _nbytes(slab_shape, channels, FLOAT32_NBYTES)
+    window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
     parts = [
         MemoryPart(
             name="input of the blocks in flight",
             cpu_nbytes=num_read * source,
-            host_nbytes=num_read * source,
-            device_nbytes=source,
+            # Memory that is pinned is kept; what is read is copied there.
+            host_nbytes=BLOCKS_IN_FLIGHT * _pinned(source) + source,
+            device_nbytes=0,
         ),
         _on_host("mask of the blocks in flight", num_read * mask),
         _on_host("padded copy of one input", source if work.is_padded else 0),
+        MemoryPart(
+            name="raw patches, and the layers that they are cut from",
+            cpu_nbytes=0,
+            host_nbytes=0,
+            device_nbytes=raw + LAYERS_IN_FLIGHT * layer,
+        ),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
-        _on_device("blending, float32", _nbytes(work.core_shape, channels, FLOAT32_NBYTES)),
+        _on_device("blending: window, and a slab as high as a patch", slab + window),
+        MemoryPart(
+            name="parts being finished",
+            cpu_nbytes=0,
+            host_nbytes=0,
+            # Weights and temporary values, and parts of the output on their way.
+            device_nbytes=4 * min(slab, FINISH_NBYTES),
+        ),
         MemoryPart(
             name="output of the blocks in flight",
-            cpu_nbytes=num_written * core + converted,
-            host_nbytes=(num_written + 1) * core,
-            device_nbytes=converted,
+            cpu_nbytes=BLOCKS_IN_FLIGHT * core,
+            host_nbytes=BLOCKS_IN_FLIGHT * _pinned(core),
+            device_nbytes=0,
         ),
         _on_host("output being encoded", num_written * core),
         _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
@@ -215,7 +297,11 @@ def _memory(
             _on_device("weights", model_nbytes),
             _on_device("inside the network", forward),
         ]
-    return tuple(part for part in parts if part.cpu_nbytes != 0 or part.host_nbytes != 0)
+    return tuple(
+        part
+        for part in parts
+        if (part.cpu_nbytes, part.host_nbytes, part.device_nbytes) != (0, 0, 0)
+    )
 
 
 def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
@@ -256,6 +342,11 @@ def _on_host(name: str, nbytes: int) -> MemoryPart:
 def _on_device(name: str, nbytes: int | None) -> MemoryPart:
     """Return a part that lives where the network runs; None means unmeasured."""
     return MemoryPart(name=name, cpu_nbytes=nbytes, host_nbytes=0, device_nbytes=nbytes)
+
+
+def _pinned(nbytes: int) -> int:
+    """Return the host memory that torch pins for so many bytes: a power of two."""
+    return 1 << max(0, nbytes - 1).bit_length()
 
 
 def _nbytes(shape: Triple, num_channels: int, itemsize: int) -> int:

@@ -15,10 +15,12 @@ from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, MemoryPart
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.prediction import Forecast, forecast_json
+from mpichunk.plan.suggestion import runs_on_cpu
+from mpichunk.plan.table import WIDTH, Row, count, table, value_rows
 from mpichunk.words import duration, size
 
-WIDTH = 100
-_LABEL = 20
+_ON_CPU, _DEVICE = "on a CPU", "accelerator"
 _Column = tuple[str, Sequence[int | None], int]
 
 
@@ -30,6 +32,8 @@ def render_plan(
     *,
     num_ranks: int = 1,
     num_masked: int | None = None,
+    expected: Forecast | None = None,
+    peak_nbytes: int | None = None,
 ) -> str:
     """Return what a run would do, for people, in lines of at most 100 characters or so.
 
@@ -40,12 +44,14 @@ def render_plan(
         estimate: what `plan` takes.
         num_ranks: how many ranks would share the work.
         num_masked: blocks that the mask leaves nothing of; None without a mask.
+        expected: how long it is expected to take.
+        peak_nbytes: what the largest rank of the last run took of its host's memory.
     """
     sections = [
         _volume_lines(plan, config, info),
         _shape_lines(plan, config),
-        _work_lines(plan, config, info, estimate, num_masked),
-        _memory_lines(config, estimate),
+        _work_lines(plan, config, info, estimate, num_masked, expected),
+        _memory_lines(config, estimate, peak_nbytes),
         _rank_lines(config, estimate, num_ranks, num_masked) if num_ranks > 1 else [],
         _advice_lines(estimate),
     ]
@@ -60,6 +66,8 @@ def plan_json(
     *,
     num_ranks: int = 1,
     num_masked: int | None = None,
+    expected: Forecast | None = None,
+    peak_nbytes: int | None = None,
 ) -> dict[str, Any]:
     """Return what `render_plan` tells, as JSON values: voxels zyx, bytes, counts; None: unknown."""
     probe = estimate.probe
@@ -72,7 +80,9 @@ def plan_json(
             "host_nbytes": estimate.host_nbytes,
             "device_nbytes": estimate.device_nbytes,
             "is_complete": _is_complete(estimate.memory),
+            "measured_nbytes": peak_nbytes,
         },
+        "prediction": forecast_json(expected),
         "ranks": _ranks_json(estimate, num_ranks, num_masked),
         "probe": None if probe is None else asdict(probe),
         "advice": [asdict(advice) for advice in estimate.advice],
@@ -167,11 +177,11 @@ def _ranks_json(estimate: Estimate, num_ranks: int, num_masked: int | None) -> d
 
 def _volume_lines(plan: Plan, config: Config, info: VolumeInfo) -> list[str]:
     """Return where the voxels are: input, ROI, output."""
-    kind = f"{info.dtype.name}, {_count(info.num_channels, 'channel')}"
+    kind = f"{info.dtype.name}, {count(info.num_channels, 'channel')}"
     if info.voxel_size is not None:
         kind += f", voxels of {' x '.join(f'{size:g}' for size in info.voxel_size)} nm"
     clipped = plan.roi != plan.volume
-    rows: list[_Row] = [
+    rows: list[Row] = [
         ("input", plan.volume.shape, kind),
         ("starts at", plan.volume.start, "its voxel offset") if any(plan.volume.start) else None,
         ("ROI from", plan.roi.start, "what is computed and written") if clipped else None,
@@ -179,17 +189,17 @@ def _volume_lines(plan: Plan, config: Config, info: VolumeInfo) -> list[str]:
         (
             "output",
             plan.output_domain.shape,
-            f"{config.output.dtype}, {_count(config.num_written_channels, 'channel')}",
+            f"{config.output.dtype}, {count(config.num_written_channels, 'channel')}",
         ),
     ]
-    return _table("Volumes, in voxels", rows)
+    return table("Volumes, in voxels", rows)
 
 
 def _shape_lines(plan: Plan, config: Config) -> list[str]:
     """Return the shapes of patch, block and write unit, each explained."""
     unit = "shard" if config.output.shard_shape else "chunk"
     chunk = config.chunk_shape if config.output.shard_shape else None
-    rows: list[_Row] = [
+    rows: list[Row] = [
         ("patch", plan.patch_shape, "what the network sees"),
         ("crop", plan.crop, "cut off each side of its output") if any(plan.crop) else None,
         ("output patch", plan.output_patch_shape, "what is left of it") if any(plan.crop) else None,
@@ -206,11 +216,16 @@ def _shape_lines(plan: Plan, config: Config) -> list[str]:
         "crop": "stitch: crop, each block has patches of its own",
         "seamless": "stitch: seamless, blocks share the patches of the whole volume",
     }[plan.stitch]
-    return [*_table("Shapes, in voxels", rows), f"  {stitch}"]
+    return [*table("Shapes, in voxels", rows), f"  {stitch}"]
 
 
 def _work_lines(
-    plan: Plan, config: Config, info: VolumeInfo, estimate: Estimate, num_masked: int | None
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    estimate: Estimate,
+    num_masked: int | None,
+    expected: Forecast | None,
 ) -> list[str]:
     """Return what is computed, read and written."""
     work = estimate.work
@@ -260,8 +275,9 @@ def _work_lines(
             f"before compression, in {estimate.num_files:,} files ({unit})",
         ),
         _forward_row(config, estimate),
+        _forecast_row(expected),
     ]
-    return ["Work", *_value_rows(rows)]
+    return ["Work", *value_rows(rows)]
 
 
 def _clipped(estimate: Estimate) -> str:
@@ -283,7 +299,16 @@ def _forward_row(config: Config, estimate: Estimate) -> tuple[str, str, str] | N
     return "network time", duration(seconds), f"for one rank, measured on {estimate.probe.device}"
 
 
-def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
+def _forecast_row(expected: Forecast | None) -> tuple[str, str, str] | None:
+    """Return how long everything will take, if `bench` has measured everything."""
+    if expected is None or expected.basis != "bench":
+        return None
+    ranks = count(expected.num_ranks, "rank")
+    remark = f"predicted for {ranks}, {expected.idle_share:.1%} of it idle at the end"
+    return "wall time", duration(expected.seconds), remark
+
+
+def _memory_lines(config: Config, estimate: Estimate, peak_nbytes: int | None) -> list[str]:
     """Return the peak memory of a rank, part by part."""
     columns = _memory_columns(config, estimate)
     head = "".join(f"{title:>{width}}" for title, _, width in columns)
@@ -299,14 +324,21 @@ def _memory_lines(config: Config, estimate: Estimate) -> list[str]:
     )
     name = "together" if _is_complete(estimate.memory) else "together, without the network"
     lines.append(f"  {name:<38}{totals}")
+    if peak_nbytes is not None:
+        on_cpu = runs_on_cpu(config, estimate.probe)
+        cells = [
+            f"{size(peak_nbytes) if on_cpu == (title == _ON_CPU) and title != _DEVICE else '':>14}"
+            for title, _, _ in columns
+        ]
+        lines.append(f"  {'measured, last run, largest rank':<38}{''.join(cells).rstrip()}")
     return lines
 
 
 def _memory_columns(config: Config, estimate: Estimate) -> list[_Column]:
     """Return the columns that can apply: CPU, and host and accelerator."""
-    cpu: _Column = ("on a CPU", [part.cpu_nbytes for part in estimate.memory], 14)
+    cpu: _Column = (_ON_CPU, [part.cpu_nbytes for part in estimate.memory], 14)
     host: _Column = ("host", [part.host_nbytes for part in estimate.memory], 14)
-    device: _Column = ("accelerator", [part.device_nbytes for part in estimate.memory], 14)
+    device: _Column = (_DEVICE, [part.device_nbytes for part in estimate.memory], 14)
     if config.model.backend in CPU_BACKENDS or config.compute.device == "cpu":
         return [cpu]
     return [cpu, host, device] if config.compute.device == "auto" else [host, device]
@@ -331,11 +363,11 @@ def _rank_lines(
     rows = [
         ("blocks per rank", each, remark),
         *(
-            (f"{_count(n, 'rank')} on a node", size(n * nbytes), "of memory at their peak" + more)
+            (f"{count(n, 'rank')} on a node", size(n * nbytes), "of memory at their peak" + more)
             for n in counts[-4:]
         ),
     ]
-    return [f"With {num_ranks} ranks", *_value_rows(rows)]
+    return [f"With {num_ranks} ranks", *value_rows(rows)]
 
 
 def _advice_lines(estimate: Estimate) -> list[str]:
@@ -347,35 +379,6 @@ def _advice_lines(estimate: Estimate) -> list[str]:
     return ["Could be better", *lines] if lines else []
 
 
-# ---- Words and columns ------------------------------------------------------------------------
-
-_Row = tuple[str, Sequence[int], str] | None
-
-
-def _table(title: str, rows: Iterable[_Row]) -> list[str]:
-    """Return rows of three numbers under z, y, x, each with a remark."""
-    shown = [row for row in rows if row is not None]
-    width = 2 + max(len(f"{n:,}") for _, values, _ in shown for n in values)
-    width = max(width, 8)
-    lines = [f"{title:<{_LABEL + 2}}" + "".join(f"{axis:>{width}}" for axis in "zyx")]
-    for name, values, remark in shown:
-        numbers = "".join(f"{n:>{width},}" for n in values)
-        lines.append(f"  {name:<{_LABEL}}{numbers}   {remark}")
-    return lines
-
-
-def _value_rows(rows: Iterable[tuple[str, str, str] | None]) -> list[str]:
-    """Return rows of one value, each with a remark."""
-    shown = [row for row in rows if row is not None]
-    width = max(len(value) for _, value, _ in shown)
-    return [f"  {name:<{_LABEL}}{value:>{width}}   {remark}" for name, value, remark in shown]
-
-
 def _is_complete(memory: Iterable[MemoryPart]) -> bool:
     """Return whether every part is measured."""
     return all(part.cpu_nbytes is not None for part in memory)
-
-
-def _count(number: int, word: str) -> str:
-    """Return a number and its word, plural if it must be."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -226,6 +226,33 @@ def column_of(plan: Plan, axis: int, index: int) -> Column:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AxisKind:
+    """Columns of blocks on one axis that cost the same."""
+
+    num_columns: int
+    """How many there are."""
+
+    num_patches: int
+    """Output patches that touch the core of each."""
+
+    extent: int
+    """Voxels of each core."""
+
+
+def axis_kinds(plan: Plan, axis: int) -> tuple[AxisKind, ...]:
+    """Return the kinds of columns along one axis, in time that does not grow with their number."""
+    counts: dict[tuple[int, int], int] = {}
+    for run in _runs(plan, axis, 1):
+        column = column_of(plan, axis, run.first)
+        kind = column.num_patches, column.stop - column.start
+        counts[kind] = counts.get(kind, 0) + run.count
+    return tuple(
+        AxisKind(num_columns=count, num_patches=patches, extent=extent)
+        for (patches, extent), count in sorted(counts.items())
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """Columns first, first + period, ...: `count` of them, alike but for where they are."""
 

@@ -10,6 +10,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.rundir.history import read_checksum
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
+from mpichunk.schedule.demand import Demand
 from mpichunk.schedule.hang import Tempo
 from mpichunk.schedule.messages import (
     DRAINED,
@@ -39,6 +40,12 @@ Outgoing = tuple[int, ToWorker]
 
 SYNC_SECONDS = 0.02
 """Least time between two syncs of the journal: with small blocks the disk would set the pace."""
+
+SYNC_SHARE = 0.2
+"""Of rank 0's main thread, at most, for the disk."""
+
+MOST_SYNC_SECONDS = 1.0
+"""Longest time between two syncs: what is not synced is what a crash repeats."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -77,8 +84,7 @@ class Coordinator:
         self._core_of = core_of
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
-        self._wanted: dict[int, int] = {}
-        self._parked: dict[int, int] = {}
+        self._demand = Demand()
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
@@ -104,16 +110,16 @@ class Coordinator:
         """Take in a message of a rank."""
         match message:
             case Request(num_blocks=num_blocks):
-                # Asked last, served last: what it still wants moves to the end of the queue.
                 if rank not in self._excluded and num_blocks:
-                    queue = self._parked if rank in self._parked else self._wanted
-                    queue[rank] = queue.pop(rank, 0) + num_blocks
+                    self._demand.add(rank, num_blocks)
             case Done():
                 self._finish(rank, message)
+                self._demand.look_at(rank)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Failed():
                 self._release(rank, message.lease)
                 self._fail(rank, message)
+                self._demand.look_at_all()
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Contested(lease=lease):
                 if self._scheduler.holds(rank, lease):
@@ -125,6 +131,7 @@ class Coordinator:
                 for lease in leases:
                     self._release(rank, lease)
                     self._scheduler.give_back(rank, lease)
+                self._demand.look_at_all()
 
     def regroup(
         self,
@@ -162,8 +169,7 @@ class Coordinator:
             self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
-        self._wanted.clear()
-        self._parked.clear()
+        self._demand.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self._is_stopped = False
@@ -179,14 +185,11 @@ class Coordinator:
         self._newly_excluded.clear()
         if self._scheduler.num_pending == 0:
             return outgoing + self._back_up(now)
-        for rank, num_blocks in list(self._wanted.items()):
-            leases = self._scheduler.lease(rank, num_blocks, now)
-            if not leases:
-                continue
-            outgoing.append((rank, Assign(leases=leases)))
-            self._wanted[rank] -= len(leases)
-            if self._wanted[rank] == 0:
-                del self._wanted[rank]
+        for rank in self._demand.take_ready():
+            leases = self._scheduler.lease(rank, self._demand.of(rank), now)
+            if leases:
+                outgoing.append((rank, Assign(leases=leases)))
+                self._demand.serve(rank, len(leases))
         return outgoing
 
     def may_write(self, rank: int, lease: Lease) -> bool:
@@ -198,12 +201,12 @@ class Coordinator:
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others."""
         self._doubtful.add(rank)
-        self._parked[rank] = self._wanted.get(rank, 0) + self._parked.get(rank, 0)
+        self._demand.park(rank)
         self._take_back(rank)
 
     def welcome_back(self, rank: int) -> None:
-        """Count on a rank that was given up; it does not ask twice for the same."""
-        num_wanted = self._parked.pop(rank, 0)
+        """Count on a rank that was given up."""
+        num_wanted = self._demand.unpark(rank)
         if rank not in self._excluded:
             self._scheduler.welcome_back(rank)
             self.handle(rank, Request(num_blocks=num_wanted))
@@ -216,7 +219,8 @@ class Coordinator:
     def _take_back(self, rank: int) -> None:
         """Lease what a rank holds to others."""
         self._scheduler.give_up_rank(rank)
-        self._wanted.pop(rank, None)
+        self._demand.drop(rank)
+        self._demand.look_at_all()
         self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
 
     def _back_up(self, now: float) -> list[Outgoing]:
@@ -224,11 +228,11 @@ class Coordinator:
 
         First the rank that has it promises to ask before it writes: two never write one block.
         """
-        if now < self._next_back_up or not self._wanted:
+        if now < self._next_back_up or not self._demand:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        idle = list(self._wanted)
+        idle = [rank for rank in self._demand.ranks if self._scheduler.is_idle(rank)]
         for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
             # What the rank that had it before has promised does not bind this one.
             *whose, has_promised = self._contested.get(late.block, (None, None, False))
@@ -245,9 +249,7 @@ class Coordinator:
             lease = self._scheduler.back_up(rank, block, now)
             if lease is not None:
                 log.info("block %d is slow; rank %d computes it as well", block, rank)
-                self._wanted[rank] -= 1
-                if self._wanted[rank] == 0:
-                    del self._wanted[rank]
+                self._demand.serve(rank, 1)
                 idle.remove(rank)
                 return [(rank, Assign(leases=(lease,)))]
         return []
@@ -259,8 +261,8 @@ class Coordinator:
         is_stop_due = self.ending is not None and not self._is_stopped
         if now < self._next_sync and not is_stop_due:
             return []
-        self._next_sync = now + SYNC_SECONDS
-        self._sync()
+        seconds = self._sync() / SYNC_SHARE
+        self._next_sync = now + max(SYNC_SECONDS, min(seconds, MOST_SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()
@@ -281,18 +283,19 @@ class Coordinator:
         elif reason == FAILURES:
             log.error("ending early: %s", why)
 
-    def _sync(self) -> None:
-        """Make the journal durable; end the run when that cannot be done.
+    def _sync(self) -> float:
+        """Make the journal durable; end the run when that cannot be done. Return seconds.
 
         What is not in the journal is acknowledged all the same, else no rank would ever end: its
         blocks count as not done, and are computed again by the next start.
         """
         try:
-            self._journal.sync()
+            return self._journal.sync()
         except OSError as error:
             self._journal.give_up()
             why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
             self._end(FAILURES, why)
+            return 0.0
 
     def _release(self, rank: int, lease: Lease) -> None:
         """Let another rank write a block that this one will not."""
@@ -328,6 +331,7 @@ class Coordinator:
         log.warning("block %d: %s", block, why)
         self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
         self._scheduler.reopen(block)
+        self._demand.look_at_all()
 
     def _note_death(self, rank: int, lease: Lease, state: State) -> None:
         """Note what a rank was computing, or near, when it died."""
@@ -350,16 +354,10 @@ class Coordinator:
             self._retries.pop(failed.lease.block, None)
         else:
             self._retries[failed.lease.block] = rank, failed
-        log.warning(
-            "block %d failed on rank %d (%s), attempt %d: %s: %s; %s",
-            failed.lease.block,
-            rank,
-            self._hosts[rank],
-            failed.lease.attempt,
-            failed.error,
-            failed.message,
-            "given up" if state == State.FAILED else "it will be tried again",
-        )
+        lease, where = failed.lease, f"rank {rank} ({self._hosts[rank]})"
+        outcome = "given up" if state == State.FAILED else "it will be tried again"
+        why = f"{failed.error}: {failed.message}; {outcome}"
+        log.warning("block %d failed on %s, attempt %d: %s", lease.block, where, lease.attempt, why)
 
     def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
         """End the run when the breaker says so; what was to be tried again is listed as failed."""
@@ -388,7 +386,7 @@ class Coordinator:
         )
         self._excluded.add(rank)
         self._newly_excluded.append(rank)
-        self._wanted.pop(rank, None)
+        self._demand.drop(rank)
         # It keeps what it may be writing until it has ended: two never write one block.
         self._scheduler.retire(rank)
         if self._breaker is not None:

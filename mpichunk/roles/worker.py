@@ -5,10 +5,13 @@ nothing of how a block is computed.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from mpichunk.schedule.lookahead import Lookahead
 from mpichunk.schedule.messages import (
     FINISHED,
     Acknowledge,
@@ -31,6 +34,9 @@ from mpichunk.schedule.messages import (
 )
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
+
+REPORT_SECONDS = 0.01
+"""Least time between two reports of blocks while there are others to compute."""
 
 
 class Pipeline(Protocol):
@@ -67,6 +73,8 @@ class Holding:
 class Worker:
     """One rank's blocks, from lease to acknowledgement.
 
+        waiting (their number grows as blocks get shorter) -> pipeline (`depth`) -> unacknowledged
+
     Args:
         pipeline: Computes blocks in other threads.
         records: Where the pipeline puts a record of each block.
@@ -75,6 +83,7 @@ class Worker:
             that the next one is there before it is needed. 0 for a rank that must not compute.
         own_blocks: With static scheduling, the blocks that are this rank's without asking.
         permits: Lets the pipeline write what is not late; default: everything.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -86,6 +95,7 @@ class Worker:
         depth: int = 3,
         own_blocks: Iterable[int] = (),
         permits: Permits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pipeline = pipeline
         self._records = records
@@ -93,14 +103,19 @@ class Worker:
         self._depth = depth
         self._own: Iterator[int] = iter(own_blocks)
         self._permits = permits or Permits(threading.Event())
+        self._clock = clock
+        self._lookahead = Lookahead()
+        # Leases only: what a block takes in memory begins when the pipeline is given it.
+        self._waiting: deque[Lease] = deque()
         self._num_asked = 0
         self._stop: Stop | None = None
         self._given_back: list[Lease] = []
         self._contested: list[Lease] = []
-        self._to_send_again: list[Record] = []
+        self._unsent: list[Record] = []
+        self._next_report = float("-inf")
 
         self.held: set[Lease] = set()
-        """Leases without a record yet."""
+        """Leases without a record yet, those that wait included."""
 
         self.is_abandoning = False
         """Whether the pipeline computes blocks that nobody waits for any more."""
@@ -124,7 +139,8 @@ class Worker:
             case Assign(leases=leases):
                 self._num_asked -= len(leases)
                 for lease in leases:
-                    self._submit(lease)
+                    self._take(lease)
+                self._fill()
             case Acknowledge(leases=leases):
                 for lease in leases:
                     self.unacknowledged.pop(lease, None)
@@ -153,13 +169,15 @@ class Worker:
         """Begin again with other ranks and perhaps another coordinator; return what is at hand.
 
         The pipeline goes on. What the coordinator of before has promised or was asked for is void;
-        blocks of the static run that were not begun are handed out like any others.
+        blocks that were not begun are handed out like any others.
         """
         self._own = iter(())
         self._num_asked = 0
+        self._take_waiting(len(self._waiting))
         self._given_back.clear()
         self._contested.clear()
-        self._to_send_again = list(self.unacknowledged.values())
+        self._unsent = list(self.unacknowledged.values())
+        self._next_report = float("-inf")
         self._permits.ask_again()
         stop, self._stop = self._stop, None
         if stop is not None and stop.reason == FINISHED:
@@ -178,68 +196,120 @@ class Worker:
         Raises:
             BaseException: what has crashed a thread of the pipeline.
         """
-        messages: list[ToCoordinator] = [*self._to_send_again, *self._finished()]
-        self._to_send_again.clear()
+        now = self._clock()
+        self._take_in(now)
+        self._given_back += self._take_waiting(self._lookahead.num_excess(len(self._waiting), now))
+        requests = self._request(now)
+        messages: list[ToCoordinator] = [*self._report(now)]
         messages += [Contested(lease=lease) for lease in self._contested]
         self._contested.clear()
         messages += [Ask(lease=lease) for lease in self._permits.questions()]
         if self._given_back:
             messages.append(GiveBack(leases=tuple(self._given_back)))
             self._given_back.clear()
-        self._submit_own()
-        num_missing = self._depth - len(self.held) - self._num_asked
-        if num_missing > 0 and not self.is_stopped:
-            self._num_asked += num_missing
-            messages.append(Request(num_blocks=num_missing))
+        messages += requests
         self._counters["steps"] = self._pipeline.num_steps
         self._counters["busy"] = bool(self.held)
-        self._counters["held"] = len(self.held)
+        self._counters["held"] = self._num_submitted
         return messages
 
-    def _finished(self) -> Iterator[Record]:
-        """Yield the records that the pipeline has put in the queue since the last step."""
-        while not self._records.empty():
-            record = self._records.get()
-            if isinstance(record, BaseException):
-                raise record
-            self._permits.end(record.lease)
-            if record.lease not in self.held:
-                continue  # left to others: nobody waits for it
-            self.held.discard(record.lease)
-            if isinstance(record, Dropped):
-                self._given_back.append(record.lease)
-                continue
-            self.unacknowledged[record.lease] = record
-            self._counters.count(record)
-            yield record
+    @property
+    def _num_submitted(self) -> int:
+        """Blocks that the pipeline holds."""
+        return len(self.held) - len(self._waiting)
 
-    def _submit_own(self) -> None:
-        """Submit blocks of the static run, as far as there is room."""
+    def _request(self, now: float) -> list[Request]:
+        """Ask for more leases once enough are missing to be worth a message."""
+        num_wanted = self._lookahead.num_wanted(now) if self._depth else 0
+        num_missing = self._depth + num_wanted - len(self.held) - self._num_asked
+        if num_missing <= num_wanted // 2 or self.is_stopped:
+            return []
+        self._num_asked += num_missing
+        # What was finished goes along.
+        self._next_report = now
+        return [Request(num_blocks=num_missing)]
+
+    def _report(self, now: float) -> list[Record]:
+        """Return what is to be reported: at once if there is nothing else to do, or in batches."""
+        if now < self._next_report and self.held and not self.is_stopped:
+            return []
+        records, self._unsent = self._unsent, []
+        if records:
+            self._next_report = now + (REPORT_SECONDS if self._waiting else 0.0)
+        return records
+
+    def _take_in(self, now: float) -> None:
+        """Take in what the pipeline has finished since the last step, and give it what waits."""
+        if not self._num_submitted:
+            self._lookahead.move(now)
+        self._fill()
+        while not self._records.empty():
+            self._lookahead.move(now)
+            while not self._records.empty():
+                self._note(self._records.get())
+            self._fill()
+
+    def _note(self, record: Record | Dropped | BaseException) -> None:
+        """Take in what has become of a block."""
+        if isinstance(record, BaseException):
+            raise record
+        lease = record.lease
+        self._permits.end(lease)
+        if lease not in self.held:
+            return  # left to others: nobody waits for it
+        self.held.discard(lease)
+        if isinstance(record, Dropped):
+            self._given_back.append(lease)
+            return
+        if isinstance(record, Done):
+            self._lookahead.note(sum(record.seconds.values()))
+        self.unacknowledged[lease] = record
+        self._unsent.append(record)
+        self._counters.count(record)
+
+    def _fill(self) -> None:
+        """Submit what waits, and blocks of the static run, as far as there is room."""
+        while self._waiting and self._num_submitted < self._depth:
+            self._pipeline.submit(self._waiting.popleft())
         # Bounded also while nobody acknowledges: what is lost with the job is what is in flight.
-        while len(self.held) < self._depth and len(self.unacknowledged) <= self._depth:
+        most = self._depth + self._lookahead.num_wanted(self._clock())
+        while len(self.held) < self._depth and len(self.unacknowledged) <= most:
             block = next(self._own, None)
             if block is None:
                 return
             # Plain numbers only: what comes out of an array could not go into the journal.
-            self._submit(Lease(block=int(block), attempt=1))
+            self._take(Lease(block=int(block), attempt=1))
+            self._pipeline.submit(self._waiting.popleft())
 
     def _give_back(self) -> None:
         """Drop what has only been read: soon done again, and time may be short."""
+        self._given_back += self._take_waiting(len(self._waiting))
         dropped = self._pipeline.drop_waiting()
         self.held.difference_update(dropped)
         self._given_back += dropped
 
     def _leave_to_others(self) -> None:
         """Forget what other ranks have finished meanwhile, except what is being written."""
+        self._take_waiting(len(self._waiting))
         writing = self._permits.close(self.held)
         if writing != self.held:
             self.is_abandoning = True
         self.held.intersection_update(writing)
 
-    def _submit(self, lease: Lease) -> None:
-        """Give a block to the pipeline, unless it has it: this rank was given up, and is back."""
+    def _take(self, lease: Lease) -> None:
+        """Let a lease wait for the pipeline, unless it is held: this rank was given up, is back."""
         if lease in self.held:
             return
         self.held.add(lease)
+        # From now on: a rank that is stopped for long must ask also for what it has not begun.
         self._permits.begin(lease)
-        self._pipeline.submit(lease)
+        self._waiting.append(lease)
+
+    def _take_waiting(self, num_leases: int) -> list[Lease]:
+        """Take back leases that wait, those that came last; return them."""
+        leases = [self._waiting.pop() for _ in range(num_leases)]
+        self.held.difference_update(leases)
+        for lease in leases:
+            self._permits.end(lease)
+        leases.reverse()
+        return leases

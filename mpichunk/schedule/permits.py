@@ -67,7 +67,8 @@ class Permits:
     def may_write(self, lease: Lease) -> bool:
         """Return whether a block is to be written; waits for an answer when it must ask."""
         with self._changed:
-            is_late = self._clock() - self._since.get(lease, self._clock()) > self.lease_seconds
+            now = self._clock()
+            is_late = now - self._since.get(lease, now) > self.lease_seconds
             must_ask = is_late or lease.is_backup or lease in self._contested
             if must_ask and not self._is_closed:
                 self._asked.append(lease)
@@ -96,7 +97,8 @@ class Permits:
     def answer(self, lease: Lease, may_write: bool) -> None:
         """Let a writer thread go on."""
         with self._changed:
-            if lease in self._open:
+            # Once closed nobody counts on a thread that has not woken yet: it is to write nothing.
+            if lease in self._open and not self._is_closed:
                 self._answers[lease] = may_write
                 if may_write:
                     # Now, not when the thread wakes: others may ask meanwhile what is written.

@@ -40,13 +40,20 @@ class Counters:
     """What one rank has done since the run started; `vector` is what the ranks sum."""
 
     def __init__(self) -> None:
-        self.vector: npt.NDArray[np.float64] = np.zeros(len(COUNTERS))
+        # Plain floats: counting is part of what every block costs.
+        self._values = dict.fromkeys(COUNTERS, 0.0)
+
+    @property
+    def vector(self) -> npt.NDArray[np.float64]:
+        """(counters,) in the order of `COUNTERS`."""
+        return np.array(list(self._values.values()))
 
     def __getitem__(self, name: str) -> float:
-        return float(self.vector[COUNTERS.index(name)])
+        return self._values[name]
 
     def __setitem__(self, name: str, value: float) -> None:
-        self.vector[COUNTERS.index(name)] = value
+        assert name in self._values, name
+        self._values[name] = float(value)
 
     def measure_memory(self) -> None:
         """Note how much memory the process has taken at most."""
@@ -55,16 +62,17 @@ class Counters:
 
     def count(self, record: Record) -> None:
         """Add a finished or failed block."""
+        values = self._values
         if not isinstance(record, Done):
-            self["failures"] += 1
+            values["failures"] += 1
             return
-        self["blocks"] += 1
-        self["patches"] += record.num_patches
-        self["voxels"] += record.num_voxels
-        self["bytes_read"] += record.nbytes_read
-        self["bytes_written"] += record.nbytes_written
+        values["blocks"] += 1
+        values["patches"] += record.num_patches
+        values["voxels"] += record.num_voxels
+        values["bytes_read"] += record.nbytes_read
+        values["bytes_written"] += record.nbytes_written
         for stage in STAGES:
-            self[stage] += record.seconds.get(stage, 0.0)
+            values[stage] += record.seconds.get(stage, 0.0)
 
 
 def totals(vector: npt.NDArray[np.float64] | tuple[float, ...]) -> dict[str, float]:

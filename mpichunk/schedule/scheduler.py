@@ -10,15 +10,14 @@ A block that takes long may be leased to a second rank as well: the first result
 """
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.schedule.holders import Holders
 from mpichunk.schedule.messages import Lease, State
 from mpichunk.schedule.retries import Retries
 from mpichunk.schedule.staticrun import static_starts
@@ -26,16 +25,12 @@ from mpichunk.schedule.staticrun import static_starts
 MOST_DEATHS = 3
 """Ranks that may die over a block before it is given up: it may be what kills them."""
 
-IN_PLAY = (State.PENDING, State.LEASED)
+MOST_LEASED = 2**18
+"""Leases that may be out at a time, all ranks together: each is a Python object of about 400 B."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Holder:
-    """How a rank holds a block."""
-
-    attempt: int
-    since: float
-    is_backup: bool = False
+# Plain numbers: an access to a member of an enum takes longer than what is done with it here.
+PENDING, LEASED, DONE, FAILED = map(int, State)
+IN_PLAY = (PENDING, LEASED)
 
 
 class Scheduler:
@@ -63,16 +58,18 @@ class Scheduler:
     ) -> None:
         self._ranks = tuple(range(size) if ranks is None else ranks)
         self._max_attempts = max_attempts
-        self._states: npt.NDArray[np.uint8] = np.zeros(num_blocks, np.uint8)
+        # One memory, seen as an array where many blocks are meant, as bytes where it is one.
+        self._bytes = bytearray(num_blocks)
+        self._states: npt.NDArray[np.uint8] = np.frombuffer(self._bytes, np.uint8)
         if done is not None:
-            self._states[done] = State.DONE
+            self._states[done] = DONE
         self._counts = [int(np.count_nonzero(self._states == state)) for state in State]
 
         # In flight. Static runs are held without an entry: `_run_starts` tells whose they are.
-        self._holders: dict[int, dict[int, _Holder]] = {}
-        self._num_held: Counter[int] = Counter()
+        self._holders = Holders()
         self._given_up: set[int] = set()
         self._run_starts: list[int] = []
+        self._count_ranks()
 
         # Blocks to lease: first those never tried, in plan order, then those that failed. Trying
         # again late gives a fault time to pass.
@@ -95,30 +92,30 @@ class Scheduler:
     @property
     def num_pending(self) -> int:
         """Blocks that can be leased."""
-        return self._counts[State.PENDING]
+        return self._counts[PENDING]
 
     @property
     def num_leased(self) -> int:
         """Blocks that ranks hold."""
-        return self._counts[State.LEASED]
+        return self._counts[LEASED]
 
     @property
     def num_done(self) -> int:
         """Blocks that are done, those of earlier runs included."""
-        return self._counts[State.DONE]
+        return self._counts[DONE]
 
     @property
     def num_failed(self) -> int:
         """Blocks that have been tried as often as allowed."""
-        return self._counts[State.FAILED]
+        return self._counts[FAILED]
 
     def state(self, block: int) -> State:
         """Return the state of one block."""
-        return State(int(self._states[block]))
+        return State(self._bytes[block])
 
     def failed_blocks(self) -> npt.NDArray[np.int64]:
         """Return the failed blocks in plan order."""
-        return np.flatnonzero(self._states == State.FAILED)
+        return np.flatnonzero(self._states == FAILED)
 
     def lease(self, rank: int, num_blocks: int, now: float) -> tuple[Lease, ...]:
         """Lease at most `num_blocks` blocks to `rank`, none if there is nothing for it now.
@@ -126,14 +123,18 @@ class Scheduler:
         A rank that holds a block is given no more than its equal share of what is unfinished, so
         that the ranks that happen to ask first do not take all of a short run, or of a run's end.
         """
-        share = max(1, (self.num_pending + self.num_leased) // len(self._ranks))
+        num_blocks = min(num_blocks, self._share - self._holders.num_held(rank))
         leases: list[Lease] = []
-        while len(leases) < num_blocks and self._num_held[rank] < share:
+        while len(leases) < num_blocks:
             block = self._next_block(rank)
             if block is None:
                 break
             leases.append(self._hold(rank, block, now))
         return tuple(leases)
+
+    def is_idle(self, rank: int) -> bool:
+        """Return whether a rank holds no block that was leased to it."""
+        return not self._holders.num_held(rank)
 
     def finish(self, rank: int, lease: Lease) -> bool:
         """Count a block as done; return False for a late duplicate, which changes nothing.
@@ -141,9 +142,9 @@ class Scheduler:
         The first result wins, whoever brings it: the bytes of a block do not depend on the rank.
         """
         self._release(rank, lease)
-        if self._states[lease.block] == State.DONE:
+        if self._bytes[lease.block] == DONE:
             return False
-        self._move(lease.block, State.DONE)
+        self._move(lease.block, DONE)
         self._retries.forget(lease.block)
         return True
 
@@ -153,26 +154,26 @@ class Scheduler:
         The block is pending again, for another rank where there is one that has not failed on it,
         until it has been tried `max_attempts` times.
         """
-        if not self._release(rank, lease) or self._states[lease.block] != State.LEASED:
+        if not self._release(rank, lease) or self._bytes[lease.block] != LEASED:
             return None
         num_tries = self._retries.count(lease.block, rank, lease.attempt)
         if lease.block in self._holders:
             return State.LEASED
         if num_tries >= self._max_attempts:
             self._retries.forget(lease.block)
-            self._move(lease.block, State.FAILED)
+            self._move(lease.block, FAILED)
             return State.FAILED
         self._make_pending(lease.block)
         return State.PENDING
 
     def holds(self, rank: int, lease: Lease) -> bool:
         """Return whether a rank holds a block that is still to be done."""
-        if self._states[lease.block] != State.LEASED:
+        if self._bytes[lease.block] != LEASED:
             return False
-        holders = self._holders.get(lease.block)
-        if holders is None:
+        if lease.block not in self._holders:
             return lease.attempt == 1 and self._is_in_run(rank, lease.block)
-        return rank in holders and holders[rank].attempt == lease.attempt
+        holder = self._holders.of(lease.block).get(rank)
+        return holder is not None and holder.attempt == lease.attempt
 
     def late_leases(self, now: float, seconds: float) -> list[tuple[int, Lease]]:
         """Return what one rank alone has held for long, each with its rank, the oldest first.
@@ -181,52 +182,39 @@ class Scheduler:
             now: Seconds.
             seconds: What is long for one block; a rank works on all that it holds.
         """
-        found: list[tuple[float, int, Lease]] = []
-        for block, holders in self._holders.items():
-            ((rank, holder), *others) = holders.items()
-            is_late = now - holder.since > seconds * max(1, self._num_held[rank])
-            if is_late and not others and self._states[block] == State.LEASED:
-                lease = Lease(block=block, attempt=holder.attempt, is_backup=holder.is_backup)
-                found.append((holder.since, rank, lease))
-        found.sort(key=lambda item: (item[0], item[2].block))
-        return [(rank, lease) for _, rank, lease in found]
+        late = self._holders.late(now, seconds)
+        return [(rank, lease) for rank, lease in late if self._bytes[lease.block] == LEASED]
 
     def back_up(self, rank: int, block: int, now: float) -> Lease | None:
         """Lease a block that another rank holds to a rank without one; None if it must not."""
         has_failed = self._retries.has_failed_on(block, rank)
-        if self._num_held[rank] or has_failed or rank in self._holders[block]:
+        if self._holders.num_held(rank) or has_failed or rank in self._holders.of(block):
             return None
-        lease = replace(self._hold(rank, block, now), is_backup=True)
-        self._holders[block][rank] = _Holder(attempt=lease.attempt, since=now, is_backup=True)
-        return lease
+        return self._hold(rank, block, now, is_backup=True)
 
     def retire(self, rank: int) -> None:
         """Let no block wait for a rank any more; what it holds it may finish."""
         self._given_up.add(rank)
+        self._count_ranks()
         self._retries.sort(self._others, self._is_pending)
 
     def give_up_rank(self, rank: int) -> None:
         """Make pending what a rank alone holds, and count on it no more; it may yet finish it."""
         self.retire(rank)
-        held = [block for block, holders in self._holders.items() if rank in holders]
-        for block in held:
-            del self._holders[block][rank]
-            if not self._holders[block]:
-                del self._holders[block]
-        self._num_held[rank] = 0
-        for block in held:
-            if self._states[block] == State.LEASED and block not in self._holders:
+        for block in self._holders.release_all(rank):
+            if self._bytes[block] == LEASED and block not in self._holders:
                 self._make_pending(block)
         self._give_up_run(rank)
 
     def welcome_back(self, rank: int) -> None:
         """Count on a rank that was given up."""
         self._given_up.discard(rank)
+        self._count_ranks()
         self._retries.sort(self._others, self._is_pending)
 
     def reopen(self, block: int) -> None:
         """Make a block that was done pending: what is stored of it is in doubt."""
-        if self._states[block] == State.DONE:
+        if self._bytes[block] == DONE:
             self._make_pending(block)
 
     def regroup(
@@ -250,26 +238,24 @@ class Scheduler:
         """
         suspects = [(rank, lease) for rank in lost if (lease := self._oldest(rank)) is not None]
         self._ranks = tuple(rank for rank in self._ranks if rank in held)
-        before = self._states == State.LEASED
-        self._states[before] = State.PENDING
+        before = self._states == LEASED
+        self._states[before] = PENDING
         self._holders.clear()
-        self._num_held.clear()
         self._run_starts.clear()
         for rank, leases in held.items():
             for lease in leases:
                 block, is_writing = lease.block, writers.get(lease.block) == rank
                 is_told = self._retries.is_told_again(block, rank, lease.attempt)
-                if self._states[block] in IN_PLAY and (is_writing or not is_told):
-                    self._states[block] = State.LEASED
-                    holder = _Holder(attempt=lease.attempt, since=now, is_backup=lease.is_backup)
-                    self._holders.setdefault(block, {})[rank] = holder
-                    self._num_held[rank] += 1
+                if self._bytes[block] in IN_PLAY and (is_writing or not is_told):
+                    self._bytes[block] = LEASED
+                    self._holders.hold(rank, lease, now)
         self._counts = [int(n) for n in np.bincount(self._states, minlength=len(State))]
         self._fresh = self._retries.never_tried(self._states)
         self._given_up.clear()
+        self._count_ranks()
         fates = [(rank, lease, self._suspect(lease.block)) for rank, lease in suspects]
         self._retries.sort_failed(self._others, self._is_pending)
-        return [fate for fate in fates if fate[2] != State.DONE]
+        return [fate for fate in fates if fate[2] != DONE]
 
     def recall(
         self,
@@ -287,53 +273,49 @@ class Scheduler:
         pending = {b: ranks for b, ranks in failed_on.items() if self._is_pending(b)}
         self._retries.recall(pending, died_on)
         for block in given_up:
-            if self._states[block] == State.PENDING:
+            if self._bytes[block] == PENDING:
                 self._retries.forget(block)
-                self._move(block, State.FAILED)
+                self._move(block, FAILED)
         self._retries.sort_failed(self._others, self._is_pending)
 
     def give_back(self, rank: int, lease: Lease) -> None:
         """Take back a lease that was not begun, or whose block was not to be written."""
-        is_held = self._release(rank, lease) and self._states[lease.block] == State.LEASED
+        is_held = self._release(rank, lease) and self._bytes[lease.block] == LEASED
         if is_held and lease.block not in self._holders:
             self._make_pending(lease.block)
 
     def _oldest(self, rank: int) -> Lease | None:
-        """Return what a rank was most likely computing: of what it holds, what it has held longest.
-
-        Blocks are computed in the order in which they were leased.
-        """
-        mine = [(h[rank].since, block) for block, h in self._holders.items() if rank in h]
-        if mine:
-            block = min(mine)[1]
-            return Lease(block=block, attempt=self._holders[block][rank].attempt)
+        """Return what a rank was most likely computing."""
+        oldest = self._holders.oldest(rank)
+        if oldest is not None:
+            return oldest
         start, _, is_rest = self._rest_of_run(rank)
         return Lease(block=start + int(np.argmax(is_rest)), attempt=1) if is_rest.any() else None
 
     def _suspect(self, block: int) -> State:
         """Note that a rank has died on a block; return its state."""
         num_deaths = self._retries.count_death(block)
-        if num_deaths >= MOST_DEATHS and self._states[block] == State.PENDING:
+        if num_deaths >= MOST_DEATHS and self._bytes[block] == PENDING:
             self._retries.forget(block)
-            self._move(block, State.FAILED)
+            self._move(block, FAILED)
         return self.state(block)
 
     def _rest_of_run(self, rank: int) -> tuple[int, int, npt.NDArray[np.bool_]]:
         """Return the bounds of a static run, and which of its blocks have not been heard of."""
         starts, num_runs = self._run_starts, len(self._run_starts)
-        place = min(self._ranks.index(rank), num_runs) if rank in self._ranks else num_runs
+        place = min(self._places.get(rank, num_runs), num_runs)
         start, stop = [*starts, len(self._states), 0][place:][:2]
-        is_rest = self._states[start:stop] == State.LEASED
-        is_rest[[block - start for block in self._holders if start <= block < stop]] = False
+        is_rest = self._states[start:stop] == LEASED
+        is_rest[[block - start for block in self._holders.between(start, stop)]] = False
         return start, stop, is_rest
 
     def _lease_runs(self) -> None:
         """Give each rank its static run."""
-        todo = self._states == State.PENDING
+        todo = self._states == PENDING
         self._run_starts = static_starts(todo, len(self._ranks))
-        self._states[todo] = State.LEASED
-        self._counts[State.LEASED] += self._counts[State.PENDING]
-        self._counts[State.PENDING] = 0
+        self._states[todo] = LEASED
+        self._counts[LEASED] += self._counts[PENDING]
+        self._counts[PENDING] = 0
         self._fresh = iter(())
 
     def _next_block(self, rank: int) -> int | None:
@@ -345,56 +327,55 @@ class Scheduler:
             if block is None or self._is_pending(block):
                 return block
 
-    def _hold(self, rank: int, block: int, now: float) -> Lease:
-        """Make `rank` the holder of a pending block."""
-        lease = Lease(block=block, attempt=self._retries.num_tries(block) + 1)
-        self._holders.setdefault(block, {})[rank] = _Holder(attempt=lease.attempt, since=now)
-        self._num_held[rank] += 1
-        self._move(block, State.LEASED)
+    def _hold(self, rank: int, block: int, now: float, *, is_backup: bool = False) -> Lease:
+        """Make `rank` a holder of a block."""
+        attempt = self._retries.num_tries(block) + 1
+        lease = Lease(block=block, attempt=attempt, is_backup=is_backup)
+        self._holders.hold(rank, lease, now)
+        self._move(block, LEASED)
         return lease
 
     def _release(self, rank: int, lease: Lease) -> bool:
         """End a lease; return whether `rank` held it."""
-        holders = self._holders.get(lease.block)
-        if holders is None:
+        if lease.block not in self._holders:
             return lease.attempt == 1 and self._is_in_run(rank, lease.block)
-        if rank not in holders or holders[rank].attempt != lease.attempt:
-            return False
-        del holders[rank]
-        if not holders:
-            del self._holders[lease.block]
-        self._num_held[rank] -= 1
-        return True
+        return self._holders.release(rank, lease)
 
     def _is_in_run(self, rank: int, block: int) -> bool:
         """Return whether a leased block without an entry is part of the static run of `rank`."""
-        if self._states[block] != State.LEASED or rank not in self._ranks:
+        if self._bytes[block] != LEASED:
             return False
-        return bisect_right(self._run_starts, block) - 1 == self._ranks.index(rank)
+        return bisect_right(self._run_starts, block) - 1 == self._places.get(rank)
 
     def _give_up_run(self, rank: int) -> None:
         """Make pending what has not been heard of in the static run of a rank."""
         start, stop, is_rest = self._rest_of_run(rank)
-        self._states[start:stop][is_rest] = State.PENDING
-        self._counts[State.LEASED] -= (num_rest := int(np.count_nonzero(is_rest)))
-        self._counts[State.PENDING] += num_rest
+        self._states[start:stop][is_rest] = PENDING
+        self._counts[LEASED] -= (num_rest := int(np.count_nonzero(is_rest)))
+        self._counts[PENDING] += num_rest
         self._fresh = chain(self._fresh, self._retries.never_tried(self._states, start, stop))
 
     def _make_pending(self, block: int) -> None:
         """Take a block back."""
         self._retries.queue(block, self._others)
-        self._move(block, State.PENDING)
+        self._move(block, PENDING)
 
     @property
-    def _others(self) -> set[int]:
-        """The ranks that blocks may wait for."""
-        return set(self._ranks) - self._given_up
+    def _share(self) -> int:
+        """How many blocks a rank may hold."""
+        share = (self._counts[PENDING] + self._counts[LEASED]) // len(self._ranks)
+        return max(1, min(share, MOST_LEASED // len(self._ranks)))
+
+    def _count_ranks(self) -> None:
+        """Note who is there for blocks to wait for."""
+        self._places = {rank: place for place, rank in enumerate(self._ranks)}
+        self._others = set(self._ranks) - self._given_up
 
     def _is_pending(self, block: int) -> bool:
-        return bool(self._states[block] == State.PENDING)
+        return self._bytes[block] == PENDING
 
-    def _move(self, block: int, state: State) -> None:
+    def _move(self, block: int, state: int) -> None:
         """Change the state of a block."""
-        self._counts[self._states[block]] -= 1
+        self._counts[self._bytes[block]] -= 1
         self._counts[state] += 1
-        self._states[block] = state
+        self._bytes[block] = state

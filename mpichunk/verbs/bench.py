@@ -22,9 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from mpichunk.backends import get_backend
 from mpichunk.backends.engine import Engine, EngineRequest
-from mpichunk.bench.figures import Pass, RankFigures, combine, suggest
+from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.bench.report import Bench, bench_json, render_bench
 from mpichunk.bench.scratch import scratch_output, scratch_parent
 from mpichunk.bench.trial import Trial
@@ -41,8 +40,10 @@ from mpichunk.job.assembly import (
     open_volumes,
     prepare_network,
 )
-from mpichunk.job.probing import forward_nbytes, write_probe
-from mpichunk.job.startup import Job, is_wanted, open_config_mask, prepare
+from mpichunk.job.fitting import device_room, keep_probe
+from mpichunk.job.masking import is_wanted
+from mpichunk.job.probing import device_words, forward_nbytes
+from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.estimate import Probe
 from mpichunk.plan.plan import Plan
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
@@ -150,10 +151,15 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     figures = combine(ranks)
     estimate, on_cpu = job.estimate(), request.device == "cpu"
     if figures.seconds_per_batch > 0:
+        room = device_room(engine)
         probe = Probe(
-            seconds=figures.seconds_per_batch, nbytes=nbytes, device=_device_words(engine)
+            seconds=figures.seconds_per_batch,
+            nbytes=nbytes,
+            device=device_words(engine),
+            free_nbytes=None if room is None else room.nbytes,
+            pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
         )
-        on_rank_0(comm, lambda: _keep(job, probe))
+        on_rank_0(comm, lambda: keep_probe(job, probe))
     advice = suggest(figures, job.config, estimate.work, on_cpu=on_cpu, num_blocks=num_blocks)
     return Bench(
         config=job.config,
@@ -291,18 +297,3 @@ def _together(comm: Communicator, measure: Callable[[], T]) -> T:
     """Begin on all ranks at the same time; return this one's result when all have one."""
     comm.barrier()
     return on_every_rank(comm, measure)
-
-
-def _device_words(engine: Engine) -> str:
-    """Return the device with what else decides its speed."""
-    info = engine.info
-    return f"{info.device}, {info.threads} CPU threads" if info.device == "cpu" else info.device
-
-
-def _keep(job: Job, probe: Probe) -> None:
-    """Keep what the forward told for `plan`; where that cannot be, say so and go on."""
-    files = get_backend(job.config.model.backend).model_files(job.config.model)
-    try:
-        write_probe(job.run_dir, job.config, files, probe)
-    except OSError as error:
-        log.warning("%s: cannot be written, so `plan` will not know: %s", job.run_dir, error)

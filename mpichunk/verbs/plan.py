@@ -1,27 +1,51 @@
-"""The `plan` verb: what a run would do and cost, before it is run.
+"""The `plan` verb: what a run would do and cost, and which blocks would do better, before it runs.
 
 Opens the input's metadata, and nothing else of it; starts neither MPI nor torch.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mpichunk.config.file import load_config
-from mpichunk.errors import ExitCode
-from mpichunk.job.startup import Job, masked_blocks, open_config_mask, prepare
+from mpichunk.config.file import LoadedConfig, load_config
+from mpichunk.errors import ExitCode, UserError
+from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.masking import masked_blocks
+from mpichunk.job.probing import read_peak
+from mpichunk.job.startup import Job, open_config_mask, prepare
+from mpichunk.plan.estimate import Memory, Probe
+from mpichunk.plan.fit import Room
 from mpichunk.plan.report import plan_json, render_plan
+from mpichunk.plan.suggestion import runs_on_cpu, suggest
+from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json
 from mpichunk.volume import check_output
 
 MOST_BLOCKS_MASKED = 100_000
 """Above so many blocks the masked ones are not counted: it would take more than a minute."""
 
 
-def preview(
-    config_path: Path, overrides: Sequence[str], *, num_ranks: int, as_json: bool
-) -> ExitCode:
-    """Print the plan of a config.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to print."""
+
+    num_ranks: int = 1
+    """Ranks to plan for."""
+
+    as_json: bool = False
+    """Print JSON."""
+
+    suggest: bool = False
+    """Print block shapes that would be better, instead of the plan."""
+
+    memory_nbytes: int | None = None
+    """What one rank may take, where its network runs; None: what is there."""
+
+
+def preview(config_path: Path, overrides: Sequence[str], options: Options) -> ExitCode:
+    """Print the plan of a config, or what would be better.
 
     Raises:
         UserError: the run could not work.
@@ -29,17 +53,81 @@ def preview(
     loaded = load_config(config_path, overrides)
     with loaded.locating():
         job = prepare(loaded.config)
-        check_output(job.output, sources=job.sources)
-        num_masked = _num_masked(job)
-        arguments = job.plan, job.config, job.volume, job.estimate()
-        if as_json:
-            found = plan_json(*arguments, num_ranks=num_ranks, num_masked=num_masked)
-            print(json.dumps(found, indent=2))
+        if options.suggest:
+            _print_suggestions(loaded, job, options)
         else:
-            print(render_plan(*arguments, num_ranks=num_ranks, num_masked=num_masked))
-        for warning in loaded.warnings():
-            print(f"mpichunk: {warning}", file=sys.stderr)
+            check_output(job.output, sources=job.sources)
+            _print_plan(job, options)
+        for line in (*loaded.notes, *loaded.warnings()):
+            print(f"mpichunk: {line}", file=sys.stderr)
     return ExitCode.ALL_DONE
+
+
+def _print_plan(job: Job, options: Options) -> None:
+    """Print what a run would do."""
+    num_masked = _num_masked(job)
+    found = job.estimate()
+    expected = job.forecast(options.num_ranks, found.work.num_blocks - (num_masked or 0))
+    arguments = job.plan, job.config, job.volume, found
+    peak = read_peak(job.run_dir, job.config, job.model_files())
+    make = plan_json if options.as_json else render_plan
+    printed = make(
+        *arguments,
+        num_ranks=options.num_ranks,
+        num_masked=num_masked,
+        expected=expected,
+        peak_nbytes=peak,
+    )
+    print(printed if isinstance(printed, str) else json.dumps(printed, indent=2))
+
+
+def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None:
+    """Print which blocks would be better.
+
+    Raises:
+        UserError: nobody knows how much memory there is.
+    """
+    probe = job.probe()
+    memory: Memory = "cpu" if runs_on_cpu(job.config, probe) else "device"
+    room = _room(memory, options, probe)
+    found = suggest(
+        job.plan,
+        job.config,
+        job.volume,
+        num_ranks=options.num_ranks,
+        limit_nbytes=room.nbytes,
+        memory=memory,
+        is_chunk_open="output.chunk_shape" in loaded.defaulted,
+        model_nbytes=job.model_nbytes(),
+        probe=probe,
+    )
+    if options.as_json:
+        text = json.dumps(suggestions_json(found, room=room, memory=memory), indent=2)
+    else:
+        text = render_suggestions(
+            job.plan, job.config, found, room=room, memory=memory, probe=probe
+        )
+    print(text)
+
+
+def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:
+    """Return what one rank may take of the memory that its network runs in."""
+    if options.memory_nbytes is not None:
+        return Room(nbytes=options.memory_nbytes, words="as asked for with --memory")
+    if memory == "cpu":
+        # Ranks that this machine has no core for run on others.
+        num_local = min(options.num_ranks, os.cpu_count() or 1)
+        groups = [(group, num_local) for group in memory_groups()]
+        room = host_room(num_local, groups, own_nbytes=0)
+        return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or give --memory")
+    if probe is None or probe.free_nbytes is None:
+        raise UserError(
+            "nobody knows how much memory the accelerator has; give it, e.g. --memory 80GB, or "
+            "measure with `bench`",
+            key="compute.device",
+        )
+    words = f"what a rank could have on {probe.device} when it was measured; or give --memory"
+    return Room(nbytes=probe.free_nbytes, words=words)
 
 
 def _num_masked(job: Job) -> int | None:

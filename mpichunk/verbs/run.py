@@ -6,6 +6,7 @@ Decides nothing itself. Nothing is written before all is checked:
     every rank      devices and threads                  -> all ranks decide alike
     rank 0          what earlier starts have left        -> every rank
     every rank      loads the network, one forward       -> the ranks that compute right
+    every rank      one forward more, free memory        -> that what will be needed is there
     rank 0          output, journal, run directory       -> every rank sees them, opens the volumes
     every rank      blocks, until all have ended
     rank 0          summary, coverage                    -> one exit code
@@ -24,6 +25,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mpichunk.backends.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
@@ -41,6 +44,7 @@ from mpichunk.job.assembly import (
 )
 from mpichunk.job.canary import find_sound_ranks
 from mpichunk.job.conclusion import conclude, note_end
+from mpichunk.job.fitting import check_device, check_host, probe_ranks
 from mpichunk.job.leading import Keeper, Leading
 from mpichunk.job.startup import (
     Job,
@@ -53,6 +57,7 @@ from mpichunk.job.startup import (
     write_run_files,
 )
 from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.prediction import Forecast
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -162,7 +167,8 @@ def run_on(
 def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
     """Return how long the start may take, before there are other ranks to read the config."""
     try:
-        return load_config(config_path, overrides).config.schedule.start_timeout_seconds
+        loaded = load_config(config_path, overrides, read_packages=False)
+        return loaded.config.schedule.start_timeout_seconds
     except (UserError, OSError):
         # It is told in good order once the ranks know one another.
         return Schedule().start_timeout_seconds
@@ -194,14 +200,20 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     if todo.any():
         on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
         request = engine_request(job, bindings.of(comm.rank))
+        check_host(comm, job, request)
         prepared = on_rank_0(comm, lambda: prepare_network(job, request))
         engine, sound = find_sound_ranks(
             comm, job.config.model, request, lambda: load_engine(job, request, prepared)
         )
-        leading = Leading(comm=comm, job=job, todo=todo, sound=sound)
+        probe = probe_ranks(comm, job, engine, request, sound)
+        check_host(comm, job, request, probe)
+        check_device(comm, job, engine, bindings, probe)
+        num_todo = int(np.count_nonzero(todo))
+        expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo))
+        leading = Leading(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
             keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
-            _open_run(comm, keeper, bindings, engine.info, fresh=fresh, life=life)
+            _open_run(comm, keeper, bindings, engine.info, expected, fresh=fresh, life=life)
             source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
             inference = make_inference(job, engine, request)
             part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
@@ -215,6 +227,8 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
+    for note in loaded.notes:
+        log.info("%s", note)
     for warning in (*loaded.warnings(), *bindings.warnings):
         log.warning("%s", warning)
 
@@ -224,6 +238,7 @@ def _open_run(
     keeper: Keeper,
     bindings: Bindings,
     engine: EngineInfo,
+    expected: Forecast,
     *,
     fresh: bool,
     life: Life,
@@ -242,7 +257,7 @@ def _open_run(
         if not life.has_begun:
             clear_stop(job.run_dir, before=lock.taken)
         _note_start(journal, bindings, engine, life.allocation)
-        return write_run_files(job.config, job)
+        return write_run_files(job.config, job, expected)
 
     nonce = on_rank_0(comm, begin)
     life.has_begun = True

@@ -1,0 +1,179 @@
+"""The part of a block that patches still touch: added to at the bottom, finished from the top.
+
+Patches come in lattice order, z slowest. What lies above the next one is complete: it is divided,
+reduced and sent to the host, and its rows hold what comes below. So the memory of a device does not
+grow with the length of a block. Knows no networks, and no arrays but through an engine's.
+
+    core      finished | slab: rows that are added to | not yet touched
+                       '- num_finished
+    memory    a ring: row z of the core lies in row z modulo the slab's length
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.backends.engine import Arrays, DeviceArray
+from mpichunk.backends.reduction import Reduction
+from mpichunk.errors import BlockError
+from mpichunk.geometry.box import Box, Grid, Slices
+
+NOT_FINITE = (
+    "the result holds NaN or inf near {place}; look at the input there, and at whether the network "
+    "is sound for it"
+)
+NOT_FLOAT16 = (
+    "the result holds values that float16 cannot, above 65504, near {place}; write float32, or "
+    "look at the input there"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is made of a block's sums, and where it goes."""
+
+    core: Box
+    """What the block writes."""
+
+    core_czyx: npt.NDArray[Any]
+    """The finished core, on the host."""
+
+    sums: DeviceArray
+    """Sums of weights along z, y and x of the core, as `Arrays.vectors` returns them."""
+
+    mask_zyx: npt.NDArray[np.bool_] | None
+    """Wanted voxels of the core; None for all."""
+
+    reduction: Reduction
+    """What is made of the blended channels."""
+
+
+class Slab:
+    """The sums of one block, for one thread.
+
+    Args:
+        arrays: The engine's.
+        window: Weights of an output patch, as `Arrays.window` returns them.
+        num_channels: Channels of the network.
+        patch_length: Q, voxels of an output patch along z.
+        target: What becomes of the sums.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        window: DeviceArray,
+        *,
+        num_channels: int,
+        patch_length: int,
+        target: Target,
+    ) -> None:
+        self._arrays = arrays
+        self._window = window
+        self._target = target
+        self._num_rows, num_y, num_x = target.core.shape
+        self._length = min(patch_length, self._num_rows)
+        self._num_finished = 0
+        self._ring_czyx = arrays.zeros((num_channels, self._length, num_y, num_x))
+        self._flags: list[tuple[str, Box, DeviceArray]] = []
+
+    def add(self, box: Box, patch_czyx: DeviceArray) -> None:
+        """Add the weighted output of a patch, and finish what lies above it.
+
+        What falls outside the core is left out: it belongs to other blocks.
+        """
+        core = self._target.core
+        self._finish(min(box.start[0] - core.start[0], self._num_rows))
+        inner = box.intersect(core)
+        rows, *plane = inner.slices(core.start)
+        part_z, *part_plane = inner.slices(box.start)
+        for in_ring, first, stop in self._pieces(rows.start, rows.stop):
+            offset = part_z.start - rows.start
+            where: Slices = (in_ring, plane[0], plane[1])
+            part: Slices = (slice(first + offset, stop + offset), part_plane[0], part_plane[1])
+            self._arrays.add_weighted(self._ring_czyx, where, patch_czyx, part, self._window)
+
+    def finish(self) -> "Unsettled":
+        """Finish what is left; the core is on its way to the host."""
+        self._finish(self._num_rows)
+        settle = self._arrays.settle([flag for _, _, flag in self._flags])
+        places = [(message, place) for message, place, _ in self._flags]
+        return Unsettled(settle=settle, places=places)
+
+    def _finish(self, stop: int) -> None:
+        """Finish the rows of the core before `stop`, in parts that a cache may hold."""
+        start, self._num_finished = self._num_finished, max(stop, self._num_finished)
+        for in_ring, first, _ in self._pieces(start, self._num_finished):
+            ring_czyx = self._ring_czyx[:, in_ring]
+            for part in parts(tuple(ring_czyx.shape), self._arrays.slab_nbytes):
+                self._finish_part(ring_czyx[(slice(None), *part.slices())], part, first)
+                if first + part.start[0] + self._length < self._num_rows:
+                    # Zero for the rows that come next, while it is still in the cache.
+                    self._arrays.clear(ring_czyx[(slice(None), *part.slices())])
+
+    def _finish_part(self, total_czyx: DeviceArray, part: Box, first: int) -> None:
+        """Divide by the sum of weights, mask, check, reduce, quantise and send one part."""
+        arrays, target, reduction = self._arrays, self._target, self._target.reduction
+        place = part.translate((first, 0, 0))
+        where = place.slices()
+        arrays.divide(total_czyx, target.sums, where)
+        if target.mask_zyx is not None:
+            arrays.apply_mask(total_czyx, target.mask_zyx[where])
+        self._check(NOT_FINITE, place, total_czyx)
+        reduction.shut(arrays, total_czyx)
+        host_czyx = target.core_czyx[(slice(None), *where)]
+        out_czyx = arrays.outgoing(host_czyx)
+        reduction.store(arrays, total_czyx, out_czyx)
+        if host_czyx.dtype == np.float16:
+            self._check(NOT_FLOAT16, place, out_czyx)
+        arrays.send(out_czyx, host_czyx)
+
+    def _check(self, message: str, place: Box, array: DeviceArray) -> None:
+        """Note whether a part is finite; nobody waits for the answer now."""
+        where = place.translate(self._target.core.start)
+        self._flags.append((message, where, self._arrays.is_finite(array)))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[slice, int, int]]:
+        """Yield where rows of the core lie in the ring, and which they are: one or two pieces."""
+        while start < stop:
+            at = start % self._length
+            num = min(stop - start, self._length - at)
+            yield slice(at, at + num), start, start + num
+            start += num
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsettled:
+    """A core that may still be on its way from the device; any thread may wait for it."""
+
+    settle: Any
+    """Waits for the device; returns whether each part was finite."""
+
+    places: list[tuple[str, Box]]
+    """What to say of each part that was not, and where it is."""
+
+    def wait(self) -> None:
+        """Return when the core is on the host.
+
+        Raises:
+            BlockError: it holds NaN or inf, or more than float16 can where that is written.
+        """
+        for is_good, (message, place) in zip(self.settle(), self.places, strict=True):
+            if not is_good:
+                raise BlockError(message.format(place=place))
+
+
+def parts(shape: tuple[int, ...], nbytes: int) -> Grid:
+    """Return parts of a (c, z, y, x) array that hold about `nbytes` of float32.
+
+    Whole slices, or whole rows of one slice.
+    """
+    num_channels, num_z, num_y, num_x = shape
+    num_rows = max(1, nbytes // (4 * num_channels * num_x))
+    step = max(1, num_rows // num_y), min(num_rows, num_y), num_x
+    return Grid(
+        origin=(0, 0, 0), step=step, bounds=Box(start=(0, 0, 0), stop=(num_z, num_y, num_x))
+    )

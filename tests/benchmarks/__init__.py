@@ -1,0 +1,1 @@
+"""Commands that measure what README claims: `python -m tests.benchmarks.NAME --help`."""

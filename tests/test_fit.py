@@ -1,0 +1,199 @@
+"""What does not fit is refused, and what is named instead fits; limits of kernel and of Slurm."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpichunk.backends.numpy_arrays import NumpyArrays
+from mpichunk.errors import UserError
+from mpichunk.geometry.box import triple
+from mpichunk.job.fitting import device_room
+from mpichunk.job.headroom import Group, host_room, memory_groups, slurm_nbytes
+from mpichunk.plan.estimate import Memory, Probe, estimate, total_nbytes
+from mpichunk.plan.fit import Need, Room, find_refusal
+from mpichunk.plan.plan import Plan
+from mpichunk.plan.suggestion import with_block
+from tests.geometries import make_config, make_info, make_plan
+
+MIB = 1 << 20
+MODEL = {"backend": "pytorch", "path": "/n.pt", "out_channels": 3}
+
+
+def need_of(batch: int = 4, block: int = 64, *, nbytes: int | None = 40 * MIB) -> Need:
+    config = make_config(
+        (20, 20, 20),
+        (block, block, block),
+        patch_overlap=(4, 4, 4),
+        patch_batch_size=batch,
+        model=MODEL,
+        output_chunk_shape=(16, 16, 16),
+    )
+    plan = make_plan(config, (1024, 1024, 1024))
+    probe = None if nbytes is None else Probe(seconds=1.0, nbytes=nbytes, device="cpu")
+    return Need(
+        plan=plan,
+        config=config,
+        info=make_info(plan.volume),
+        num_ranks=2,
+        model_nbytes=MIB,
+        probe=probe,
+    )
+
+
+def refusal(need: Need, nbytes: int, memory: Memory = "cpu") -> UserError | None:
+    return find_refusal(need, Room(nbytes=nbytes, words="so it is here"), memory=memory)
+
+
+def needed(need: Need, memory: Memory = "cpu") -> int:
+    return total_nbytes(need.parts(), memory)
+
+
+@pytest.mark.parametrize("memory", ["cpu", "host", "device"])
+def test_what_fits_to_the_byte_is_not_refused(memory: Memory) -> None:
+    need = need_of()
+    told = estimate(
+        need.plan, need.config, need.info, model_nbytes=need.model_nbytes, probe=need.probe
+    )
+    assert needed(need, memory) == getattr(told, f"{memory}_nbytes")
+    assert refusal(need, needed(need, memory), memory) is None
+    error = refusal(need, needed(need, memory) - 1, memory)
+    assert error is not None and error.key in ("patch.batch_size", "block.shape", "patch.shape")
+
+
+@pytest.mark.parametrize("memory", ["cpu", "device"])
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.5, 0.3])
+def test_the_largest_batch_that_fits_is_named(share: float, memory: Memory) -> None:
+    need = need_of(1000, nbytes=10_000 * MIB)
+    limit = int(share * needed(need, memory))
+    error = refusal(need, limit, memory)
+    assert error is not None and error.key == "patch.batch_size"
+    match = re.search(r"patch\.batch_size (\d+), not 1000", str(error))
+    assert match, error
+    batch = int(match[1])
+    assert total_nbytes(need.parts(batch), memory) <= limit
+    assert total_nbytes(need.parts(batch + 1), memory) > limit
+    assert "so it is here" in str(error) and "inside the network" in str(error)
+
+
+def test_a_block_that_fits_is_named() -> None:
+    need = need_of(1, 512)
+    limit = needed(need) // 2
+    error = refusal(need, limit)
+    assert error is not None and error.key == "block.shape"
+    match = re.search(r"block\.shape \((\d+), (\d+), (\d+)\), not \(512, 512, 512\)", str(error))
+    assert match, error
+    config = with_block(need.config, triple([int(n) for n in match.groups()]))
+    plan = Plan.from_config(config, need.plan.volume)
+    told = estimate(plan, config, need.info, model_nbytes=need.model_nbytes, probe=need.probe)
+    assert told.cpu_nbytes <= limit
+
+
+def test_where_nothing_fits_the_patch_is_too_large() -> None:
+    error = refusal(need_of(), 10 * MIB)
+    assert error is not None and error.key == "patch.shape"
+    assert "fewer ranks per node" in str(error)
+    error = refusal(need_of(), 1000, "device")
+    assert error is not None and "fewer ranks" not in str(error) and "accelerator" in str(error)
+
+
+def test_before_the_first_forward_its_memory_does_not_count() -> None:
+    unknown, known = need_of(nbytes=None), need_of(nbytes=500 * MIB)
+    assert needed(known) == needed(unknown) + 500 * MIB
+    assert refusal(unknown, needed(unknown)) is None
+    assert refusal(known, needed(unknown)) is not None
+
+
+def test_ranks_share_what_their_device_has_free() -> None:
+    device = SimpleNamespace(device_nbytes=lambda: (900, 100))
+    engine: Any = SimpleNamespace(arrays=device, info=SimpleNamespace(device="cuda:0 H200"))
+    for num_sharing, nbytes in ((1, 1000), (3, 400)):
+        found = device_room(engine, num_sharing)
+        assert found is not None and found.nbytes == nbytes and "H200" in found.words
+    engine.arrays = NumpyArrays()
+    assert device_room(engine) is None
+
+
+# ---- Limits -----------------------------------------------------------------------------------
+
+
+def room(*args: Any, **more: Any) -> int:
+    return host_room(*args, environ=more.pop("environ", {}), own_nbytes=10, **more).nbytes
+
+
+def test_ranks_share_what_the_host_has() -> None:
+    assert room(1, available_nbytes=1000) == 1010
+    assert room(4, available_nbytes=1000) == 260
+    own = Group(ident=1, nbytes=300)
+    assert room(4, [(own, 1)], available_nbytes=1000) == 260
+    assert room(4, [(own, 4)], available_nbytes=1000) == 85
+    assert room(4, [(own, 4), (Group(ident=2, nbytes=8), 2)], available_nbytes=1000) == 14
+
+
+def test_this_machine_has_memory() -> None:
+    assert host_room(2, environ={}).nbytes > MIB
+    assert host_room(2, environ={}, own_nbytes=0).nbytes <= host_room(1, environ={}).nbytes
+
+
+@pytest.mark.parametrize(
+    ("environ", "nbytes"),
+    [
+        ({}, None),
+        ({"SLURM_MEM_PER_NODE": "100"}, None),
+        ({"SLURM_JOB_ID": "7"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "0"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "100"}, 100 * MIB),
+        ({"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100"}, None),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_ON_NODE": "3"},
+            300 * MIB,
+        ),
+    ],
+)
+def test_slurm_grants(environ: dict[str, str], nbytes: int | None) -> None:
+    assert slurm_nbytes(environ) == nbytes
+    if nbytes is not None:
+        # Of all that the ranks take, also what they hold already.
+        assert room(2, environ=environ, available_nbytes=1 << 50) == nbytes // 2
+
+
+def write_group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
+    """Write the files of a control group as the kernel has them."""
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\nactive_file 3\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_what_is_below_them(tmp_path: Path, version: int) -> None:
+    top = tmp_path / ("sys/fs/cgroup/memory" if version == 1 else "sys/fs/cgroup")
+    line = "4:memory:/job/step\n1:cpu:/job" if version == 1 else "0::/job/step"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    assert list(memory_groups(tmp_path)) == []
+    write_group(top / "job/step", version, "max" if version == 2 else str(2**63 - 4096), 50, 0)
+    assert list(memory_groups(tmp_path)) == []
+    write_group(top / "job", version, "1000", 700, 100)
+    (found,) = memory_groups(tmp_path)
+    assert found.nbytes == 400 and found.ident == (top / "job").stat().st_ino
+    # More is used than allowed: then nothing is left.
+    write_group(top / "job/step", version, "500", 900, 10)
+    assert [group.nbytes for group in memory_groups(tmp_path)] == [0, 400]
+
+
+def test_a_container_shows_its_own_group_at_the_top(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/../../kubepods/pod1\n")
+    write_group(tmp_path / "sys/fs/cgroup", 2, "1000", 100, 0)
+    assert [group.nbytes for group in memory_groups(tmp_path)] == [900]
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+    assert list(memory_groups(tmp_path)) == []

@@ -1,0 +1,39 @@
+"""Memory that is used again: never by two at a time, and only where it fits."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpichunk.block.hostpool import HostPool
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+
+
+@given(st.lists(st.tuples(SHAPES, st.sampled_from(["uint8", "float32"]), st.booleans())))
+def test_nobody_writes_into_what_another_holds(steps):
+    pool = HostPool(lambda nbytes: np.empty(nbytes, np.uint8))
+    held = []
+    for number, (shape, dtype, gives_back) in enumerate(steps):
+        array = pool.take(shape, np.dtype(dtype))
+        assert array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+        array[...] = number
+        held.append((array, number))
+        for earlier, value in held:
+            assert (earlier == value).all()
+        if gives_back:
+            pool.give_back(held.pop(0)[0])
+
+
+def test_blocks_of_one_shape_take_no_new_memory():
+    allocated = []
+
+    def allocate(nbytes):
+        allocated.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    pool = HostPool(allocate)
+    for shape in [(1, 2, 3, 4), (2, 4, 5, 6), (2, 4, 5, 6), (1, 4, 5, 6), (2, 4, 5, 6)]:
+        pool.give_back(pool.take(shape, np.dtype(np.float32)))
+    assert allocated == [4 * 24, 4 * 240]
+    # What was too small is forgotten.
+    assert pool.take((1, 1, 1, 1), np.dtype(np.uint8)).base.nbytes == 4 * 240

@@ -1,0 +1,176 @@
+"""Whole runs: refused before the first block where memory is short, else compared with plans."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpichunk.cli import main
+from mpichunk.config.file import load_config
+from mpichunk.job.fitting import keep_probe
+from mpichunk.job.startup import prepare
+from mpichunk.plan.estimate import Probe
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir import journal
+from mpichunk.verbs.bench import bench_on
+from mpichunk.verbs.run import run_on
+from tests.endtoend import files_of, write_config
+from tests.launch import Launch
+from tests.test_bench import SHORT
+from tests.test_run_reference import NET
+
+RUN = ("-m", "mpichunk", "run")
+GREEDY = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        # 32 MiB for each patch of a batch.
+        return x + torch.ones(len(x), 1 << 23).sum() * 0
+"""
+
+
+def config_file(folder: Path, **sections: Any) -> Path:
+    values: dict[str, Any] = {
+        "input": {"volume": "synthetic://membranes?shape=24,40,40&seed=3"},
+        "model": {"backend": "pytorch", "path": "net.py:Net", "out_channels": 2},
+        "patch": {"shape": [8, 16, 16], "overlap": [2, 4, 4]},
+        "block": {"shape": [12, 24, 24]},
+        "output": {"volume": "out/pred.zarr", "dtype": "uint8", "chunk_shape": [12, 8, 8]},
+        "compute": {"device": "cpu", "threads": 1},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    path = write_config(folder, **values)
+    (folder / "net.py").write_text(NET)
+    return path
+
+
+def slurm(megabytes: int) -> dict[str, str]:
+    """Return what Slurm tells a job that may take so much on a node."""
+    return {"SLURM_JOB_ID": "4711", "SLURM_MEM_PER_NODE": str(megabytes)}
+
+
+def refused(done: Any, key: str, folder: Path) -> str:
+    """Assert that a run was refused before anything was leased or written; return why."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "a rank needs about" in line]
+    assert f": {key}" in line
+    assert not (folder / "out").exists()
+    assert not (folder / "runs/config" / journal.NAME).exists()
+    return line
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_network_loads(
+    tmp_path: Path, python: Launch
+) -> None:
+    path = config_file(tmp_path, patch={"batch_size": 10**9})
+    line = refused(python(*RUN, path), "patch.batch_size", tmp_path)
+    assert "batch into and out of the network" in line and "would fit" in line
+    assert files_of(tmp_path).keys() == {"config.yaml", "net.py"}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_forward_that_needs_too_much_is_refused_on_all_ranks(
+    tmp_path: Path, python: Launch, mpirun: Launch, num_ranks: int
+) -> None:
+    path = config_file(tmp_path, patch={"batch_size": 8}, model={"out_channels": 1})
+    (tmp_path / "net.py").write_text(GREEDY)
+    limit = slurm(500 * num_ranks)
+    launch = python if num_ranks == 1 else lambda *words, **how: mpirun(num_ranks, *words, **how)
+    line = refused(launch(*RUN, path, env=limit), "patch.batch_size", tmp_path)
+    assert "inside the network" in line and "Slurm grants" in line
+    batch = int(line.partition("patch.batch_size ")[2].partition(",")[0].split()[0])
+    assert 1 <= batch < 8
+    # What was measured tells `plan` as much; and what is named fits.
+    probe = json.loads((tmp_path / "runs/config/probe.json").read_text())["probe"]
+    assert probe["nbytes"] > 0.95 * (8 << 25) and probe["pace"] is None
+    fitting = launch(*RUN, path, "--set", f"patch.batch_size={batch}", env=limit)
+    assert fitting.returncode == 0, fitting.stderr
+    assert "predicted" in fitting.stderr and "for the network alone" in fitting.stderr
+
+
+def test_a_host_without_memory_is_refused(tmp_path: Path, python: Launch) -> None:
+    path = config_file(tmp_path, model={"backend": "identity"})
+    line = refused(python(*RUN, path, env=slurm(20)), "patch.shape", tmp_path)
+    assert "fewer ranks per node" in line
+    assert files_of(tmp_path).keys() == {"config.yaml", "net.py"}
+
+
+def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", str(path), "--json", *options]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(tmp_path)
+    assert told(path, capsys)["prediction"] is None
+    assert bench_on(SerialCommunicator(), path, [], SHORT) == 0
+    found = told(path, capsys)
+    pace = found["probe"]["pace"]
+    assert pace["num_ranks"] == 1 and pace["scale"] > 0 and min(pace.values()) > 0
+    expected = found["prediction"]
+    assert expected["basis"] == "bench" and expected["num_blocks"] == found["blocks"]["num"] == 8
+    alone = expected["seconds"]
+    assert told(path, capsys, "--ranks", "8")["prediction"]["seconds"] < alone
+    # Written or read otherwise, the pace is another one; the forward stays what it is.
+    other = told(path, capsys, "--set", "output.dtype=float32")
+    assert other["probe"]["pace"] is None and other["prediction"]["basis"] == "forward"
+    assert told(path, capsys, "--set", "block.shape=[12,16,16]")["prediction"]["basis"] == "bench"
+    assert run_on(SerialCommunicator(), path) == 0
+    log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
+    (line,) = [line for line in log.splitlines() if "predicted" in line]
+    assert "(8 blocks, 1 rank), took" in line and "times as long" in line and "alone" not in line
+    kept = json.loads((tmp_path / "runs/config/plan.json").read_text())
+    assert kept["prediction"] == expected
+    # What `bench` has found is more than a run's own forward, and stays.
+    after = told(path, capsys)
+    assert after["probe"]["pace"] == pace
+    peak = after["memory"]["measured_nbytes"]
+    assert peak > 50 << 20
+    assert main(["plan", str(path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"measured, last run, largest rank {peak / 2**20:.0f} MiB" in text
+    assert "wall time" in text and "predicted for 1 rank" in text
+    # Of another block nothing was measured.
+    other = told(path, capsys, "--set", "block.shape=[12,16,16]")
+    assert other["memory"]["measured_nbytes"] is None
+
+
+def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:
+    path = config_file(tmp_path, model={"backend": "identity"})
+    assert run_on(SerialCommunicator(), path) == 0
+    log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
+    assert "predicted nothing: `python -m mpichunk bench`" in log
+
+
+def test_only_this_start_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config_file(tmp_path)
+    assert run_on(SerialCommunicator(), path) == 0
+    run_dir = tmp_path / "runs/config"
+    text = (run_dir / journal.NAME).read_text().splitlines(keepends=True)
+    # Three blocks are undone again.
+    done = [n for n, line in enumerate(text) if '"state":"done"' in line]
+    (run_dir / journal.NAME).write_text(
+        "".join(line for n, line in enumerate(text) if n not in done[-3:])
+    )
+    assert run_on(SerialCommunicator(), path) == 0
+    assert json.loads((run_dir / "plan.json").read_text())["prediction"]["num_blocks"] == 3
+    assert "(3 blocks, 1 rank)" in (run_dir / "logs/rank-00000.log").read_text()
+
+
+def test_less_does_not_replace_more(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+    assert bench_on(SerialCommunicator(), path, [], SHORT) == 0
+    job = prepare(load_config(path).config)
+    before = job.probe()
+    assert before is not None and before.pace is not None
+    keep_probe(job, Probe(seconds=9.0, nbytes=1, device=before.device))
+    assert job.probe() == before
+    elsewhere = Probe(seconds=9.0, nbytes=1, device="cuda:0 H200", free_nbytes=1 << 30)
+    keep_probe(job, elsewhere)
+    assert job.probe() == elsewhere
