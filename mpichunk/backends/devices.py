@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from mpichunk.backends.binding import Accelerator, Probe
 from mpichunk.backends.visibility import listed_name
 
@@ -53,22 +51,6 @@ def cpu_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if {"avx2", "fma"} <= flags:
         return "cpu AVX2"
     return f"cpu {platform.machine()}"
-
-
-def free_nbytes(device: str, *, share: float = 1.0) -> int:
-    """Return the memory that a rank could take where a device computes.
-
-    Args:
-        device: `cpu`, or torch's name of an accelerator.
-        share: of the host's memory, which the ranks of a node divide among them.
-    """
-    if device == "cpu":
-        return int(share * psutil.virtual_memory().available)
-    import torch
-
-    index = torch.device(device).index or 0
-    free, _ = torch.get_device_module(torch.device(device)).mem_get_info(index)
-    return int(free)
 
 
 def accelerator_name(torch: Any, kind: str, index: int) -> str:

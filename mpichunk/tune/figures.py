@@ -89,13 +89,13 @@ def verdict(row: Row, best: Row, tolerance: float) -> str:
     return f"slower than the best by {1 / share:.2f}"
 
 
-def largest_batch(rows: Sequence[Row], available: int) -> int | None:
+def largest_batch(rows: Sequence[Row], available: int | None) -> int | None:
     """Return how many patches fit, the memory growing as it did between two batch sizes.
 
     None where fewer than two sizes of one variant were measured.
     """
     known = sorted({(r.variant.batch_size, r.nbytes) for r in rows if r.nbytes is not None})
-    if len(known) < 2:
+    if len(known) < 2 or available is None:
         return None
     (few, few_nbytes), (many, many_nbytes) = known[0], known[-1]
     if many == few or many_nbytes <= few_nbytes:

@@ -22,6 +22,8 @@ from mpichunk.block.inference import scaling_for
 from mpichunk.errors import MpichunkError, UserError
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
+from mpichunk.job.fitting import device_room
+from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.probing import forward_nbytes
 from mpichunk.job.startup import Job
 from mpichunk.plan.estimate import Probe, estimate
@@ -76,7 +78,7 @@ class Meter:
         patches_nczyx: npt.NDArray[np.float32],
         *,
         num_repeats: int,
-        available: int,
+        num_local: int,
         deadline: float,
     ) -> None:
         """Prepare; nothing is loaded yet.
@@ -85,17 +87,19 @@ class Meter:
             job: the config, its paths resolved, and its volumes.
             patches_nczyx: what the network sees, scaled.
             num_repeats: turns of each variant.
-            available: memory that a rank may take, bytes.
+            num_local: ranks that will share a host.
             deadline: when to stop, by `time.perf_counter`.
         """
         self._job = job
         self._patches_nczyx = patches_nczyx
         self._num_repeats = num_repeats
-        self._available = available
+        self._num_local = num_local
         self._deadline = deadline
         self._baseline: Loaded | None = None
         self._expected: Outputs | None = None
         self._forward_nbytes: dict[Variant, tuple[int, int]] = {}
+        self.available: int | None = None
+        """Memory that a rank may take where the baseline computes, bytes; None if nobody knows."""
 
     @property
     def baseline(self) -> Loaded:
@@ -127,6 +131,7 @@ class Meter:
         except Exception as error:
             raise loaded.engine.explain(error) from error
         self._baseline, self._expected = loaded, self._outputs(loaded)
+        self.available = self._room(loaded)
         count = _count(loaded)
         seconds = [loaded.forwards(count) / count for _ in range(self._num_repeats)]
         log.info("%s: %.3g s a batch", variant.name, median(seconds))
@@ -218,18 +223,26 @@ class Meter:
         is_on_cpu = self._baseline is None or self._baseline.request.device == "cpu"
         return found.cpu_nbytes if is_on_cpu else found.device_nbytes
 
+    def _room(self, loaded: Loaded) -> int | None:
+        """Return what a rank may take where a network computes."""
+        if loaded.request.device == "cpu":
+            groups = [(group, self._num_local) for group in memory_groups()]
+            return host_room(self._num_local, groups).nbytes
+        room = device_room(loaded.engine)
+        return None if room is None else room.nbytes
+
     def _too_large(self, variant: Variant) -> str:
         """Return why a batch cannot fit, by what a smaller one took; "" if it may."""
         known = self._forward_nbytes.get(replace(variant, batch_size=1))
-        if known is None or known[0] >= variant.batch_size:
+        if known is None or known[0] >= variant.batch_size or self.available is None:
             return ""
         forward = known[1] * variant.batch_size // known[0]
         job = replace(self._job, config=with_settings(self._job.config, variant.settings))
         need = self._need(job, Probe(seconds=0, nbytes=forward, device=""))
-        if need <= (1 - HEADROOM) * self._available:
+        if need <= (1 - HEADROOM) * self.available:
             return ""
         return (
-            f"it would take {size(need)}, and {size(self._available)} are there, of which "
+            f"it would take {size(need)}, and {size(self.available)} are there, of which "
             f"{HEADROOM:.0%} stay free"
         )
 

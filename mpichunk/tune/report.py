@@ -39,8 +39,8 @@ class Tuning:
     changes: dict[str, Any]
     """Keys of the config whose values should change."""
 
-    available: int
-    """Memory that a rank may take, bytes."""
+    available: int | None
+    """Memory that a rank may take, bytes; None where nobody knows."""
 
     largest_batch: int | None
     """How many patches would fit; None where it is not known."""

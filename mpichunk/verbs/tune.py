@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mpichunk.backends.devices import free_nbytes
 from mpichunk.config.edit import edit
 from mpichunk.config.file import LoadedConfig, dump_config, load_config
 from mpichunk.config.schema import Config
@@ -29,7 +28,7 @@ from mpichunk.tune.figures import largest_batch
 from mpichunk.tune.measure import Meter, read_patches
 from mpichunk.tune.report import Tuning, comment_of, render_tuning, tuning_json
 from mpichunk.tune.search import Search
-from mpichunk.tune.variants import Facts, baseline, changed, with_settings
+from mpichunk.tune.variants import Facts, baseline, changed, variant_of, with_settings
 
 _PACKAGES = {"pytorch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
@@ -83,13 +82,12 @@ def _tune(config: Config, options: Options) -> Tuning:
     job = prepare(config)
     start = baseline(config)
     facts = facts_of(replace(job, config=with_settings(config, start.settings)))
-    available = free_nbytes(facts.device, share=_share_of_host(job))
     patches_nczyx, is_real = read_patches(job)
     meter = Meter(
         job,
         patches_nczyx,
         num_repeats=options.num_repeats,
-        available=available,
+        num_local=_num_local(job),
         deadline=time.perf_counter() + options.limit_seconds,
     )
     search = Search(config, facts, meter.measure, options.tolerance)
@@ -105,8 +103,8 @@ def _tune(config: Config, options: Options) -> Tuning:
         num_patches=len(patches_nczyx),
         is_real=is_real,
         changes=changed(config, best.variant.settings),
-        available=available,
-        largest_batch=largest_batch(sizes, available),
+        available=meter.available,
+        largest_batch=largest_batch(sizes, meter.available),
     )
 
 
@@ -121,10 +119,10 @@ def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Fac
     return Facts(device=device, installed=frozenset(installed), has_compiler=has_compiler)
 
 
-def _share_of_host(job: Job) -> float:
-    """Return what a rank of a run may take of the host's memory: as much as of its cores."""
+def _num_local(job: Job) -> int:
+    """Return how many ranks a run will have on this host: as many as share its cores."""
     threads = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
-    return min(1.0, threads / len(os.sched_getaffinity(0)))
+    return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _refuse_ranks(environ: Mapping[str, str]) -> None:
@@ -166,11 +164,23 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
         text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **changes})
     else:
         text = dump_config(config)
+    comment = comment_of(tuning, loaded.path.name)
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(comment_of(tuning, loaded.path.name) + text)
+            file.write(comment + text)
+        if not _says(target, tuning):
+            # What describes the network may say more than the text of the config.
+            target.write_text(comment + dump_config(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _says(path: Path, tuning: Tuning) -> bool:
+    """Return whether a config runs its network as the best variant does."""
+    try:
+        return variant_of(load_config(path).config) == tuning.best.variant
+    except UserError:
+        return False
 
 
 def _override(text: str) -> tuple[str, Any]:
