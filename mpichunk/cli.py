@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_bench(verbs)
+    _add_tune(verbs)
     return parser
 
 
@@ -127,6 +128,39 @@ def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     )
 
 
+def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb that tries variants."""
+    tune = _add_verb(
+        verbs, "tune", "try precisions, kernels, backends and batch sizes here; write the best"
+    )
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.add_argument(
+        "--repeats", type=_positive, default=5, metavar="N", help="repeat N times (default: 5)"
+    )
+    tune.add_argument(
+        "--tolerance",
+        type=_positive_number,
+        default=1e-3,
+        metavar="SHARE",
+        help="largest difference from float32, as a share of the range of the network's output "
+        "(default: 0.001)",
+    )
+    tune.add_argument(
+        "--limit-seconds",
+        type=_positive_number,
+        default=600.0,
+        metavar="S",
+        help="begin no variant after S seconds (default: 600)",
+    )
+    tune.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="config that is written, if anything is better (default: CONFIG-tuned.yaml); a file "
+        "that exists is refused",
+    )
+
+
 def _add_verb(
     verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, help_text: str
 ) -> argparse.ArgumentParser:
@@ -149,6 +183,17 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above zero")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    """Return a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
 
 
 def _size(text: str) -> int:
@@ -219,6 +264,22 @@ def _bench(options: argparse.Namespace) -> int:
     )
 
 
+def _tune(options: argparse.Namespace) -> int:
+    from mpichunk.verbs.tune import Options, tune
+
+    return tune(
+        options.config,
+        options.overrides,
+        Options(
+            num_repeats=options.repeats,
+            tolerance=options.tolerance,
+            limit_seconds=options.limit_seconds,
+            write=options.write,
+            as_json=options.json,
+        ),
+    )
+
+
 class _PrintSchema(argparse.Action):
     """Like `--help`: needs no config, prints and ends."""
 
@@ -236,4 +297,5 @@ _VERBS = {
     "stop": _stop,
     "verify": _verify,
     "bench": _bench,
+    "tune": _tune,
 }

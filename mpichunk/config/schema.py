@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpichunk.config.computerules import KERNELS
+from mpichunk.config.compute import Compute
 from mpichunk.config.predictionrules import written_channels
 from mpichunk.config.rules import (
     default_chunk_shape,
@@ -23,7 +23,6 @@ from mpichunk.config.types import (
     Backend,
     Channels,
     Count,
-    Device,
     Extent,
     Flag,
     Interval,
@@ -34,7 +33,6 @@ from mpichunk.config.types import (
     Pad,
     Position,
     PositiveNumber,
-    Precision,
     Section,
     Size,
     Stitch,
@@ -235,42 +233,6 @@ class Output(Section):
             return data
         has_labels = data.get("reduce") is not None or data.get("threshold") is not None
         return {**data, "dtype": "uint8"} if has_labels else data
-
-
-class Compute(Section):
-    """Where and how the network runs."""
-
-    device: Device = "auto"
-    """`auto`, `cpu`, `cuda`, or another accelerator that torch knows."""
-
-    precision: Precision = "float32"
-    """In which the network computes; blending is in float32 always."""
-
-    compile: Flag = False
-    """Let torch.compile make kernels for this network and machine."""
-
-    channels_last: Flag = False
-    """Keep the channels of a voxel side by side."""
-
-    fold_batch_norm: Flag = False
-    """Multiply batch norms into the convolutions before them."""
-
-    cuda_graphs: Flag = False
-    """Record the forward of a batch once, and replay it."""
-
-    threads: Count | None = None
-    """CPU threads per rank; default: the rank's share of its cores."""
-
-    deterministic: Flag = True
-    """Choose deterministic algorithms, so that bytes are reproducible."""
-
-    share_device: Flag = False
-    """Allow several ranks on one accelerator."""
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Return the names of the kernel options that are switched on."""
-        return tuple(name for name in KERNELS if getattr(self, name))
 
 
 class Schedule(Section):

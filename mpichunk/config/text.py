@@ -70,6 +70,15 @@ def parse(text: str, source: str) -> Document:
     return Document(values=values, lines=dict(keys), problems=list(_duplicates(keys)))
 
 
+def compose(text: str) -> yaml.Node | None:
+    """Return the nodes of a YAML text, with their places in it; None for a text without any.
+
+    The text is one that `parse` reads.
+    """
+    node: yaml.Node | None = _Loader(text).get_single_node()
+    return node
+
+
 def render(values: Mapping[str, Any]) -> str:
     """Return YAML that `parse` reads as equal values, lists on one line."""
     text: str = yaml.dump(

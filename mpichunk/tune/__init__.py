@@ -1,0 +1,1 @@
+"""How a network runs best on this device: variants tried with real forwards, checked, compared."""

@@ -1,0 +1,304 @@
+"""Measures one variant with real forwards, in turns with the baseline, on patches of the volume.
+
+Loads networks one after another in this process. Knows no order of trials and no config files.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.backends import get_backend
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling
+from mpichunk.bench.figures import Spread
+from mpichunk.block.inference import scaling_for
+from mpichunk.errors import MpichunkError, UserError
+from mpichunk.geometry.padding import pad, source_box
+from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
+from mpichunk.job.fitting import device_room
+from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.probing import forward_nbytes
+from mpichunk.job.startup import Job
+from mpichunk.plan.estimate import Probe, estimate
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
+from mpichunk.tune.variants import Variant, with_settings
+from mpichunk.volume import Reader
+from mpichunk.words import size
+
+NUM_PATCHES = 4
+"""Patches of the volume that variants are compared on."""
+
+MOST_PATCHES_SEEN = 64
+"""Patches that are read at most to find such that are not blank."""
+
+TURN_SECONDS = 0.5
+"""How long one variant is measured before it is the other's turn."""
+
+FAILURES = (MpichunkError, RuntimeError, OSError, MemoryError, ImportError)
+"""What makes a variant one that does not run here; anything else is a bug."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A network as one variant runs it, and a batch on its device."""
+
+    variant: Variant
+    job: Job
+    engine: Engine
+    request: EngineRequest
+    batch_nczyx: DeviceArray
+
+    def forwards(self, count: int) -> float:
+        """Return the seconds of so many forwards."""
+        arrays = self.engine.arrays
+        arrays.wait()
+        started = perf_counter()
+        for _ in range(count):
+            self.engine.infer(self.batch_nczyx)
+        arrays.wait()
+        return perf_counter() - started
+
+
+class Meter:
+    """Keeps the baseline loaded, and measures everything else against it."""
+
+    def __init__(
+        self,
+        job: Job,
+        patches_nczyx: npt.NDArray[np.float32],
+        *,
+        num_repeats: int,
+        num_local: int,
+        deadline: float,
+    ) -> None:
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            job: the config, its paths resolved, and its volumes.
+            patches_nczyx: what the network sees, scaled.
+            num_repeats: turns of each variant.
+            num_local: ranks that will share a host.
+            deadline: when to stop, by `time.perf_counter`.
+        """
+        self._job = job
+        self._patches_nczyx = patches_nczyx
+        self._num_repeats = num_repeats
+        self._num_local = num_local
+        self._deadline = deadline
+        self._baseline: Loaded | None = None
+        self._expected: Outputs | None = None
+        self._forward_nbytes: dict[Variant, tuple[int, int]] = {}
+        self.available: int | None = None
+        """Memory that a rank may take where the baseline computes, bytes; None if nobody knows."""
+
+    @property
+    def baseline(self) -> Loaded:
+        """The baseline, once it was measured."""
+        assert self._baseline is not None
+        return self._baseline
+
+    def measure(self, variant: Variant) -> Row:
+        """Return what was found; the first variant is the baseline, whose failures are raised.
+
+        Raises:
+            UserError: the baseline does not run.
+        """
+        if self._baseline is None:
+            return self._measure_baseline(variant)
+        row = self._measure_other(variant)
+        told = row.refused or (
+            f"{row.speedup.median:.2f} times the baseline's speed" if row.speedup else ""
+        )
+        log.info("%s: %s", variant.name, told)
+        return row
+
+    def _measure_baseline(self, variant: Variant) -> Row:
+        loaded = self._load(variant)
+        try:
+            loaded.engine.infer(loaded.batch_nczyx)
+        except UserError:
+            raise
+        except Exception as error:
+            raise loaded.engine.explain(error) from error
+        self._baseline, self._expected = loaded, self._outputs(loaded)
+        self.available = self._room(loaded)
+        count = _count(loaded)
+        seconds = [loaded.forwards(count) / count for _ in range(self._num_repeats)]
+        log.info("%s: %.3g s a batch", variant.name, median(seconds))
+        per_patch = [value / variant.batch_size for value in seconds]
+        return Row(
+            variant=variant,
+            seconds=Spread.of(per_patch),
+            speedup=Spread.of([1.0]),
+            difference=difference(self._expected, self._expected),
+            nbytes=self._nbytes(loaded, median(seconds)),
+        )
+
+    def _measure_other(self, variant: Variant) -> Row:
+        if perf_counter() > self._deadline:
+            return Row(variant=variant, refused="the time of --limit-seconds is over")
+        if too_large := self._too_large(variant):
+            return Row(variant=variant, refused=too_large)
+        self.baseline.engine.arrays.release()
+        loaded = None
+        # What loading says is the same for all.
+        logging.disable(logging.INFO)
+        try:
+            loaded = self._load(variant)
+            return self._compare(loaded)
+        except FAILURES as error:
+            return Row(variant=variant, refused=_reason(error))
+        finally:
+            logging.disable(logging.NOTSET)
+            if loaded is not None:
+                loaded.engine.arrays.release()
+
+    def _compare(self, loaded: Loaded) -> Row:
+        """Measure in turns: baseline, variant, baseline, variant."""
+        base, expected = self.baseline, self._expected
+        assert expected is not None
+        apart = difference(self._outputs(loaded), expected)
+        counts = _count(base), _count(loaded)
+        seconds, speedups = [], []
+        for _ in range(self._num_repeats):
+            before = base.forwards(counts[0]) / (counts[0] * base.variant.batch_size)
+            seconds.append(loaded.forwards(counts[1]) / (counts[1] * loaded.variant.batch_size))
+            speedups.append(before / seconds[-1])
+        return Row(
+            variant=loaded.variant,
+            seconds=Spread.of(seconds),
+            speedup=Spread.of(speedups),
+            difference=apart,
+            nbytes=self._nbytes(loaded, median(seconds) * loaded.variant.batch_size),
+        )
+
+    def _load(self, variant: Variant) -> Loaded:
+        """Load the network as a variant runs it."""
+        job = replace(self._job, config=with_settings(self._job.config, variant.settings))
+        binding = bind_ranks(SerialCommunicator(), job, fresh=True).of(0)
+        request = engine_request(job, binding)
+        engine = load_engine(job, request, prepare_network(job, request))
+        host = np.stack(list(islice(cycle(self._patches_nczyx), variant.batch_size)))
+        batch_nczyx = engine.arrays.upload(host)
+        return Loaded(
+            variant=variant, job=job, engine=engine, request=request, batch_nczyx=batch_nczyx
+        )
+
+    def _outputs(self, loaded: Loaded) -> Outputs:
+        """Return the network's output for each of the patches, on the host."""
+        found: list[Any] = []
+        step = loaded.variant.batch_size
+        for start in range(0, len(self._patches_nczyx), step):
+            part = self._patches_nczyx[start : start + step]
+            host = np.stack(list(islice(cycle(part), step)))
+            output = loaded.engine.infer(loaded.engine.arrays.upload(host))
+            # A copy: the next forward may overwrite it.
+            found += list(np.array(loaded.engine.arrays.download(output))[: len(part)])
+        return np.stack(found)
+
+    def _nbytes(self, loaded: Loaded, seconds: float) -> int | None:
+        """Return what a rank takes where the network computes, its forward measured."""
+        forward = forward_nbytes(loaded.engine, loaded.request)
+        if forward is None:
+            return None
+        key = replace(loaded.variant, batch_size=1)
+        self._forward_nbytes[key] = loaded.variant.batch_size, forward
+        return self._need(loaded.job, Probe(seconds=seconds, nbytes=forward, device=""))
+
+    def _need(self, job: Job, probe: Probe) -> int:
+        """Return what a rank takes where the network computes."""
+        files = get_backend(job.config.model.backend).model_files(job.config.model)
+        nbytes = sum(path.stat().st_size for path in files)
+        found = estimate(job.plan, job.config, job.volume, model_nbytes=nbytes, probe=probe)
+        is_on_cpu = self._baseline is None or self._baseline.request.device == "cpu"
+        return found.cpu_nbytes if is_on_cpu else found.device_nbytes
+
+    def _room(self, loaded: Loaded) -> int | None:
+        """Return what a rank may take where a network computes."""
+        if loaded.request.device == "cpu":
+            groups = [(group, self._num_local) for group in memory_groups()]
+            return host_room(self._num_local, groups).nbytes
+        room = device_room(loaded.engine)
+        return None if room is None else room.nbytes
+
+    def _too_large(self, variant: Variant) -> str:
+        """Return why a batch cannot fit, by what a smaller one took; "" if it may."""
+        known = self._forward_nbytes.get(replace(variant, batch_size=1))
+        if known is None or known[0] >= variant.batch_size or self.available is None:
+            return ""
+        forward = known[1] * variant.batch_size // known[0]
+        job = replace(self._job, config=with_settings(self._job.config, variant.settings))
+        need = self._need(job, Probe(seconds=0, nbytes=forward, device=""))
+        if need <= (1 - HEADROOM) * self.available:
+            return ""
+        return (
+            f"it would take {size(need)}, and {size(self.available)} are there, of which "
+            f"{HEADROOM:.0%} stay free"
+        )
+
+
+def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
+    """Return (n, c, z, y, x) scaled patches from the middle of the volume, and whether it has any.
+
+    Where all that is looked at is blank, chance in [0, 1] stands for it.
+
+    Raises:
+        UserError: the input cannot be read.
+    """
+    plan, domain = job.plan, job.volume.domain
+    found: list[npt.NDArray[Any]] = []
+    num_seen = 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader.reopen(job.volume_handle, num_threads=1))
+        for step in range(len(plan)):
+            block = plan[(len(plan) // 2 + step) % len(plan)]
+            for box in block.patches():
+                if len(found) == NUM_PATCHES or num_seen == MOST_PATCHES_SEEN:
+                    break
+                wanted = box.grow(block.crop)
+                inside = source_box(wanted, domain)
+                inside_czyx = reader.read(inside).result()
+                patch = pad(inside_czyx, inside, wanted, domain, job.config.input.pad)
+                num_seen += 1
+                if patch.any():
+                    found.append(np.array(patch))
+            if len(found) == NUM_PATCHES or num_seen == MOST_PATCHES_SEEN:
+                break
+    scaling = scaling_for(job.volume.dtype, job.config.input.normalize)
+    if found:
+        return scaled(found, scaling), True
+    shape = NUM_PATCHES, job.volume.num_channels, *job.config.patch.shape
+    return np.random.default_rng(0).random(shape, dtype=np.float32), False
+
+
+def scaled(patches: Sequence[npt.NDArray[Any]], scaling: Scaling) -> npt.NDArray[np.float32]:
+    """Return raw patches as the network sees them."""
+    batch = np.stack(patches).astype(np.float32)
+    if scaling.clip is not None:
+        batch = np.clip(batch, np.float32(scaling.clip[0]), np.float32(scaling.clip[1]))
+    result: npt.NDArray[np.float32] = (batch - np.float32(scaling.subtract)) / np.float32(
+        scaling.divide
+    )
+    return result
+
+
+def _count(loaded: Loaded) -> int:
+    """Return how many forwards fill a turn, after one that warms up."""
+    loaded.forwards(1)
+    return max(1, int(TURN_SECONDS / max(loaded.forwards(1), 1e-9)))
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why a variant does not run."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

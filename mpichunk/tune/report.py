@@ -1,0 +1,166 @@
+"""The trials as a table for people, as JSON for programs, and as the comment of a config.
+
+Only turns numbers into words; measures and decides nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from textwrap import wrap
+from typing import Any
+
+from mpichunk.backends.engine import EngineInfo
+from mpichunk.bench.figures import Spread
+from mpichunk.config.edit import render_value
+from mpichunk.tune.figures import HEADROOM, Row, verdict
+from mpichunk.tune.variants import MOST_PATCHES
+from mpichunk.words import size
+
+WIDTH = 110
+_NAME = 46
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What `tune` has found."""
+
+    engine: EngineInfo
+    """The baseline's engine: device, versions, threads."""
+
+    rows: Sequence[Row]
+    """All that was tried; the first is the baseline."""
+
+    best: Row
+    tolerance: float
+    num_repeats: int
+    num_patches: int
+    is_real: bool
+    """Whether the patches are of the volume."""
+
+    changes: dict[str, Any]
+    """Keys of the config whose values should change."""
+
+    available: int | None
+    """Memory that a rank may take, bytes; None where nobody knows."""
+
+    largest_batch: int | None
+    """How many patches would fit; None where it is not known."""
+
+    written: str | None = None
+    """The config that was written."""
+
+
+def tuning_json(tuning: Tuning) -> dict[str, Any]:
+    """Return everything as JSON values; numbers that are not finite as text."""
+    return {
+        "engine": asdict(tuning.engine),
+        "tolerance": tuning.tolerance,
+        "num_repeats": tuning.num_repeats,
+        "patches": {"count": tuning.num_patches, "of_the_volume": tuning.is_real},
+        "available_nbytes": tuning.available,
+        "largest_batch": tuning.largest_batch,
+        "rows": [_row_json(row, tuning) for row in tuning.rows],
+        "best": tuning.best.variant.name,
+        "changes": tuning.changes,
+        "written": tuning.written,
+    }
+
+
+def _row_json(row: Row, tuning: Tuning) -> dict[str, Any]:
+    difference = row.difference
+    return {
+        "name": row.variant.name,
+        "settings": row.variant.settings,
+        "refused": row.refused or None,
+        "seconds_per_patch": row.seconds and asdict(row.seconds),
+        "speedup": row.speedup and asdict(row.speedup),
+        "difference": difference
+        and {key: _number(value) for key, value in asdict(difference).items()},
+        "nbytes": row.nbytes,
+        "verdict": verdict(row, tuning.best, tuning.tolerance),
+    }
+
+
+def _number(value: float) -> float | str:
+    return value if value < float("inf") else "inf"
+
+
+def render_tuning(tuning: Tuning) -> str:
+    """Return the table and what follows from it."""
+    patches = f"{tuning.num_patches} patches of the volume"
+    if not tuning.is_real:
+        patches = "made-up patches, since those of the volume that were looked at are blank"
+    lines = [
+        f"On {_where(tuning.engine)}",
+        f"{patches}; repeats in turns with the first line: {tuning.num_repeats}",
+        "",
+        f"  {'':<{_NAME}}{'speed':>7}{'least':>7}{'most':>7}"
+        f"{'largest':>10}{'mean':>10}{'memory':>10}",
+    ]
+    for row in tuning.rows:
+        lines += _row_lines(row, tuning)
+    lines += ["", *_notes(tuning), "", *_conclusion(tuning)]
+    return "\n".join(lines)
+
+
+def _where(engine: EngineInfo) -> str:
+    """Return device, threads and version in words."""
+    device = f"{engine.device} ({engine.device_kind}), CPU threads: {engine.threads}"
+    return f"{device}; {engine.version}"
+
+
+def _row_lines(row: Row, tuning: Tuning) -> list[str]:
+    """Return a line of figures, if there are any, and what they mean."""
+    mark = "* " if row is tuning.best else "  "
+    words = verdict(row, tuning.best, tuning.tolerance)
+    if row.refused or row.speedup is None or row.difference is None:
+        told = wrap(words, WIDTH - 4, initial_indent="    ", subsequent_indent="    ")
+        return [f"{mark}{row.variant.name}", *told]
+    speed, apart = row.speedup, row.difference
+    figures = f"{speed.median:>7.2f}{speed.least:>7.2f}{speed.most:>7.2f}"
+    figures += f"{apart.largest:>10.1e}{apart.mean:>10.1e}"
+    figures += f"{size(row.nbytes) if row.nbytes is not None else '-':>10}"
+    return [f"{mark}{row.variant.name:<{_NAME}}{figures}   {words}"]
+
+
+def _notes(tuning: Tuning) -> list[str]:
+    """Return what the columns are."""
+    text = (
+        "speed: patches per second, in multiples of the first line's; largest, mean: difference "
+        "from its values, as shares of their range; memory: of a whole rank, where the network "
+        f"computes ({size(tuning.available)} are there)."
+    )
+    if tuning.largest_batch is not None:
+        most = f"up to {tuning.largest_batch}"
+        if tuning.largest_batch >= MOST_PATCHES:
+            most = f"{MOST_PATCHES}, the most that is tried,"
+        text += f" Batches of {most} patches should fit with {HEADROOM:.0%} to spare."
+    return wrap(text, WIDTH)
+
+
+def _conclusion(tuning: Tuning) -> list[str]:
+    """Return what to change."""
+    if not tuning.changes:
+        return [f"The config runs the best there is: {tuning.best.variant.name}."]
+    lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
+    lines += [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
+    if tuning.written:
+        lines.append(f"written to {tuning.written}")
+    return lines
+
+
+def comment_of(tuning: Tuning, source: str) -> str:
+    """Return the comment at the top of the config that is written."""
+    best = tuning.best
+    assert best.speedup is not None and best.difference is not None
+    spread: Spread = best.speedup
+    text = [
+        f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
+        f"{best.variant.name}: {spread.median:.2f} times as fast as "
+        f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
+        f"{tuning.num_repeats} repeats).",
+        f"Its values differ by at most {best.difference.largest:.1e} of their range, "
+        f"{best.difference.mean:.1e} on average.",
+        "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",
+    ]
+    lines = [line for part in text for line in wrap(part, 98)]
+    return "".join(f"# {line}\n" for line in lines)

@@ -1,0 +1,188 @@
+"""The `tune` verb: tries how this config's network runs best here, and writes the winner.
+
+One process, no MPI. Touches neither the output nor the run directory; changes no geometry, and no
+results beyond the tolerance.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mpichunk.config.edit import edit
+from mpichunk.config.file import LoadedConfig, dump_config, load_config
+from mpichunk.config.schema import Config
+from mpichunk.config.text import parse
+from mpichunk.errors import ExitCode, LaunchError, UserError
+from mpichunk.job.assembly import bind_ranks
+from mpichunk.job.startup import Job, prepare
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
+from mpichunk.rundir.logs import close_logs, log_to_terminal
+from mpichunk.tune.figures import largest_batch
+from mpichunk.tune.measure import Meter, read_patches
+from mpichunk.tune.report import Tuning, comment_of, render_tuning, tuning_json
+from mpichunk.tune.search import Search
+from mpichunk.tune.variants import Facts, baseline, changed, variant_of, with_settings
+
+_PACKAGES = {"pytorch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to tune."""
+
+    num_repeats: int = 5
+    """Turns of each variant."""
+
+    tolerance: float = 1e-3
+    """Largest difference allowed from float32, as a share of the range of the output's values."""
+
+    limit_seconds: float = 600.0
+    """No variant is begun after this time."""
+
+    write: Path | None = None
+    """Where the winner is written; None for CONFIG-tuned.yaml beside the config."""
+
+    as_json: bool = False
+    """Print JSON."""
+
+
+def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
+    """Try the variants of a config, print them, write the best; return the exit code.
+
+    Raises:
+        UserError: the config cannot be run as it is in float32, or the target cannot be written.
+    """
+    log_to_terminal(0)
+    try:
+        _refuse_ranks(os.environ)
+        loaded = load_config(config_path, overrides)
+        target = options.write or config_path.with_name(f"{config_path.stem}-tuned.yaml")
+        _refuse_target(target)
+        with loaded.locating():
+            tuning = _tune(loaded.config, options)
+        if tuning.changes:
+            _write(target, loaded, overrides, tuning)
+            tuning = replace(tuning, written=str(target))
+        text = json.dumps(tuning_json(tuning), indent=2) if options.as_json else None
+        print(text or render_tuning(tuning), flush=True)
+        return ExitCode.ALL_DONE
+    finally:
+        close_logs()
+
+
+def _tune(config: Config, options: Options) -> Tuning:
+    """Measure, and return what was found."""
+    job = prepare(config)
+    start = baseline(config)
+    facts = facts_of(replace(job, config=with_settings(config, start.settings)))
+    patches_nczyx, is_real = read_patches(job)
+    meter = Meter(
+        job,
+        patches_nczyx,
+        num_repeats=options.num_repeats,
+        num_local=_num_local(job),
+        deadline=time.perf_counter() + options.limit_seconds,
+    )
+    search = Search(config, facts, meter.measure, options.tolerance)
+    best = search.run()
+    same = replace(best.variant, batch_size=1)
+    sizes = [row for row in search.rows if replace(row.variant, batch_size=1) == same]
+    return Tuning(
+        engine=meter.baseline.engine.info,
+        rows=search.rows,
+        best=best,
+        tolerance=options.tolerance,
+        num_repeats=options.num_repeats,
+        num_patches=len(patches_nczyx),
+        is_real=is_real,
+        changes=changed(config, best.variant.settings),
+        available=meter.available,
+        largest_batch=largest_batch(sizes, meter.available),
+    )
+
+
+def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Facts:
+    """Return what this machine has."""
+    device = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).device
+    installed = {name for name, package in _PACKAGES.items() if find_spec(package) is not None}
+    compilers = ("g++", "clang++", "c++") if device == "cpu" else ("cc", "gcc", "clang")
+    has_compiler = any(which(name) for name in compilers)
+    if device != "cpu":
+        has_compiler = has_compiler and find_spec("triton") is not None
+    return Facts(device=device, installed=frozenset(installed), has_compiler=has_compiler)
+
+
+def _num_local(job: Job) -> int:
+    """Return how many ranks a run will have on this host: as many as share its cores."""
+    threads = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
+    return max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+def _refuse_ranks(environ: Mapping[str, str]) -> None:
+    """Refuse several processes: each would measure while the others do."""
+    for variable, launcher in WORLD_SIZE_VARIABLES.items():
+        if environ.get(variable, "1") not in ("", "0", "1"):
+            raise LaunchError(
+                f"{launcher} started {environ[variable]} tasks, and `tune` measures one: start it "
+                "without, and set compute.threads to what each rank of a run will have"
+            )
+
+
+def _refuse_target(target: Path) -> None:
+    """Refuse, before minutes of measuring, to write where that cannot or must not be.
+
+    Raises:
+        UserError: there is something, or no folder that can be written.
+    """
+    if target.exists():
+        raise UserError(
+            f"{target} exists, and is not overwritten; name another file with --write, or remove it"
+        )
+    folder = target.absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"{folder} is no folder that can be written; name a file with --write")
+
+
+def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning: Tuning) -> None:
+    """Write the config with the changes: the user's own text where its relative paths stay valid.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    changes, config = dict(tuning.changes), with_settings(loaded.config, tuning.changes)
+    if config.model.options != loaded.config.model.options:
+        changes["model.options"] = config.model.options
+    if target.absolute().parent == loaded.path.absolute().parent:
+        given = dict(_override(text) for text in overrides)
+        text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **changes})
+    else:
+        text = dump_config(config)
+    comment = comment_of(tuning, loaded.path.name)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(comment + text)
+        if not _says(target, tuning):
+            # What describes the network may say more than the text of the config.
+            target.write_text(comment + dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _says(path: Path, tuning: Tuning) -> bool:
+    """Return whether a config runs its network as the best variant does."""
+    try:
+        return variant_of(load_config(path).config) == tuning.best.variant
+    except UserError:
+        return False
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    return key.strip(), parse(value, key).values

@@ -1,0 +1,361 @@
+"""Tuning: the order of trials, what is chosen and why, and whole ones with real networks."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from mpichunk.bench.figures import Spread
+from mpichunk.cli import main
+from mpichunk.config.file import load_config
+from mpichunk.config.schema import Config
+from mpichunk.job.startup import prepare
+from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.tune import measure as measure_module
+from mpichunk.tune.figures import Difference, Row, difference, largest_batch, verdict
+from mpichunk.tune.search import Search
+from mpichunk.tune.variants import Facts, Variant, baseline, changed, variant_of, with_settings
+from mpichunk.verbs import tune as tune_module
+from mpichunk.verbs.run import run_on
+from tests import onnx_maker
+from tests.endtoend import write_config
+from tests.geometries import make_config
+from tests.test_network_forms import EM_CODE, EM_WEIGHTS
+
+CPU = Facts(
+    device="cpu", installed=frozenset({"pytorch", "openvino", "onnxruntime"}), has_compiler=False
+)
+CUDA = Facts(device="cuda:0", installed=frozenset({"pytorch", "openvino"}), has_compiler=True)
+
+
+def config(
+    backend: str = "pytorch", path: str | None = "/n.py:Net", size: int = 1, **more: Any
+) -> Config:
+    model = {"backend": backend, "path": path, **more.pop("model", {})}
+    found = make_config((8, 8, 8), (16, 16, 16), model=model, **more)
+    return with_settings(found, {"patch.batch_size": size})
+
+
+def row(
+    variant: Variant, speed: float, *, apart: float = 0.0, refused: str = "", **more: Any
+) -> Row:
+    if refused:
+        return Row(variant=variant, refused=refused)
+    return Row(
+        variant=variant,
+        seconds=Spread.of([1 / speed]),
+        speedup=Spread.of([speed]),
+        difference=Difference(largest=apart, mean=apart / 10),
+        **more,
+    )
+
+
+def search(
+    asked: Config, facts: Facts, speed: Callable[[Variant], float | str], *, tolerance: float = 1e-3
+) -> tuple[Row, list[Row]]:
+    """Search where speeds are known; a text is a refusal, and halves differ by 1e-2."""
+
+    def measure(variant: Variant) -> Row:
+        found = speed(variant)
+        if isinstance(found, str):
+            return row(variant, 0, refused=found)
+        is_half = variant.precision in ("bfloat16", "float16")
+        return row(variant, found, apart=1e-2 if is_half else 1e-5)
+
+    trials = Search(asked, facts, measure, tolerance)
+    return trials.run(), trials.rows
+
+
+# ---- What is tried -------------------------------------------------------------------------------
+
+
+def test_everything_that_the_machine_has_is_tried_once() -> None:
+    best, rows = search(config(), CUDA, lambda variant: 1.0)
+    names = [item.variant.name for item in rows]
+    assert names[0] == "pytorch float32, batch 1"
+    assert len(set(names)) == len(names)
+    for precision in ("tf32", "bfloat16", "float16"):
+        assert f"pytorch {precision} + channels_last, batch 1" in names
+    for kernel in ("fold_batch_norm", "compile", "cuda_graphs"):
+        assert f"pytorch float32 + {kernel}, batch 1" in names
+    assert not any("openvino" in name for name in names), "the device is not its own"
+    assert best is rows[0], "nothing is faster"
+
+
+def test_on_a_cpu_other_backends_are_tried_and_what_needs_a_device_is_not() -> None:
+    _, rows = search(config(), CPU, lambda variant: 1.0)
+    names = " ".join(item.variant.name for item in rows)
+    assert "openvino float32" in names and "openvino bfloat16" in names
+    assert "tf32" not in names and "cuda_graphs" not in names and "compile" not in names
+    none = replace(CPU, installed=frozenset({"pytorch"}))
+    assert not any(
+        item.variant.backend == "openvino" for item in search(config(), none, lambda v: 1.0)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "path", "expected"),
+    [
+        ("identity", "", {"identity"}),
+        ("pznet", "/net", {"pznet"}),
+        ("openvino", "/n.xml", {"openvino"}),
+        ("onnxruntime", "/n.onnx", {"onnxruntime", "openvino"}),
+        ("openvino", "/n.onnx", {"onnxruntime", "openvino"}),
+        ("openvino", "/n.pt2", {"pytorch", "openvino"}),
+    ],
+)
+def test_backends_are_those_that_take_the_file(backend: str, path: str, expected: set[str]) -> None:
+    asked = config(backend, path or None)
+    _, rows = search(asked, CPU, lambda variant: 1.0)
+    assert {item.variant.backend for item in rows} == expected
+
+
+def test_what_helps_only_together_is_found_and_kernels_add_up() -> None:
+    def speed(variant: Variant) -> float:
+        value = {"float32": 1.0, "tf32": 1.1, "bfloat16": 0.8, "float16": 1.2}[variant.precision]
+        if variant.precision == "bfloat16" and "channels_last" in variant.kernels:
+            value = 3.0
+        if "cuda_graphs" in variant.kernels:
+            value *= 1.5
+        if "fold_batch_norm" in variant.kernels:
+            value *= 1.01
+        return value * min(variant.batch_size, 4) ** 0.5
+
+    best, rows = search(config(), CUDA, speed, tolerance=0.1)
+    assert best.variant.name == "pytorch bfloat16 + channels_last + cuda_graphs, batch 4"
+    assert max(item.variant.batch_size for item in rows) == 16, "two larger ones are no faster"
+
+
+def test_what_differs_too_much_is_never_chosen() -> None:
+    def speed(variant: Variant) -> float:
+        return 5.0 if variant.precision in ("bfloat16", "float16") else 1.0
+
+    best, rows = search(config(), CUDA, speed, tolerance=1e-3)
+    assert best.variant.precision == "float32"
+    fast = next(item for item in rows if item.variant.precision == "bfloat16")
+    assert verdict(fast, best, 1e-3) == "refused: differs by 1.0e-02, 0.001 is allowed"
+    assert search(config(), CUDA, speed, tolerance=0.1)[0].variant.precision == "bfloat16"
+
+
+def test_refusals_end_a_series_and_nothing_else() -> None:
+    def speed(variant: Variant) -> float | str:
+        return "no room" if variant.batch_size > 2 else float(variant.batch_size)
+
+    best, rows = search(config(), CUDA, speed)
+    assert best.variant.batch_size == 2
+    assert [item.variant.batch_size for item in rows if item.refused] == [4]
+    _, rows = search(config(), CPU, lambda v: "no" if v.precision == "bfloat16" else 1.0)
+    assert any(item.variant.precision == "float16" for item in rows if not item.refused)
+
+
+def test_batches_smaller_than_the_config_says_are_tried_too() -> None:
+    asked = config(size=6)
+    best, _ = search(asked, CPU, lambda variant: 1 / variant.batch_size)
+    assert best.variant.batch_size == 1
+
+
+# ---- What it means -------------------------------------------------------------------------------
+
+
+def test_differences_are_shares_of_the_range() -> None:
+    expected = np.array([[-1.0, 3.0]], np.float32)
+    assert difference(expected + np.float32(0.5), expected).largest == pytest.approx(0.125)
+    assert difference(expected, expected) == Difference(largest=0.0, mean=0.0)
+    assert difference(expected * np.nan, expected).largest == float("inf")
+
+
+def test_verdicts() -> None:
+    start = baseline(config())
+    best = row(start, 2.0)
+    assert verdict(best, best, 1e-3) == "the best"
+    assert verdict(row(start, 1.0), best, 1e-3) == "slower than the best by 2.00"
+    assert verdict(row(start, 1.99), best, 1e-3) == "as fast as the best"
+    assert "faster by 2.0% only" in verdict(row(start, 2.04), best, 1e-3)
+    assert "NaN" in verdict(row(start, 3.0, apart=float("inf")), best, 1e-3)
+    assert verdict(row(start, 0, refused="no room"), best, 1e-3) == "refused: no room"
+
+
+def test_largest_batch_is_told_from_two_that_were_measured() -> None:
+    start = baseline(config())
+    rows = [row(replace(start, batch_size=n), 1.0, nbytes=1000 + 100 * n) for n in (2, 4)]
+    assert largest_batch(rows, 2000) == 8
+    assert largest_batch(rows[:1], 2000) is None
+    assert largest_batch([], 2000) is None
+
+
+def test_only_what_differs_from_the_config_is_to_be_changed() -> None:
+    asked = config(compute={"precision": "bfloat16", "channels_last": True})
+    settings = baseline(asked).settings
+    assert changed(asked, settings) == {
+        "compute.precision": "float32",
+        "compute.channels_last": False,
+    }
+    assert changed(asked, variant_of(asked).settings) == {}
+    assert variant_of(with_settings(asked, settings)) == baseline(asked)
+
+
+def test_options_of_another_backend_are_left_behind() -> None:
+    options = {"NUM_STREAMS": 1, "weights_key": "ema"}
+    asked = config("openvino", model={"options": options})
+    assert with_settings(asked, {"model.backend": "pytorch"}).model.options == {
+        "weights_key": "ema"
+    }
+    hinted = config("openvino", model={"options": {"INFERENCE_PRECISION_HINT": "f32"}})
+    found = with_settings(hinted, {"compute.precision": "bfloat16"})
+    assert (found.compute.precision, found.model.options) == ("bfloat16", {})
+
+
+# ---- Whole ones ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure briefly, and compile nothing, which takes half a minute."""
+    monkeypatch.setattr(measure_module, "TURN_SECONDS", 0.01)
+    whole = tune_module.facts_of
+
+    def facts_of(job: Any) -> Facts:
+        return whole(job, lambda name: None)
+
+    monkeypatch.setattr(tune_module, "facts_of", facts_of)
+
+
+def em_config(folder: Path, **more: Any) -> Path:
+    sections = {
+        "input": {"volume": "synthetic://membranes?shape=32,64,64&seed=7"},
+        "model": {
+            "backend": "pytorch",
+            "path": f"{EM_CODE}:EmAffinityResUNet",
+            "weights": str(EM_WEIGHTS),
+            "out_channels": 3,
+        },
+        "patch": {"shape": [8, 8, 8]},
+        "block": {"shape": [32, 32, 32]},
+        "output": {"volume": "out.zarr"},
+        "compute": {"threads": 1, "device": "cpu"},
+    }
+    return write_config(folder, **{**sections, **more})
+
+
+def test_tune_tells_all_and_writes_a_config_that_runs(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = em_config(tmp_path)
+    before = path.read_text()
+    assert main(["tune", str(path), "--repeats", "2", "--json", "--tolerance", "0.1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {item["name"]: item for item in found["rows"]}
+    assert found["patches"] == {"count": 4, "of_the_volume": True}
+    exact = rows["pytorch float32, batch 1"]
+    assert exact["difference"] == {"largest": 0.0, "mean": 0.0}
+    assert exact["nbytes"] > 0
+    half = rows["pytorch bfloat16, batch 1"]
+    assert 1e-4 < half["difference"]["largest"] < 0.1
+    folded = next(item for name, item in rows.items() if "fold_batch_norm" in name)
+    assert folded["refused"] is None or "fold" in folded["refused"]
+    assert rows["openvino float32, batch 1"]["difference"]["largest"] < 1e-4
+    assert found["best"] in rows
+    # Whatever is the fastest here, it is what the written config says, and that one runs.
+    written = load_config(tmp_path / "config-tuned.yaml").config
+    best = rows[found["best"]]["settings"]
+    assert {key: variant_of(written).settings[key] for key in best} == best
+    original = load_config(path).config
+    assert path.read_text() == before
+    for section in ("input", "block", "output", "model.path"):
+        name, _, key = section.partition(".")
+        values = getattr(original, name), getattr(written, name)
+        assert len({str(getattr(v, key) if key else v) for v in values}) == 1
+    assert not (tmp_path / "out.zarr").exists() and not (tmp_path / "runs").exists()
+    assert run_on(SerialCommunicator(), tmp_path / "config-tuned.yaml") == 0
+
+
+def test_the_table_is_for_people(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = em_config(tmp_path)
+    assert main(["tune", str(path), "--repeats", "1", "--limit-seconds", "0.001"]) == 0
+    text = capsys.readouterr().out
+    assert "* pytorch float32, batch 1" in text
+    assert "refused: the time of --limit-seconds is over" in text
+    assert "The config runs the best there is: pytorch float32, batch 1." in text
+    assert not (tmp_path / "config-tuned.yaml").exists()
+
+
+def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx_maker.convolution(tmp_path / "net.onnx")
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "# my own words\n"
+        "input: {volume: 'synthetic://membranes?shape=16,32,32&seed=7'}\n"
+        "model: {backend: onnxruntime, path: net.onnx, out_channels: 2}   # and here\n"
+        "patch:\n  shape: [4, 8, 12]\n"
+        "block: {shape: [16, 32, 32]}\n"
+        "output: {volume: out.zarr}\n"
+    )
+    real = measure_module.Meter.measure
+
+    def favour_large(self: Any, variant: Variant) -> Row:
+        found = real(self, variant)
+        assert not found.refused or variant.precision != "float32", found.refused
+        fast = 2.0 if variant.batch_size == 2 else 1.0
+        return replace(found, speedup=None if found.refused else Spread.of([fast]))
+
+    monkeypatch.setattr(measure_module.Meter, "measure", favour_large)
+    how = ["--repeats", "1", "--set", "compute.threads=1"]
+    (tmp_path / "other").mkdir()
+    for target in (tmp_path / "my-tuned.yaml", tmp_path / "other/new.yaml"):
+        more = [] if target.name == "my-tuned.yaml" else ["--write", str(target)]
+        assert main(["tune", str(path), *how, *more]) == 0
+        written = load_config(target).config
+        assert written.patch.batch_size == 2
+        assert written.compute.threads == 1
+        assert written.model.path == str(tmp_path / "net.onnx")
+        assert written.output.volume == load_config(path).config.output.volume
+        assert "# my.yaml, tuned by `mpichunk tune` for cpu" in target.read_text()
+    text = (tmp_path / "my-tuned.yaml").read_text()
+    assert "# my own words\n" in text and "# and here\n" in text and "path: net.onnx" in text
+
+
+def test_nothing_is_overwritten_and_that_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = em_config(tmp_path, model={"backend": "identity"})
+    target = tmp_path / "config-tuned.yaml"
+    target.write_text("mine")
+    assert main(["tune", str(path)]) == 2
+    assert "exists, and is not overwritten" in capsys.readouterr().err
+    assert target.read_text() == "mine"
+    assert main(["tune", str(path), "--write", str(tmp_path / "nowhere/x.yaml")]) == 2
+    assert "no folder that can be written" in capsys.readouterr().err
+
+
+def test_several_ranks_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert main(["tune", str(em_config(tmp_path))]) == 2
+    assert "`tune` measures one" in capsys.readouterr().err
+
+
+def test_a_network_that_does_not_run_is_one_message(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = em_config(tmp_path)
+    assert main(["tune", str(path), "--set", "model.out_channels=2"]) == 2
+    assert "returned 3 channels, but model.out_channels is 2" in capsys.readouterr().err
+
+
+def test_blank_volumes_are_replaced_by_chance(tmp_path: Path, quick: None) -> None:
+    with h5py.File(tmp_path / "blank.h5", "w") as file:
+        file["raw"] = np.zeros((16, 32, 32), np.uint8)
+    path = em_config(tmp_path, input={"volume": "blank.h5", "dataset": "raw"})
+    patches, is_real = measure_module.read_patches(prepare(load_config(path).config))
+    assert not is_real
+    assert patches.shape == (4, 1, 8, 8, 8) and patches.max() <= 1
