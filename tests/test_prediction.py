@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.plan.estimate import Pace, Probe, estimate
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import (
     Cost,
@@ -25,6 +25,7 @@ from mpichunk.plan.prediction import (
     pace_of,
     voxels_of_a_read,
 )
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.work import work_of
 from tests.geometries import cases, make_config, make_info, make_plan
 

@@ -10,7 +10,7 @@ from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.job.fitting import keep_probe
 from mpichunk.job.startup import prepare
-from mpichunk.plan.estimate import Probe
+from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
 from mpichunk.verbs.bench import bench_on

@@ -18,8 +18,8 @@ import numpy as np
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import ceil_div
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.plan.estimate import Pace, Probe
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.table import count
 from mpichunk.plan.work import AxisKind, Work, axis_kinds
 from mpichunk.words import duration

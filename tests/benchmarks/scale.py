@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from mpichunk.geometry.box import Box, Triple
-from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.rundir.history import read_events, read_tries
