@@ -253,8 +253,8 @@ class Arrays(Protocol):
         """Return the array on the host, C contiguous; it may share the array's memory."""
 
     @property
-    def wants_pinned(self) -> bool:
-        """Whether the device copies by itself, from and to memory of `host_bytes` only."""
+    def is_host(self) -> bool:
+        """Whether arrays lie in the host's memory; else the device copies from `host_bytes`."""
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory on the host that the device can copy to by itself."""

@@ -212,9 +212,9 @@ class NumpyArrays:
         return np.ascontiguousarray(array)
 
     @property
-    def wants_pinned(self) -> bool:
-        """Whether the device copies by itself: no, it is the host."""
-        return False
+    def is_host(self) -> bool:
+        """Yes."""
+        return True
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory."""

@@ -7,7 +7,9 @@ Decides the order; an engine's arrays do the work. Knows no blocks and no networ
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from mpichunk.backends.engine import Arrays, DeviceArray
 from mpichunk.config.schema import Config
@@ -51,6 +53,11 @@ class Reduction:
     def num_channels(self) -> int:
         """Channels that are written."""
         return 1 if self.kind in ("argmax", "vote") else len(self.channels)
+
+    def keeps_sums(self, num_channels: int, dtype: np.dtype[Any]) -> bool:
+        """Return whether what is written is what was blended, as it is."""
+        every = self.channels == tuple(range(num_channels))
+        return self.kind == "values" and every and dtype == np.float32
 
     def shut(self, arrays: Arrays, total_czyx: DeviceArray) -> None:
         """Set to zero, in place, what the gate shuts out."""

@@ -249,9 +249,9 @@ class TorchArrays:
         return host
 
     @property
-    def wants_pinned(self) -> bool:
-        """Whether the device copies by itself."""
-        return self._transfer is not None
+    def is_host(self) -> bool:
+        """Whether this is the CPU."""
+        return self._device.type == "cpu" and self._transfer is None
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""

@@ -131,7 +131,7 @@ class BlockInference:
 
         To be passed to `run`, which sees to its memory.
         """
-        if not self._engine.arrays.wants_pinned:
+        if self._engine.arrays.is_host:
             return source_czyx
         held_czyx = self._sources.take(source_czyx.shape, source_czyx.dtype)
         np.copyto(held_czyx, source_czyx)

@@ -7,6 +7,8 @@ grow with the length of a block. Knows no networks, and no arrays but through an
     core      finished | slab: rows that are added to | not yet touched
                        '- num_finished
     memory    a ring: row z of the core lies in row z modulo the slab's length
+
+On a host that writes the sums as they are the core itself is the ring, and nothing is copied.
 """
 
 from collections.abc import Iterator
@@ -75,9 +77,16 @@ class Slab:
         self._window = window
         self._target = target
         self._num_rows, num_y, num_x = target.core.shape
-        self._length = min(patch_length, self._num_rows)
         self._num_finished = 0
-        self._ring_czyx = arrays.zeros((num_channels, self._length, num_y, num_x))
+        self._is_core = arrays.is_host and target.reduction.keeps_sums(
+            num_channels, target.core_czyx.dtype
+        )
+        self._length = self._num_rows if self._is_core else min(patch_length, self._num_rows)
+        if self._is_core:
+            self._ring_czyx = arrays.outgoing(target.core_czyx)
+            arrays.clear(self._ring_czyx)
+        else:
+            self._ring_czyx = arrays.zeros((num_channels, self._length, num_y, num_x))
         self._flags: list[tuple[str, Box, DeviceArray]] = []
 
     def add(self, box: Box, patch_czyx: DeviceArray) -> None:
@@ -124,6 +133,8 @@ class Slab:
             arrays.apply_mask(total_czyx, target.mask_zyx[where])
         self._check(NOT_FINITE, place, total_czyx)
         reduction.shut(arrays, total_czyx)
+        if self._is_core:
+            return
         host_czyx = target.core_czyx[(slice(None), *where)]
         out_czyx = arrays.outgoing(host_czyx)
         reduction.store(arrays, total_czyx, out_czyx)
