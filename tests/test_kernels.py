@@ -350,6 +350,8 @@ def compile_in_process(cache: Path, **environment: str) -> subprocess.CompletedP
         env={
             "HOME": str(cache),
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            # Pays for many kernels; here there is one.
+            "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             **environment,
