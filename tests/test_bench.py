@@ -24,8 +24,8 @@ from mpichunk.errors import UserError, VolumeError
 from mpichunk.geometry.box import Box
 from mpichunk.job.probing import read_probe, write_probe
 from mpichunk.job.startup import prepare
-from mpichunk.plan.estimate import Probe
 from mpichunk.plan.prediction import forecast
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import work_of
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.bench import Options, bench_on, choose_blocks

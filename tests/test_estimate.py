@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box, Grid, Triple, triple
-from mpichunk.plan.estimate import Estimate, Probe, estimate
+from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import floor_sum, work_of
 from tests.geometries import cases, make_config, make_info, make_plan, triples
 

@@ -12,9 +12,11 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import triple
 from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import Group, host_room, memory_groups, slurm_nbytes
-from mpichunk.plan.estimate import Memory, Probe, estimate, total_nbytes
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Need, Room, find_refusal
+from mpichunk.plan.memory import Memory, total_nbytes
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import with_block
 from tests.geometries import make_config, make_info, make_plan
 

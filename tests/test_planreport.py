@@ -9,8 +9,9 @@ import pytest
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.estimate import Estimate, Probe, estimate
+from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json, render_plan
 from tests.geometries import make_config, make_info
 

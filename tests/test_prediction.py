@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.plan.estimate import Pace, Probe, estimate
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import (
     Cost,
@@ -25,6 +25,7 @@ from mpichunk.plan.prediction import (
     pace_of,
     voxels_of_a_read,
 )
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.work import work_of
 from tests.geometries import cases, make_config, make_info, make_plan
 
@@ -161,7 +162,12 @@ def test_part_of_the_blocks_is_a_part_of_each_kind(kinds: list[Cost], num: int) 
     num = min(num, whole.num_blocks)
     part = whole.of_blocks(num)
     assert part.num_blocks == num
-    assert part.seconds <= whole.seconds + 1e-9
+    for kind in part.costs:
+        same = [cost.num_blocks for cost in kinds if cost.seconds == kind.seconds]
+        assert kind.num_blocks <= max(same)
+        if whole.num_blocks:
+            shares = [n * num / whole.num_blocks for n in same]
+            assert min(abs(kind.num_blocks - share) for share in shares) < 1
     assert whole.of_blocks(whole.num_blocks) == whole
 
 

@@ -16,9 +16,10 @@ from mpichunk.config.file import load_config
 from mpichunk.config.rules import find_problems
 from mpichunk.config.schema import Config, flatten
 from mpichunk.geometry.box import Box, Triple, triple
-from mpichunk.plan.estimate import Probe, estimate
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import (
     SAME_TIME,
     Suggestion,

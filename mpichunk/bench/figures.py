@@ -9,8 +9,8 @@ from statistics import median
 
 from mpichunk.config.schema import Config
 from mpichunk.plan.advice import Advice
-from mpichunk.plan.estimate import Pace
 from mpichunk.plan.prediction import pace_of, voxels_of_a_read
+from mpichunk.plan.probe import Pace
 from mpichunk.plan.work import Work
 
 NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "writing"

@@ -18,7 +18,7 @@ from mpichunk.bench.figures import Pass
 from mpichunk.block.inference import BlockInference, texture_batch
 from mpichunk.block.pipeline import Pipeline, Source, load_block
 from mpichunk.errors import UserError
-from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
 from mpichunk.rundir.checksum import checksum_of
 from mpichunk.schedule.messages import Done, Failed, Lease, Records

@@ -16,8 +16,9 @@ from mpichunk.job.canary import FAILURES
 from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.probing import probe_engine, write_probe
 from mpichunk.job.startup import Job
-from mpichunk.plan.estimate import Memory, Probe
 from mpichunk.plan.fit import Need, Room, find_refusal
+from mpichunk.plan.memory import Memory
+from mpichunk.plan.probe import Probe
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.words import size

@@ -16,7 +16,8 @@ from typing import Any
 from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.block.inference import texture_batch
 from mpichunk.config.schema import Config
-from mpichunk.plan.estimate import FLOAT32_NBYTES, Pace, Probe
+from mpichunk.plan.memory import FLOAT32_NBYTES
+from mpichunk.plan.probe import Pace, Probe
 
 NAME = "probe.json"
 PEAK_NAME = "peak.json"

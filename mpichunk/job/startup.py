@@ -27,10 +27,11 @@ from mpichunk.errors import JournalError, LaunchError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.job.probing import read_probe
-from mpichunk.plan.estimate import Estimate, Probe, estimate
+from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal
 from mpichunk.rundir.journal import Journal

@@ -10,8 +10,9 @@ from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.estimate import Memory, MemoryPart, Probe, memory_of, total_nbytes
+from mpichunk.plan.memory import Memory, MemoryPart, memory_of, total_nbytes
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import suggest
 from mpichunk.plan.work import Work, work_of
 from mpichunk.words import size

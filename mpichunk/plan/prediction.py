@@ -18,8 +18,8 @@ import numpy as np
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import ceil_div
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.plan.estimate import Pace, Probe
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.table import count
 from mpichunk.plan.work import AxisKind, Work, axis_kinds
 from mpichunk.words import duration
@@ -84,9 +84,10 @@ class Forecast:
         if num_blocks == whole or not whole:
             return self
         shares = [cost.num_blocks * num_blocks // whole for cost in self.costs]
-        # What is lost by rounding are blocks of the most frequent kind.
-        most = max(range(len(shares)), key=lambda i: self.costs[i].num_blocks)
-        shares[most] += num_blocks - sum(shares)
+        # Rounded up where most is lost, so that no kind has more than there are.
+        lost = [-(cost.num_blocks * num_blocks % whole) for cost in self.costs]
+        for i in sorted(range(len(lost)), key=lambda i: lost[i])[: num_blocks - sum(shares)]:
+            shares[i] += 1
         costs = [replace(c, num_blocks=n) for c, n in zip(self.costs, shares, strict=True) if n]
         return replace(
             self, costs=tuple(costs), num_patches=round(self.num_patches * num_blocks / whole)

@@ -13,7 +13,8 @@ from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box, ceil_div
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.estimate import Estimate, MemoryPart
+from mpichunk.plan.estimate import Estimate
+from mpichunk.plan.memory import MemoryPart
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast_json
 from mpichunk.plan.suggestion import runs_on_cpu

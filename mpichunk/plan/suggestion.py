@@ -20,9 +20,10 @@ from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.estimate import Memory, Probe, memory_of, total_nbytes
+from mpichunk.plan.memory import Memory, memory_of, total_nbytes
 from mpichunk.plan.plan import MOST_BLOCKS, Plan
 from mpichunk.plan.prediction import Forecast, forecast, forecast_of
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import AxisKind, AxisWork, Work, axis_kinds, axis_work, work_of
 
 SAME_TIME = 0.01

@@ -8,9 +8,10 @@ from typing import Any
 
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple
-from mpichunk.plan.estimate import Memory, Probe
 from mpichunk.plan.fit import Room
+from mpichunk.plan.memory import Memory
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import FEW_BLOCKS, SAME_TIME, Suggestion, Suggestions, reading
 from mpichunk.plan.table import WIDTH, count
 from mpichunk.words import duration, size

@@ -232,8 +232,9 @@ class Coordinator:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        idle = [rank for rank in self._demand.ranks if self._scheduler.is_idle(rank)]
-        for holder, late in self._scheduler.late_leases(now, self._tempo.slow_seconds):
+        late_leases = self._scheduler.late_leases(now, self._tempo.slow_seconds)
+        idle = list(filter(self._scheduler.is_idle, self._demand.ranks)) if late_leases else []
+        for holder, late in late_leases:
             # What the rank that had it before has promised does not bind this one.
             *whose, has_promised = self._contested.get(late.block, (None, None, False))
             if whose != [holder, late]:

@@ -90,8 +90,11 @@ class Holders:
         """
         found: list[tuple[float, int, Lease]] = []
         for block, holders in self._holders.items():
-            ((rank, holder), *others) = holders.items()
-            if now - holder.since > seconds * max(1, self._num_held[rank]) and not others:
+            if len(holders) > 1:
+                continue
+            ((rank, holder),) = holders.items()
+            age = now - holder.since
+            if age > seconds and age > seconds * self._num_held[rank]:
                 found.append((holder.since, rank, _lease(block, holder)))
         found.sort(key=lambda item: (item[0], item[2].block))
         return [(rank, lease) for _, rank, lease in found]

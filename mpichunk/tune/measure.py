@@ -26,7 +26,8 @@ from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.probing import forward_nbytes
 from mpichunk.job.startup import Job
-from mpichunk.plan.estimate import Probe, estimate
+from mpichunk.plan.estimate import estimate
+from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
 from mpichunk.tune.variants import Variant, with_settings

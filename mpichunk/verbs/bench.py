@@ -44,8 +44,8 @@ from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
 from mpichunk.job.probing import device_words, forward_nbytes
 from mpichunk.job.startup import Job, open_config_mask, prepare
-from mpichunk.plan.estimate import Probe
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator

@@ -16,8 +16,9 @@ from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.masking import masked_blocks
 from mpichunk.job.probing import read_peak
 from mpichunk.job.startup import Job, open_config_mask, prepare
-from mpichunk.plan.estimate import Memory, Probe
 from mpichunk.plan.fit import Room
+from mpichunk.plan.memory import Memory
+from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json, render_plan
 from mpichunk.plan.suggestion import runs_on_cpu, suggest
 from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json

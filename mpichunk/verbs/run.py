@@ -56,7 +56,7 @@ from mpichunk.job.startup import (
     sync_first,
     write_run_files,
 )
-from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi

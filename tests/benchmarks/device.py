@@ -170,12 +170,13 @@ def render(found: Mapping[str, Any], patch: str) -> str:
 def _memory_cells(item: Mapping[str, Any]) -> list[str]:
     """Return the peaks of both block lengths, and how many times more the longer one took."""
     own = [item[use] for use in LENGTHS]
-    cells = [
-        f"not measured: {it['why']}" if "why" in it else f"{it['peak_nbytes'] / MIB:.0f}"
-        for it in own
-    ]
+    cells = [f"not measured: {it['why']}" if "why" in it else _mib(it) for it in own]
     is_there = all("why" not in it for it in own)
     return [*cells, f"{own[1]['peak_nbytes'] / own[0]['peak_nbytes']:.2f}" if is_there else ""]
+
+
+def _mib(item: Mapping[str, int]) -> str:
+    return f"{item['peak_nbytes'] / MIB:.0f}"
 
 
 def _spread(values: Mapping[str, float]) -> str:

@@ -25,7 +25,7 @@ from statistics import median
 import numpy as np
 
 from mpichunk.geometry.box import Box, Grid
-from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator

@@ -1,0 +1,208 @@
+"""The memory of one rank at its peak, part by part.
+
+Pure arithmetic on the largest block of a plan; knows no networks: what a forward takes is given.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+from mpichunk.backends.engine import FINISH_NBYTES
+from mpichunk.backends.reduction import Reduction
+from mpichunk.config.schema import Config
+from mpichunk.geometry.box import Triple, ceil_div, triple
+from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.plan.plan import Plan
+from mpichunk.plan.probe import Probe
+from mpichunk.plan.work import Work
+
+Memory = Literal["cpu", "host", "device"]
+"""That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
+
+MIB = 1 << 20
+FLOAT32_NBYTES = 4
+
+BLOCKS_IN_FLIGHT = 3
+"""Blocks that a rank holds: one in the network, the others being read or written."""
+
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
+
+CACHE_NBYTES = 64 * MIB
+"""Decoded chunks of the input that the storage library keeps at most."""
+
+PROGRAM_NBYTES = 95 * MIB
+"""Resident memory of a rank before its first block, without torch (measured: 94 MiB)."""
+
+TORCH_NBYTES = 195 * MIB
+"""What torch and a first forward on a CPU add to it (measured: 194 MiB)."""
+
+ENGINE_NBYTES = {"pytorch": TORCH_NBYTES, "onnxruntime": 32 * MIB, "openvino": 59 * MIB, "pznet": 0}
+"""What each backend's library and a first forward on a CPU add (measured); pznet has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """One part of a rank's memory at its peak, bytes; None means unmeasured."""
+
+    name: str
+    """What it is, in a few words."""
+
+    cpu_nbytes: int | None
+    """In a run on a CPU."""
+
+    host_nbytes: int | None
+    """In the host's memory, in a run on an accelerator."""
+
+    device_nbytes: int | None
+    """In the accelerator's memory, in a run on one."""
+
+
+def total_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
+    """Return the known bytes of all parts in one memory."""
+    return sum(getattr(part, f"{memory}_nbytes") or 0 for part in parts)
+
+
+def memory_of(
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    work: Work,
+    *,
+    model_nbytes: int | None = None,
+    probe: Probe | None = None,
+) -> tuple[MemoryPart, ...]:
+    """Return the peak memory of one rank by part.
+
+    Args:
+        plan, config, info: as for `estimate`.
+        work: what the plan computes.
+        model_nbytes: bytes of the model's files, which is about what its weights take.
+        probe: what a forward of this config told.
+    """
+    parts = [
+        *_block_parts(plan, config, info, work),
+        _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
+        *_blending_parts(plan, config, info, work),
+        _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
+        _on_host("Python, MPI and storage libraries", PROGRAM_NBYTES),
+    ]
+    backend = config.model.backend
+    if backend != "identity":
+        parts += [
+            _on_host("torch" if backend == "pytorch" else backend, ENGINE_NBYTES[backend]),
+            _on_device("weights", model_nbytes),
+            _on_device("inside the network", None if probe is None else probe.nbytes),
+        ]
+    return tuple(
+        part
+        for part in parts
+        if (part.cpu_nbytes, part.host_nbytes, part.device_nbytes) != (0, 0, 0)
+    )
+
+
+def _block_parts(plan: Plan, config: Config, info: VolumeInfo, work: Work) -> Iterator[MemoryPart]:
+    """Yield what a rank holds of its blocks on the host: read, computed, being written."""
+    itemsize = np.dtype(config.output.dtype).itemsize
+    source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
+    core = _nbytes(work.core_shape, Reduction.of(config).num_channels, itemsize)
+    # The peak: one block in the network, the others all read, or all being written. What is being
+    # written is there twice, once as the storage library encodes it.
+    waiting = BLOCKS_IN_FLIGHT - 1
+    num_written = waiting if core > source else 0
+    num_read = BLOCKS_IN_FLIGHT - num_written
+    mask = prod(work.input_shape) if config.mask is not None else 0
+    yield MemoryPart(
+        name="input of the blocks in flight",
+        cpu_nbytes=num_read * source,
+        # Memory that is pinned is kept; what is read is copied there.
+        host_nbytes=BLOCKS_IN_FLIGHT * _pinned(source) + source,
+        device_nbytes=0,
+    )
+    yield _on_host("mask of the blocks in flight", num_read * mask)
+    yield _on_host("padded copy of one input", source if work.is_padded else 0)
+    yield MemoryPart(
+        name="output of the blocks in flight",
+        cpu_nbytes=BLOCKS_IN_FLIGHT * core,
+        host_nbytes=BLOCKS_IN_FLIGHT * _pinned(core),
+        device_nbytes=0,
+    )
+    yield _on_host("output being encoded", num_written * core)
+
+
+def _blending_parts(
+    plan: Plan, config: Config, info: VolumeInfo, work: Work
+) -> Iterator[MemoryPart]:
+    """Yield what is where the network runs, besides batches; none of it grows with z."""
+    num_channels, itemsize = info.num_channels, info.dtype.itemsize
+    raw = config.patch.batch_size * _nbytes(plan.patch_shape, num_channels, itemsize)
+    # All that patches with the same start along z see.
+    layer_shape = min(plan.patch_shape[0], work.input_shape[0]), *work.input_shape[1:]
+    layer = _nbytes(layer_shape, num_channels, itemsize)
+    slab_shape = min(plan.output_patch_shape[0], work.core_shape[0]), *work.core_shape[1:]
+    slab = _nbytes(slab_shape, config.model.out_channels, FLOAT32_NBYTES)
+    window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
+    yield _only_device(
+        "raw patches, and the layers that they are cut from", raw + LAYERS_IN_FLIGHT * layer
+    )
+    yield _on_device("blending: window, and a slab as high as a patch", slab + window)
+    # Weights and temporary values, and parts of the output on their way.
+    yield _only_device("parts being finished", 4 * min(slab, FINISH_NBYTES))
+
+
+def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
+    """Return the bytes of a batch as the network takes it, returns it, and as it is activated."""
+    num_copies = 1 if config.model.activation == "none" else 2
+    if config.model.augment:
+        num_copies += 1  # the sum over its turns
+    per_patch = _nbytes(plan.patch_shape, info.num_channels, FLOAT32_NBYTES) + num_copies * (
+        _nbytes(plan.patch_shape, config.model.out_channels, FLOAT32_NBYTES)
+    )
+    return config.patch.batch_size * per_patch
+
+
+def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
+    """Return the bytes of decoded chunks: of one read, and of the cache.
+
+    The cache counts twice, since the memory allocator keeps about as much as goes through it
+    (measured with glibc).
+    """
+    chunk_shape = info.chunk_shape or (1, 1, 1)
+    read = triple(
+        [
+            min(ceil_div(extent - 1, chunk) * chunk + chunk, whole)
+            for extent, chunk, whole in zip(
+                work.input_shape, chunk_shape, plan.volume.shape, strict=True
+            )
+        ]
+    )
+    volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
+    return _nbytes(read, info.num_channels, info.dtype.itemsize) + 2 * min(CACHE_NBYTES, volume)
+
+
+def _on_host(name: str, nbytes: int) -> MemoryPart:
+    """Return a part that never leaves the host's memory."""
+    return MemoryPart(name=name, cpu_nbytes=nbytes, host_nbytes=nbytes, device_nbytes=0)
+
+
+def _on_device(name: str, nbytes: int | None) -> MemoryPart:
+    """Return a part that lives where the network runs; None means unmeasured."""
+    return MemoryPart(name=name, cpu_nbytes=nbytes, host_nbytes=0, device_nbytes=nbytes)
+
+
+def _only_device(name: str, nbytes: int) -> MemoryPart:
+    """Return a part that only an accelerator needs."""
+    return MemoryPart(name=name, cpu_nbytes=0, host_nbytes=0, device_nbytes=nbytes)
+
+
+def _pinned(nbytes: int) -> int:
+    """Return the host memory that torch pins for so many bytes: a power of two."""
+    return 1 << max(0, nbytes - 1).bit_length()
+
+
+def _nbytes(shape: Triple, num_channels: int, itemsize: int) -> int:
+    """Return the bytes of a czyx array."""
+    return prod(shape) * num_channels * itemsize
