@@ -113,6 +113,19 @@ def test_a_broken_device_is_told_without_a_traceback(error):
         find_sound_ranks(SerialCommunicator(), Model(backend="identity"), request, break_down)
 
 
+def test_a_coarse_precision_is_judged_as_such():
+    def golden():
+        return np.full((2, 4), 1.02, np.float32)
+
+    def reference():
+        return np.ones((2, 4), np.float32)
+
+    how = {"reference": reference, "device": "cuda:0 X"}
+    assert find_off_ranks(SerialCommunicator(), golden, precision="bfloat16", **how) == {}
+    with pytest.raises(DeviceError, match=r"off by 0\.02"):
+        find_off_ranks(SerialCommunicator(), golden, precision="float32", **how)
+
+
 def test_a_bug_stays_a_bug():
     def stumble():
         raise KeyError("a bug")

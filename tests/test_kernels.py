@@ -104,6 +104,18 @@ def test_half_precision_without_effect_is_refused():
         assert caught.value.key == "compute.precision"
 
 
+def test_values_that_float16_cannot_hold_are_told_as_such():
+    class Large(nn.Conv3d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 0 + 1e6 * super().forward(x)
+
+    net = Large(1, 2, 1).eval()
+    asked = request(precision="float16")
+    with pytest.raises(ModelError, match="above 65504") as caught:
+        check_engine(TorchEngine(net, asked), asked)
+    assert caught.value.key == "compute.precision"
+
+
 def test_engines_of_two_precisions_in_one_process_do_not_meet():
     exact, half = (
         TorchEngine(make_net(), request(precision=name)) for name in ("float32", "bfloat16")
@@ -338,6 +350,8 @@ def compile_in_process(cache: Path, **environment: str) -> subprocess.CompletedP
         env={
             "HOME": str(cache),
             "TORCHINDUCTOR_CACHE_DIR": str(cache),
+            # Pays for many kernels; here there is one.
+            "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             **environment,

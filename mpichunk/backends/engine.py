@@ -91,6 +91,11 @@ class EngineInfo:
     kernels: tuple[str, ...] = ()
     """Kernel options that are in effect."""
 
+    @property
+    def how(self) -> str:
+        """Precision and kernels in words."""
+        return ", ".join((self.precision, *self.kernels))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:

@@ -114,7 +114,7 @@ def _what_lines(bench: Bench) -> list[str]:
     devices = sorted({rank.device for rank in bench.ranks})
     each = " each" if len(bench.ranks) > 1 else ""
     rows = [
-        ("network", f"{engine.backend}, {engine.version}, {engine.precision}"),
+        ("network", f"{engine.backend}, {engine.version}, {engine.how}"),
         ("device", f"{', '.join(devices)} ({engine.device_kind})"),
         ("ranks", f"{len(bench.ranks)}, CPU threads{each}: {engine.threads}"),
         (

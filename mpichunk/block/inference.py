@@ -358,6 +358,12 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
     except Exception as error:
         raise engine.explain(error) from error
     (is_finite,) = arrays.settle([arrays.is_finite(output_nczyx)])()
+    if not is_finite and request.precision == "float16":
+        raise ModelError(
+            "the network returned NaN or inf for an ordinary texture with values in [0, 1]: "
+            "float16 holds nothing above 65504; take 'bfloat16' or 'float32'",
+            key="compute.precision",
+        )
     if not is_finite:
         raise ModelError(
             "the network returned NaN or inf for an ordinary texture with values in [0, 1]; its "

@@ -94,7 +94,7 @@ def load_engine(job: Job, request: EngineRequest, prepared: bytes | None = None)
         info.version,
         info.device,
         info.device_kind,
-        ", ".join((info.precision, *info.kernels)),
+        info.how,
         info.threads,
     )
     return engine
