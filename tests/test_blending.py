@@ -1,11 +1,13 @@
 """Windows against the formulas written out, and their sums against whole volumes."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.geometry.blending import FLOOR, sum_of_windows, window
+from mpichunk.geometry.blending import FLOOR, shares, window
 from tests.reference import window as naive_window
 from tests.reference import window_axis
 
@@ -44,38 +46,33 @@ def test_unknown_window_is_refused() -> None:
         window("triangle", 8)
 
 
-@given(
-    names,
-    st.integers(1, 12),
-    st.lists(st.integers(-20, 30), max_size=8),
-    st.integers(-20, 20),
-    st.integers(1, 30),
-)
-def test_sum_of_windows_is_the_naive_sum(
-    name: str, length: int, starts: list[int], start: int, num: int
+@given(names, st.integers(1, 12), st.integers(-20, 20), st.data())
+def test_shares_are_weights_over_the_naive_sum(
+    name: str, length: int, first: int, data: st.DataObject
 ) -> None:
+    steps = data.draw(st.lists(st.integers(0, length), max_size=6))
+    starts = [first + sum(steps[:i]) for i in range(len(steps) + 1)]
     weights = window(name, length)
-    expected = [
-        sum(float(weights[p - a]) for a in starts if a <= p < a + length)
-        for p in range(start, start + num)
-    ]
-    total = sum_of_windows(starts, weights, start, start + num)
-    assert total.dtype == np.float32
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    found = shares(starts, weights)
+    for start, share in zip(starts, found, strict=True):
+        assert share.dtype == np.float32 and share.shape == (length,) and (share > 0).all()
+        for k in range(length):
+            there = [float(weights[start + k - a]) for a in starts if 0 <= start + k - a < length]
+            np.testing.assert_allclose(share[k], float(weights[k]) / sum(there), rtol=1e-6)
 
 
 @given(names)
-def test_sum_of_weights_is_a_product_of_three_vectors(name: str) -> None:
+def test_products_of_shares_are_shares_of_products(name: str) -> None:
     shape, starts = (3, 5, 4), ([0, 2], [0, 3, 4], [0, 2, 5])
-    extents = [s[-1] + n for s, n in zip(starts, shape, strict=True)]
-    volume_zyx = np.zeros(extents)
-    for z in starts[0]:
-        for y in starts[1]:
-            for x in starts[2]:
-                volume_zyx[z : z + 3, y : y + 5, x : x + 4] += naive_window(name, shape)
-    sums = [
-        sum_of_windows(s, window(name, n), 0, extent)
-        for s, n, extent in zip(starts, shape, extents, strict=True)
+    total_zyx = np.zeros([s[-1] + n for s, n in zip(starts, shape, strict=True)])
+    patches = list(product(*starts))
+    for z, y, x in patches:
+        total_zyx[z : z + 3, y : y + 5, x : x + 4] += naive_window(name, shape)
+    by_axis = [
+        dict(zip(s, shares(s, window(name, n)), strict=True))
+        for s, n in zip(starts, shape, strict=True)
     ]
-    product_zyx = sums[0][:, None, None] * sums[1][:, None] * sums[2]
-    np.testing.assert_allclose(product_zyx, volume_zyx, rtol=2e-6)
+    for z, y, x in patches:
+        share = by_axis[0][z][:, None, None] * by_axis[1][y][:, None] * by_axis[2][x]
+        expected = naive_window(name, shape) / total_zyx[z : z + 3, y : y + 5, x : x + 4]
+        np.testing.assert_allclose(share, expected, rtol=2e-6)

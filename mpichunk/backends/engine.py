@@ -195,8 +195,14 @@ class Arrays(Protocol):
     def multiply(self, array: DeviceArray, factor: float) -> None:
         """Multiply in place."""
 
-    def window(self, vectors: Vectors) -> DeviceArray:
-        """Return the product of three window vectors in the form that `add_weighted` likes best."""
+    def vector(self, host: npt.NDArray[np.float32]) -> DeviceArray:
+        """Return a small host vector on the device, without waiting."""
+
+    def window(self, z: DeviceArray, y: DeviceArray, x: DeviceArray) -> DeviceArray:
+        """Return the product of three vectors in the form that `add_weighted` likes best.
+
+        It lies in a buffer that the next call overwrites.
+        """
 
     def add_weighted(
         self,
@@ -210,12 +216,6 @@ class Arrays(Protocol):
 
         `window` comes from `window` and covers the whole patch.
         """
-
-    def vectors(self, vectors: Vectors) -> DeviceArray:
-        """Return three host vectors in the form that `divide` takes, without waiting."""
-
-    def divide(self, total_czyx: DeviceArray, sums: DeviceArray, part: Slices) -> None:
-        """Divide in place by the product of what `part` cuts out of three `vectors`."""
 
     def apply_mask(self, total_czyx: DeviceArray, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Set to zero, in place, what the mask excludes, whatever was there."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import Scaling, Vectors
+from mpichunk.backends.engine import Scaling
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
@@ -119,10 +119,13 @@ class NumpyArrays:
         """Multiply in place."""
         np.multiply(array, np.float32(factor), out=array)
 
-    def window(self, vectors: Vectors) -> Window:
+    def vector(self, host: Array) -> Array:
+        """Return the vector itself."""
+        return host
+
+    def window(self, z: Array, y: Array, x: Array) -> Window:
         """Return (z,) and the (y, x) plane: a product per slice costs less than reading volumes."""
-        z, y, x = vectors
-        return z, np.multiply.outer(y, x)
+        return z, np.multiply.outer(y, x, out=self._buffer("window", (len(y), len(x))))
 
     def add_weighted(
         self, total_czyx: Array, where: Slices, patch_czyx: Array, part: Slices, window: Window
@@ -138,20 +141,6 @@ class NumpyArrays:
             for total_yx, patch_yx in zip(total[:, z], patch[:, z], strict=True):
                 np.multiply(patch_yx, weight, out=product)
                 np.add(total_yx, product, out=total_yx)
-
-    def vectors(self, vectors: Vectors) -> Vectors:
-        """Return the vectors themselves."""
-        return vectors
-
-    def divide(self, total_czyx: Array, sums: Vectors, part: Slices) -> None:
-        """Divide one slice after the other; see `Arrays.divide`."""
-        z, y, x = (vector[piece] for vector, piece in zip(sums, part, strict=True))
-        plane = np.multiply.outer(y, x)
-        weight = self._buffer("weight", plane.shape)
-        for k, scale in enumerate(z):
-            np.multiply(plane, scale, out=weight)
-            slice_cyx = total_czyx[:, k]
-            np.divide(slice_cyx, weight, out=slice_cyx)
 
     def apply_mask(self, total_czyx: Array, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Overwrite, since zero times NaN would stay NaN."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.backends.engine import FINISH_NBYTES, Scaling, Vectors
+from mpichunk.backends.engine import FINISH_NBYTES, Scaling
 from mpichunk.backends.torch_transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
@@ -162,10 +162,15 @@ class TorchArrays:
         """Multiply in place."""
         array.mul_(factor)
 
-    def window(self, vectors: Vectors) -> Tensor:
+    def vector(self, host: npt.NDArray[np.float32]) -> Tensor:
+        """Return a copy on the device; see `Arrays.vector`."""
+        return self._to_device(host)
+
+    @torch.no_grad()
+    def window(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Return the whole (z, y, x) product: with it, adding is one kernel per patch."""
-        z, y, x = (self._to_device(vector) for vector in vectors)
-        return z[:, None, None] * (y[:, None] * x)
+        window = self._buffer("window", (len(z), len(y), len(x)))
+        return torch.mul(z[:, None, None], y[:, None] * x, out=window)
 
     @torch.no_grad()
     def add_weighted(
@@ -173,19 +178,6 @@ class TorchArrays:
     ) -> None:
         """Multiply and add in one pass, without a temporary; see `Arrays.add_weighted`."""
         total_czyx[(slice(None), *where)].addcmul_(patch_czyx[(slice(None), *part)], window[part])
-
-    def vectors(self, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
-        """Return three vectors on the device; see `Arrays.vectors`."""
-        z, y, x = (self._to_device(vector) for vector in vectors)
-        return z, y, x
-
-    @torch.no_grad()
-    def divide(self, total_czyx: Tensor, sums: tuple[Tensor, Tensor, Tensor], part: Slices) -> None:
-        """Divide by the product of the vectors, made for this slab only; see `Arrays.divide`."""
-        z, y, x = (vector[piece] for vector, piece in zip(sums, part, strict=True))
-        weight = self._buffer("weight", total_czyx.shape[1:])
-        torch.mul(z[:, None, None], y[:, None] * x, out=weight)
-        total_czyx.div_(weight)
 
     @torch.no_grad()
     def apply_mask(self, total_czyx: Tensor, mask_zyx: npt.NDArray[np.bool_]) -> None:

@@ -31,10 +31,11 @@ from mpichunk.backends.engine import (
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.slab import Slab, Target, Unsettled
+from mpichunk.block.windows import Windows
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import DeviceMemoryError, ModelError, UserError
-from mpichunk.geometry.blending import sum_of_windows, window
+from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box, Slices, subtract
 from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
 from mpichunk.plan.plan import Block
@@ -119,7 +120,6 @@ class BlockInference:
         self._output_shape = output_shape
         z, y, x = (window(window_name, length) for length in output_shape)
         self._vectors: Vectors = (z, y, x)
-        self._window = engine.arrays.window(self._vectors)
         self._sources = HostPool(engine.arrays.host_bytes)
         self._cores = HostPool(engine.arrays.host_bytes)
 
@@ -230,22 +230,15 @@ class BlockInference:
     ) -> Slab:
         """Return where the patches of a block are added up."""
         core, arrays = block.core, self._engine.arrays
-        z, y, x = (
-            sum_of_windows(starts, weights, start, stop)
-            for starts, weights, start, stop in zip(
-                block.starts, self._vectors, core.start, core.stop, strict=True
-            )
-        )
         target = Target(
             core=core,
             core_czyx=core_czyx,
-            sums=arrays.vectors((z, y, x)),
             mask_zyx=None if mask_zyx is None else mask_zyx[core.slices(block.output_box.start)],
             reduction=self._reduction,
         )
         return Slab(
             arrays,
-            self._window,
+            Windows(arrays, block, self._vectors),
             num_channels=self._request.out_channels,
             patch_length=block.patch_shape[0],
             target=target,

@@ -1,6 +1,6 @@
 """The part of a block that patches still touch: added to at the bottom, finished from the top.
 
-Patches come in lattice order, z slowest. What lies above the next one is complete: it is divided,
+Patches come in lattice order, z slowest. What lies above the next one is complete: it is checked,
 reduced and sent to the host, and its rows hold what comes below. So the memory of a device does not
 grow with the length of a block. Knows no networks, and no arrays but through an engine's.
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mpichunk.backends.engine import Arrays, DeviceArray
 from mpichunk.backends.reduction import Reduction
+from mpichunk.block.windows import Windows
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid, Slices
 
@@ -35,16 +36,13 @@ NOT_FLOAT16 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is made of a block's sums, and where it goes."""
+    """What is made of a block's blended channels, and where it goes."""
 
     core: Box
     """What the block writes."""
 
     core_czyx: npt.NDArray[Any]
     """The finished core, on the host."""
-
-    sums: DeviceArray
-    """Sums of weights along z, y and x of the core, as `Arrays.vectors` returns them."""
 
     mask_zyx: npt.NDArray[np.bool_] | None
     """Wanted voxels of the core; None for all."""
@@ -58,7 +56,7 @@ class Slab:
 
     Args:
         arrays: The engine's.
-        window: Weights of an output patch, as `Arrays.window` returns them.
+        windows: Weights of each patch.
         num_channels: Channels of the network.
         patch_length: Q, voxels of an output patch along z.
         target: What becomes of the sums.
@@ -67,14 +65,14 @@ class Slab:
     def __init__(
         self,
         arrays: Arrays,
-        window: DeviceArray,
+        windows: Windows,
         *,
         num_channels: int,
         patch_length: int,
         target: Target,
     ) -> None:
         self._arrays = arrays
-        self._window = window
+        self._windows = windows
         self._target = target
         self._num_rows, num_y, num_x = target.core.shape
         self._num_finished = 0
@@ -96,6 +94,7 @@ class Slab:
         """
         core = self._target.core
         self._finish(min(box.start[0] - core.start[0], self._num_rows))
+        window = self._windows.of(box)
         inner = box.intersect(core)
         rows, *plane = inner.slices(core.start)
         part_z, *part_plane = inner.slices(box.start)
@@ -103,7 +102,7 @@ class Slab:
             offset = part_z.start - rows.start
             where: Slices = (in_ring, plane[0], plane[1])
             part: Slices = (slice(first + offset, stop + offset), part_plane[0], part_plane[1])
-            self._arrays.add_weighted(self._ring_czyx, where, patch_czyx, part, self._window)
+            self._arrays.add_weighted(self._ring_czyx, where, patch_czyx, part, window)
 
     def finish(self) -> "Unsettled":
         """Finish what is left; the core is on its way to the host."""
@@ -124,11 +123,10 @@ class Slab:
                     self._arrays.clear(ring_czyx[(slice(None), *part.slices())])
 
     def _finish_part(self, total_czyx: DeviceArray, part: Box, first: int) -> None:
-        """Divide by the sum of weights, mask, check, reduce, quantise and send one part."""
+        """Mask, check, reduce, quantise and send one part."""
         arrays, target, reduction = self._arrays, self._target, self._target.reduction
         place = part.translate((first, 0, 0))
         where = place.slices()
-        arrays.divide(total_czyx, target.sums, where)
         if target.mask_zyx is not None:
             arrays.apply_mask(total_czyx, target.mask_zyx[where])
         self._check(NOT_FINITE, place, total_czyx)

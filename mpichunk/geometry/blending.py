@@ -1,7 +1,7 @@
-"""Blending windows and their sums: three vectors each, never a volume.
+"""Blending windows and their shares: three vectors each, never a volume.
 
 A window is a product over the axes, so the sum of weights at a voxel is a product of three per-axis
-sums. numpy only; knows no networks and no volumes.
+sums, and a share of it one of per-axis shares. numpy only; knows no networks and no volumes.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,25 +34,21 @@ def window(name: str, length: int) -> Vector:
     return floored.astype(np.float32)
 
 
-def sum_of_windows(
-    starts: Sequence[int], weights: Vector, start: int, stop: int
-) -> npt.NDArray[np.float32]:
-    """Return, for voxels start..stop of one axis, the sum of all windows that cover each.
+def shares(starts: Sequence[int], weights: Vector) -> list[Vector]:
+    """Return, for each output patch of one axis, its weights over the sum of all weights there.
 
     Args:
-        starts: first voxel of each output patch on this axis.
+        starts: first voxel of each output patch on this axis, in order.
         weights: (Q,) window of one output patch.
-        start, stop: the interval wanted, half-open.
 
     Returns:
-        (stop - start,) float32, summed in float64.
+        (Q,) float32 for each start; at every voxel they add up to one.
     """
-    total = np.zeros(stop - start, dtype=np.float64)
-    for first in starts:
-        a, b = max(first, start), min(first + len(weights), stop)
-        if a < b:
-            total[a - start : b - start] += weights[a - first : b - first]
-    return total.astype(np.float32)
+    length = len(weights)
+    total = np.zeros(starts[-1] - starts[0] + length, dtype=np.float64)
+    for start in starts:
+        total[start - starts[0] :][:length] += weights
+    return [(weights / total[start - starts[0] :][:length]).astype(np.float32) for start in starts]
 
 
 def _bump(k: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:

@@ -144,12 +144,21 @@ def _blending_parts(
     layer = _nbytes(layer_shape, num_channels, itemsize)
     slab_shape = min(plan.output_patch_shape[0], work.core_shape[0]), *work.core_shape[1:]
     slab = _nbytes(slab_shape, config.model.out_channels, FLOAT32_NBYTES)
+    # On a host, sums that are written as they are lie where the output does.
+    is_core = Reduction.of(config).keeps_sums(
+        config.model.out_channels, np.dtype(config.output.dtype)
+    )
     window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
     yield _only_device(
         "raw patches, and the layers that they are cut from", raw + LAYERS_IN_FLIGHT * layer
     )
-    yield _on_device("blending: window, and a slab as high as a patch", slab + window)
-    # Weights and temporary values, and parts of the output on their way.
+    yield MemoryPart(
+        name="blending: window, and a slab as high as a patch",
+        cpu_nbytes=window + (0 if is_core else slab),
+        host_nbytes=0,
+        device_nbytes=window + slab,
+    )
+    # Temporary values, and parts of the output on their way.
     yield _only_device("parts being finished", 4 * min(slab, FINISH_NBYTES))
 
 
