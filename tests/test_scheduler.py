@@ -412,6 +412,17 @@ def test_what_a_rank_was_given_first_is_what_it_has_died_of():
     assert suspect == leases[0]
 
 
+def test_a_rank_that_finishes_nothing_is_late_with_all_that_it_holds():
+    scheduler = Scheduler(6, size=2)
+    stuck, well = scheduler.lease(0, 3, 0.0), scheduler.lease(1, 3, 0.0)
+    assert scheduler.late_leases(4.0, 4.0) == []
+    scheduler.finish(1, well[0], 4.0)
+    assert scheduler.late_leases(4.5, 4.0) == [(0, lease) for lease in stuck]
+    # A rank that moves takes as many times longer for a block as it holds.
+    assert (1, well[1]) not in scheduler.late_leases(7.9, 4.0)
+    assert (1, well[1]) in scheduler.late_leases(8.1, 4.0)
+
+
 @pytest.mark.parametrize("size", [1, 100, 10_000])
 def test_leases_that_are_out_are_bounded_however_many_are_asked_for(size):
     scheduler = Scheduler(3 * MOST_LEASED, size=size)
