@@ -194,7 +194,7 @@ class Simulation:
             self.inbox.append((number, Request(num_blocks=BLOCKS_IN_FLIGHT)))
         num_turns = 0
         while not self.coordinator.is_ended:
-            self.turn(is_sampled=num_turns % 50 == 0)
+            self.turn(is_sampled=num_turns % 50 == 49)
             num_turns += 1
             # At the end nothing may happen for long: rank 0 looks around twice a second.
             next_event = self.events[0][0] if self.events else float("inf")
