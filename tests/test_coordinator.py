@@ -1,7 +1,9 @@
 """The coordinator alone, and with many workers on a made-up network (no MPI)."""
 
+import pickle
 import random
 from collections import defaultdict, deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def failed(lease, message="unreadable"):
 
 class FakeJournal:
     def __init__(self):
-        self.lines, self.num_synced = [], 0
+        self.lines, self.num_synced, self.seconds = [], 0, 0.0
 
     def append(self, record, state, *, core, rank, host):
         assert core == core_of(record.lease.block)
@@ -45,7 +47,7 @@ class FakeJournal:
 
     def sync(self):
         self.num_synced = len(self.lines)
-        return 0.0
+        return self.seconds
 
 
 def start(num_blocks, size=2, **kwargs):
@@ -90,6 +92,60 @@ def test_records_that_come_quickly_share_a_sync():
     assert coordinator.commit(5.001) == []
     assert journal.num_synced == 1
     assert coordinator.commit(5.5) == [(1, Acknowledge(leases=(second,)))]
+
+
+def test_a_slow_disk_takes_a_fifth_of_rank_0_at_most():
+    coordinator, journal = start(100)
+    journal.seconds = 0.1
+    coordinator.handle(1, Request(num_blocks=50))
+    ((_, assign),) = coordinator.assign(0.0)
+    num_syncs = 0
+    for turn, lease in enumerate(assign.leases):
+        coordinator.handle(1, done(lease))
+        num_syncs += bool(coordinator.commit(turn * 0.05))
+    assert 0.1 * num_syncs <= 0.2 * 50 * 0.05 + 0.1
+    assert num_syncs >= 4
+
+
+def test_ranks_that_cannot_be_served_are_not_looked_at_in_every_turn(monkeypatch):
+    monkeypatch.setattr("mpichunk.schedule.scheduler.MOST_LEASED", 500)
+    coordinator, _ = start(1000, size=100)
+    looked_at = []
+    lease = coordinator._scheduler.lease
+    coordinator._scheduler.lease = lambda rank, *how: looked_at.append(rank) or lease(rank, *how)
+    for rank in range(100):
+        coordinator.handle(rank, Request(num_blocks=500))
+    first = dict(coordinator.assign(0.0))
+    assert {len(assign.leases) for assign in first.values()} == {5}
+    assert looked_at == list(range(100))
+    looked_at.clear()
+    assert coordinator.assign(0.1) == []
+    assert looked_at == []
+    coordinator.handle(7, done(first[7].leases[0]))
+    assert [(rank, len(assign.leases)) for rank, assign in coordinator.assign(0.2)] == [(7, 1)]
+    assert looked_at == [7]
+    # What fails on one may be for any other.
+    looked_at.clear()
+    coordinator.handle(8, failed(first[8].leases[0]))
+    assert [rank for rank, _ in coordinator.assign(0.3)] == [8]
+    assert sorted(looked_at) == list(range(100))
+
+
+def test_messages_survive_their_way():
+    plain, backup = Lease(block=1, attempt=1), Lease(block=2, attempt=3, is_backup=True)
+    record = replace(done(backup), batch_size=4)
+    messages = [Assign(leases=(plain, backup)), record, failed(plain), Request(num_blocks=3)]
+    arrived = pickle.loads(pickle.dumps(messages))
+    assert arrived == messages
+    assert arrived[0].leases[1].is_backup
+    assert {plain, backup} == {*arrived[0].leases, arrived[1].lease}
+
+
+def test_many_leases_take_few_bytes():
+    leases = tuple(Lease(block=10**6 + n, attempt=1) for n in range(500))
+    assert len(pickle.dumps(Assign(leases=leases), -1)) < 20 * 500
+    records = [replace(done(lease), checksum=f"xxh3:{lease.block:032x}") for lease in leases]
+    assert len(pickle.dumps(records, -1)) < 170 * 500
 
 
 def test_a_late_duplicate_is_acknowledged_but_not_journaled():

@@ -3,6 +3,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
@@ -76,6 +78,27 @@ def test_lines_are_as_documented(tmp_path):
         "checksum": "xxh3:00112233445566778899aabbccddeeff",
     }
     assert json.loads(second)["message"] == 'a "quoted"\nmessage'
+
+
+TEXT = st.text(max_size=20)
+NUMBER = st.integers(0, 2**63)
+STAGE_SECONDS = st.dictionaries(TEXT, st.floats(0, 1e9), max_size=4)
+
+
+@given(TEXT, TEXT, STAGE_SECONDS, NUMBER, st.none() | st.integers(1, 99))
+def test_lines_written_by_hand_are_those_of_a_json_encoder(text, host, seconds, number, batch_size):
+    lease = Lease(block=number, attempt=2)
+    counts = dict.fromkeys(("num_patches", "num_voxels", "nbytes_read", "nbytes_written"), number)
+    record = Done(lease=lease, seconds=seconds, checksum=text, batch_size=batch_size, **counts)
+    head = {"stage": "blocks", "block": number, "state": "done", "core": [CORE.start, CORE.stop]}
+    head |= {"rank": 3, "host": host, "attempt": 2, "time": 1760000000.123}
+    tail = {"seconds": {stage: round(s, 4) for stage, s in seconds.items()}, "num_patches": number}
+    tail |= {} if batch_size is None else {"batch_size": batch_size}
+    line = journals._block_line(record, "done", core=CORE, rank=3, host=host, time=1760000000.123)
+    assert line == journals._encode(head | tail | {"checksum": text})
+    record = Failed(lease=lease, error=text, message=host)
+    line = journals._block_line(record, "done", core=CORE, rank=3, host=host, time=1760000000.123)
+    assert line == journals._encode(head | {"error": text, "message": host})
 
 
 def test_nothing_is_written_before_sync(tmp_path):

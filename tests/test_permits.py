@@ -1,11 +1,15 @@
 """Never two ranks write one block, whatever the order in which things happen."""
 
+import threading
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpichunk.roles import coordinator
-from mpichunk.schedule.messages import State
+from mpichunk.schedule.messages import Lease, State
+from mpichunk.schedule.permits import Permits
 from tests.contest import World, read_checksum
 
 SEEDS = st.integers(0, 10**9)
@@ -153,3 +157,20 @@ def test_leases_that_wait_for_a_rank_that_was_given_up_are_written_once(seed, se
     untold = {lease.block for held in away for lease in held}
     for block, line in world.book.last().items():
         assert block in untold or world.disk.values[block] == line[3]
+
+
+def test_an_answer_that_comes_after_all_was_closed_lets_nothing_be_written():
+    permits, answers = Permits(threading.Event()), []
+    lease = Lease(block=0, attempt=1, is_backup=True)
+    permits.begin(lease)
+    writer = threading.Thread(target=lambda: answers.append(permits.may_write(lease)))
+    writer.start()
+    while permits.questions() != [lease]:
+        time.sleep(0.001)
+    # The thread cannot wake before it has this lock.
+    with permits._changed:
+        assert permits.close([lease]) == set()
+        permits.answer(lease, True)
+        assert permits.writing() == set()
+    writer.join()
+    assert answers == [False]

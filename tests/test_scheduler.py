@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from mpichunk.schedule.messages import Lease, State
-from mpichunk.schedule.scheduler import MOST_DEATHS, Scheduler
+from mpichunk.schedule.scheduler import MOST_DEATHS, MOST_LEASED, Scheduler
 from mpichunk.schedule.staticrun import WINDOW, static_blocks, static_run
 
 
@@ -392,6 +392,42 @@ def test_a_block_is_given_up_after_so_many_deaths():
     assert state == State.FAILED
     assert drain(scheduler, 0) == [1]
     assert scheduler.is_finished
+
+
+def test_two_tries_of_one_rank_count_as_one_block_after_a_regroup():
+    scheduler = Scheduler(3, size=2, max_attempts=3)
+    first, second = Lease(block=0, attempt=1), Lease(block=0, attempt=2)
+    scheduler.regroup({0: [second, first]}, 0.0, lost=[1], writers={0: 0})
+    assert scheduler.finish(0, second)
+    assert scheduler.is_idle(0)
+    assert drain(scheduler, 0) == [1, 2]
+
+
+def test_what_a_rank_was_given_first_is_what_it_has_died_of():
+    scheduler = Scheduler(6, size=2)
+    (zero,) = scheduler.lease(0, 1, 0.0)
+    scheduler.fail(0, zero)
+    leases = scheduler.lease(1, 3, 1.0)
+    ((_, suspect, _),) = scheduler.regroup({0: []}, 2.0, lost=[1])
+    assert suspect == leases[0]
+
+
+def test_a_rank_that_finishes_nothing_is_late_with_all_that_it_holds():
+    scheduler = Scheduler(6, size=2)
+    stuck, well = scheduler.lease(0, 3, 0.0), scheduler.lease(1, 3, 0.0)
+    assert scheduler.late_leases(4.0, 4.0) == []
+    scheduler.finish(1, well[0], 4.0)
+    assert scheduler.late_leases(4.5, 4.0) == [(0, lease) for lease in stuck]
+    # A rank that moves takes as many times longer for a block as it holds.
+    assert (1, well[1]) not in scheduler.late_leases(7.9, 4.0)
+    assert (1, well[1]) in scheduler.late_leases(8.1, 4.0)
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+def test_leases_that_are_out_are_bounded_however_many_are_asked_for(size):
+    scheduler = Scheduler(3 * MOST_LEASED, size=size)
+    num_out = sum(len(scheduler.lease(rank, 10**6, 0.0)) for rank in range(size))
+    assert 0.9 * MOST_LEASED < num_out <= MOST_LEASED
 
 
 class Survivors(RuleBasedStateMachine):

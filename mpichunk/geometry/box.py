@@ -125,13 +125,19 @@ class Grid:
         return prod(self.shape)
 
     def __getitem__(self, index: int) -> Box:
-        # Plain arithmetic: the coordinator asks for the core of every block that is done.
+        # Written out: the coordinator asks for the core of every block that is done.
         nz, ny, nx = self.shape
         if not 0 <= index < nz * ny * nx:
             raise IndexError(f"cell {index} of a grid of {len(self)}")
-        position = index // (ny * nx), index // nx % ny, index % nx
-        start = add(self.origin, multiply(add(self.first, position), self.step))
-        return Box.from_shape(start, self.step).intersect(self.bounds)
+        (i, j, k), (p, q, r) = self.first, self.step
+        z = self.origin[0] + (i + index // (ny * nx)) * p
+        y = self.origin[1] + (j + index // nx % ny) * q
+        x = self.origin[2] + (k + index % nx) * r
+        (a, b, c), (d, e, f) = self.bounds.start, self.bounds.stop
+        return Box(
+            start=(max(z, a), max(y, b), max(x, c)),
+            stop=(min(z + p, d), min(y + q, e), min(x + r, f)),
+        )
 
     def __iter__(self) -> Iterator[Box]:
         return (self[i] for i in range(len(self)))

@@ -42,10 +42,7 @@ SYNC_SECONDS = 0.02
 """Least time between two syncs of the journal: with small blocks the disk would set the pace."""
 
 SYNC_SHARE = 0.2
-"""Of rank 0's main thread, at most, for the disk."""
-
-MOST_SYNC_SECONDS = 1.0
-"""Longest time between two syncs: what is not synced is what a crash repeats."""
+"""Of rank 0's main thread, at most, for a slow disk, unless that takes more than 0.2 s a sync."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -85,6 +82,7 @@ class Coordinator:
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
         self._demand = Demand()
+        self._now = float("-inf")
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
@@ -179,6 +177,7 @@ class Coordinator:
 
     def assign(self, now: float) -> list[Outgoing]:
         """Lease blocks to the ranks that have asked; who gets none now waits for a later turn."""
+        self._now = now
         if self.ending is not None:
             return []
         outgoing: list[Outgoing] = [(rank, Stop(reason=FINISHED)) for rank in self._newly_excluded]
@@ -263,7 +262,7 @@ class Coordinator:
         if now < self._next_sync and not is_stop_due:
             return []
         seconds = self._sync() / SYNC_SHARE
-        self._next_sync = now + max(SYNC_SECONDS, min(seconds, MOST_SYNC_SECONDS))
+        self._next_sync = now + max(SYNC_SECONDS, min(seconds, 50 * SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()
@@ -306,7 +305,7 @@ class Coordinator:
     def _finish(self, rank: int, done: Done) -> None:
         """Note a block that is done; of one that was done already, only whether it is the same."""
         block = done.lease.block
-        if not self._scheduler.finish(rank, done.lease):
+        if not self._scheduler.finish(rank, done.lease, self._now):
             self._compare(rank, done)
             return
         self._note(rank, done, "done")

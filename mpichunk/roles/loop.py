@@ -1,7 +1,7 @@
 """The main thread of a rank while blocks are computed: receive, decide, send, sleep.
 
 Joins the roles to the ranks; knows no policy and nothing of how a block is computed. It works in
-turns. When a turn finds nothing to do the next one comes later and later, up to 20 ms, unless the
+turns. When a turn finds nothing to do the next one comes later and later, up to 40 ms, unless the
 pipeline wakes it: an idle rank leaves its core alone.
 """
 
@@ -36,7 +36,8 @@ from mpichunk.schedule.messages import (
 from mpichunk.schedule.progress import Counters
 
 SHORTEST_NAP_SECONDS = 0.0002
-LONGEST_NAP_SECONDS = 0.02
+LONGEST_NAP_SECONDS = 0.04
+LONGEST_NAP_OF_COORDINATOR_SECONDS = 0.02
 FIRST_BEAT_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0
 
@@ -162,6 +163,8 @@ class Loop:
     def _work(self) -> None:
         """Take turns until every rank has ended."""
         nap = SHORTEST_NAP_SECONDS
+        is_lead = self.lead is not None
+        longest = LONGEST_NAP_OF_COORDINATOR_SECONDS if is_lead else LONGEST_NAP_SECONDS
         try:
             while not self.pulse.is_over:
                 # Cleared before looking: what comes while we look sets it again.
@@ -170,7 +173,7 @@ class Loop:
                     nap = SHORTEST_NAP_SECONDS
                 else:
                     self.wake.wait(nap)
-                    nap = min(2 * nap, LONGEST_NAP_SECONDS)
+                    nap = min(2 * nap, longest)
         except MustEnd as end:
             sys.stderr.write(f"mpichunk: {end}\n")
             self._tell_all(Leave(code=end.code))

@@ -30,6 +30,7 @@ class Holders:
     def __init__(self) -> None:
         self._holders: dict[int, dict[int, Holder]] = {}
         self._num_held: Counter[int] = Counter()
+        self._moved: dict[int, float] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self._holders
@@ -54,6 +55,10 @@ class Holders:
         elif before.attempt > lease.attempt:
             return
         holders[rank] = Holder(lease.attempt, since, lease.is_backup)
+
+    def move(self, rank: int, now: float) -> None:
+        """Note that a rank has finished a block."""
+        self._moved[rank] = now
 
     def release(self, rank: int, lease: Lease) -> bool:
         """Note that a rank holds a block no longer; return whether it did, by this lease."""
@@ -80,13 +85,17 @@ class Holders:
         """Forget all."""
         self._holders.clear()
         self._num_held.clear()
+        self._moved.clear()
 
     def late(self, now: float, seconds: float) -> list[tuple[int, Lease]]:
         """Return what one rank alone has held for long, each with its rank, the oldest first.
 
+        A rank works on all that it holds, so a block may take as many times longer; but one that
+        has finished nothing for long is late with all of it.
+
         Args:
             now: Seconds.
-            seconds: What is long for one block; a rank works on all that it holds.
+            seconds: What is long for one block.
         """
         found: list[tuple[float, int, Lease]] = []
         for block, holders in self._holders.items():
@@ -94,7 +103,10 @@ class Holders:
                 continue
             ((rank, holder),) = holders.items()
             age = now - holder.since
-            if age > seconds and age > seconds * self._num_held[rank]:
+            if age <= seconds:
+                continue
+            is_stuck = now - self._moved.get(rank, holder.since) > seconds
+            if is_stuck or age > seconds * self._num_held[rank]:
                 found.append((holder.since, rank, _lease(block, holder)))
         found.sort(key=lambda item: (item[0], item[2].block))
         return [(rank, lease) for _, rank, lease in found]

@@ -136,12 +136,13 @@ class Scheduler:
         """Return whether a rank holds no block that was leased to it."""
         return not self._holders.num_held(rank)
 
-    def finish(self, rank: int, lease: Lease) -> bool:
+    def finish(self, rank: int, lease: Lease, now: float = float("-inf")) -> bool:
         """Count a block as done; return False for a late duplicate, which changes nothing.
 
         The first result wins, whoever brings it: the bytes of a block do not depend on the rank.
         """
         self._release(rank, lease)
+        self._holders.move(rank, now)
         if self._bytes[lease.block] == DONE:
             return False
         self._move(lease.block, DONE)

@@ -137,7 +137,7 @@ class Result:
     """Per block, both ways, estimated from every 50th turn."""
 
     slowest_turn: float = 0.0
-    """Real seconds of the coordinator in one turn, losses apart."""
+    """CPU seconds of the coordinator in one turn, losses apart."""
 
 
 def plan_of(num_blocks: int) -> Plan:
@@ -194,7 +194,7 @@ class Simulation:
             self.inbox.append((number, Request(num_blocks=BLOCKS_IN_FLIGHT)))
         num_turns = 0
         while not self.coordinator.is_ended:
-            self.turn(is_sampled=num_turns % 50 == 0)
+            self.turn(is_sampled=num_turns % 50 == 49)
             num_turns += 1
             # At the end nothing may happen for long: rank 0 looks around twice a second.
             next_event = self.events[0][0] if self.events else float("inf")
@@ -264,10 +264,10 @@ class Simulation:
                 self.coordinator.handle(number, message)
         outgoing = self.coordinator.assign(self.now)
         outgoing += self.coordinator.commit(self.now)
-        seconds = time.perf_counter() - started
-        self.result.seconds += seconds
-        self.result.cpu_seconds += time.thread_time() - cpu_started
-        self.result.slowest_turn = max(self.result.slowest_turn, seconds)
+        cpu_seconds = time.thread_time() - cpu_started
+        self.result.seconds += time.perf_counter() - started
+        self.result.cpu_seconds += cpu_seconds
+        self.result.slowest_turn = max(self.result.slowest_turn, cpu_seconds)
         self.result.most_leased = max(self.result.most_leased, self.scheduler.num_leased)
         if is_sampled:
             self.result.wire_nbytes += wire_nbytes(inbox) + wire_nbytes(outgoing)
@@ -332,7 +332,7 @@ def simulate(case: Case, run_dir: Path) -> Result:
 
 def tell(case: Case, result: Result, run_dir: Path, before: float) -> None:
     """Print the figures of a whole run, and of a resume from its journal."""
-    path = run_dir / NAME
+    path, peak = run_dir / NAME, peak_mib()
     started = time.perf_counter()
     states = np.zeros(case.num_blocks, np.uint8)
     scan(path, states)
@@ -352,23 +352,22 @@ def tell(case: Case, result: Result, run_dir: Path, before: float) -> None:
         f"                                  {num / result.cpu_seconds:.0f} per second of CPU time"
     )
     print(f"  share of rank 0's main thread   {result.seconds / result.simulated_seconds:.2%}")
-    print(f"  slowest turn of rank 0          {result.slowest_turn:.3f} s")
+    print(f"  slowest turn of rank 0          {result.slowest_turn:.3f} s of CPU time")
     print(f"  after the loss of a rank        {regroups:.2f} s at most")
     print(f"  leases out at a time            {result.most_leased} at most")
     print(f"  bytes of a block on the wire    {result.wire_nbytes:.0f}")
     print(f"  bytes of a block in the journal {nbytes / case.num_blocks:.0f}")
-    print(f"  memory                          {peak_mib():.0f} MiB, {before:.0f} before the start")
+    print(f"  memory                          {peak:.0f} MiB, {before:.0f} before the start")
     print(f"  resume: scan of the journal     {scanned - started:.1f} s for {nbytes / 1e9:.2f} GB")
     print(f"  and what a take-over reads      {ended - scanned:.1f} s more")
 
 
 def tell_tail(name: str, case: Case, result: Result) -> None:
     """Print what the end of a run costs."""
-    hours = result.idle_seconds / 3600
     each = result.idle_seconds / case.num_ranks
     print(
-        f"  tail {name:<15} idle {hours:.1f} rank hours, {each:.0f} s a rank "
-        f"({each / case.block_seconds:.1f} blocks); {result.num_backups} leases as backup"
+        f"  tail {name:<15} idle {each:.0f} s a rank, the time of {each / case.block_seconds:.1f} "
+        f"blocks; {result.num_backups} leases as backup"
     )
 
 
