@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.backends.binding import Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.binding import MOST_ROWS, Accelerator, Probe, RankFacts, bind
 from mpichunk.backends.visibility import gpu_hints
 from mpichunk.errors import DeviceError
 
@@ -162,6 +162,11 @@ def test_auto_without_accelerators_says_cpu_loudly():
     assert decide(ranks, "cpu").warnings == ()
 
 
+def test_auto_says_cpu_where_nobody_has_an_accelerator():
+    (warning,) = decide([facts(r, local_rank=r) for r in range(2)]).warnings
+    assert "on the CPU" in warning and "compute.device: cpu" in warning
+
+
 def test_mixed_kinds_are_warned_about():
     ranks = [
         facts(0, gpu(0), gpu(1, name="NVIDIA A100")),
@@ -178,7 +183,8 @@ def test_mixed_kinds_are_warned_about():
 
 def test_many_hosts_are_not_all_named():
     ranks = [facts(r, host=f"n{r:04d}", local_rank=0) for r in range(1000)]
-    (warning,) = decide(ranks).warnings
+    ranks.append(facts(1000, gpu(0), host="other", local_rank=0))
+    (warning,) = [w for w in decide(ranks).warnings if "NO ACCELERATOR" in w]
     assert "n0000, n0001" in warning and "and 992 more" in warning and len(warning) < 300
 
 
@@ -251,6 +257,15 @@ def test_the_table_has_a_row_per_rank():
         )
         == 1
     )
+
+
+def test_the_table_of_many_ranks_is_short_and_counts_the_rest():
+    ranks = [facts(r, host=f"node{r // 4}", local_rank=r % 4) for r in range(10 * MOST_ROWS)]
+    found = decide(ranks, "cpu")
+    *rows, rest = found.table.splitlines()
+    assert len(rows) == 1 + MOST_ROWS
+    assert f"{9 * MOST_ROWS} ranks more" in rest and f"{10 * MOST_ROWS // 4} hosts" in rest
+    assert str(found.of(5)).startswith("rank 5 on node1: cpu")
 
 
 def test_on_cpus_the_table_is_silent_about_devices():

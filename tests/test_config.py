@@ -245,6 +245,13 @@ RULES: list[tuple[Values, list[str]]] = [
         ],
     ),
     (
+        {"model.backend": "onnxruntime", "model.path": "nets.py:UNet"},
+        [
+            "model.path: 'nets.py:UNet' is code, which the onnxruntime backend does not take; "
+            "it takes `path: net.onnx`, or set model.backend: pytorch"
+        ],
+    ),
+    (
         {"model.path": "nets.py"},
         ["model.path: 'nets.py' does not name the network in the file; write nets.py:Name"],
     ),

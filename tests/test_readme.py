@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mpichunk.config.file import load_config
+from mpichunk.config.schema import Config
+from mpichunk.config.types import Section
 from tests.launch import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -41,6 +44,15 @@ def test_explained_config_is_valid(tmp_path: Path) -> None:
     path.write_text(code_block("config"))
     config = load_config(path).config
     assert config.output_patch_shape == (20, 256, 256)
+
+
+def test_explained_config_has_every_key() -> None:
+    written = yaml.safe_load(code_block("config"))
+    assert list(written) == list(Config.model_fields)
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            assert set(written[name]) == set(section.model_fields), name
 
 
 def test_readme_is_finished() -> None:

@@ -258,6 +258,14 @@ def test_plan_refuses_what_run_would_refuse(attempt, tmp_path):
         assert "output.volume" in said
 
 
+def test_plan_says_that_a_package_is_missing(attempt, monkeypatch):
+    code, said = attempt("plan", model=TORCH)
+    assert (code, said) == (0, "")
+    monkeypatch.setattr("mpichunk.backends.optional.find_spec", lambda package: None)
+    code, said = attempt("plan", model=TORCH)
+    assert code == 0 and "lacks the package torch, which is not installed" in said
+
+
 @pytest.mark.parametrize("verb", ["report", "view", "fly"])
 def test_a_verb_that_is_not_there_is_unknown(verb, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:

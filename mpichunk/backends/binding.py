@@ -14,6 +14,8 @@ from mpichunk.errors import DeviceError
 
 _KEY = "compute.device"
 _NUM_NAMED = 8
+MOST_ROWS = 64
+"""Rows of the table of ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,13 @@ class Binding:
     num_cores: int
     """Cores that this rank may run on."""
 
+    def __str__(self) -> str:
+        device = self.device if self.device == "cpu" else f"{self.device} ({self.device_id})"
+        return (
+            f"rank {self.rank} on {self.host}: {device}, {self.device_kind}; "
+            f"threads {self.threads}, cores {self.num_cores}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bindings:
@@ -129,16 +138,20 @@ class Bindings:
 
     @property
     def table(self) -> str:
-        """Rank, host, device and threads of all ranks as text; which device where there are any."""
+        """Rank, host, device and threads as text; which device where there are any.
+
+        Of very many ranks only the first: each tells its own row in its log.
+        """
+        shown = self.ranks[:MOST_ROWS]
         columns = {
-            "rank": [str(b.rank) for b in self.ranks],
-            "host": [b.host for b in self.ranks],
-            "device": [b.device for b in self.ranks],
-            "id": [b.device_id for b in self.ranks],
-            "visible": [b.visible for b in self.ranks],
-            "threads": [str(b.threads) for b in self.ranks],
-            "cores": [str(b.num_cores) for b in self.ranks],
-            "kind": [b.device_kind for b in self.ranks],
+            "rank": [str(b.rank) for b in shown],
+            "host": [b.host for b in shown],
+            "device": [b.device for b in shown],
+            "id": [b.device_id for b in shown],
+            "visible": [b.visible for b in shown],
+            "threads": [str(b.threads) for b in shown],
+            "cores": [str(b.num_cores) for b in shown],
+            "kind": [b.device_kind for b in shown],
         }
         if all(b.device == "cpu" for b in self.ranks):
             del columns["id"], columns["visible"]
@@ -146,7 +159,12 @@ class Bindings:
             [cell.ljust(max(map(len, [name, *cells]))) for cell in [name, *cells]]
             for name, cells in columns.items()
         ]
-        return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
+        lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+        num_more = len(self.ranks) - len(shown)
+        if num_more:
+            num_hosts = len({b.host for b in self.ranks})
+            lines.append(f"and {num_more} ranks more, {num_hosts} hosts in all: logs/rank-*.log")
+        return "\n".join(lines)
 
 
 def bind(
@@ -293,15 +311,18 @@ def _thread_shares(ranks: Sequence[RankFacts]) -> list[int]:
 def _warn_of_cpu(
     ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None], device: str
 ) -> list[str]:
-    """Say loudly when `auto` found nothing better than CPUs."""
+    """Warn when `auto` found nothing better than CPUs: loudly where others have more."""
     if device != "auto":
         return []
     on_cpu = [facts for facts, found in zip(ranks, chosen, strict=True) if found is None]
     if not on_cpu:
         return []
+    cure = "set compute.device: cpu if that is meant"
+    if len(on_cpu) == len(ranks):
+        return [f"no accelerator is seen, so everything is computed on the CPU; {cure}"]
     return [
         f"NO ACCELERATOR on {_some(f.host for f in on_cpu)}: {len(on_cpu)} of {len(ranks)} ranks "
-        "compute on the CPU; set compute.device: cpu if that is meant"
+        f"compute on the CPU; {cure}"
     ]
 
 

@@ -237,6 +237,16 @@ def _network_is_well_named(path: str | None) -> str | None:
     return None if path is None else model_path_mistake(path)
 
 
+@rule("model.path", "model.backend")
+def _backend_takes_code(path: str | None, backend: str) -> str | None:
+    if path is None or backend not in ("onnxruntime", "pznet") or split_model_path(path) is None:
+        return None
+    return (
+        f"{path!r} is code, which the {backend} backend does not take; it takes "
+        f"{_NETWORKS[backend]}, or set model.backend: pytorch"
+    )
+
+
 @rule("model.arguments", "model.path", "model.backend")
 def _arguments_have_code(arguments: dict[str, Any], path: str | None, backend: str) -> str | None:
     if not arguments or not _is_saved_network(path, backend):

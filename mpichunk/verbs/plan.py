@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpichunk.backends.optional import missing_package
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
 from mpichunk.job.headroom import host_room, memory_groups
@@ -59,7 +60,8 @@ def preview(config_path: Path, overrides: Sequence[str], options: Options) -> Ex
         else:
             check_output(job.output, sources=job.sources)
             _print_plan(job, options)
-        for line in (*loaded.notes, *loaded.warnings()):
+        missing = missing_package(loaded.config.model.backend)
+        for line in (*loaded.notes, *loaded.warnings(), *([missing] if missing else [])):
             print(f"mpichunk: {line}", file=sys.stderr)
     return ExitCode.ALL_DONE
 

@@ -199,6 +199,8 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     ending: Stop | None = None
     if todo.any():
         on_rank_0(comm, lambda: _log_start(comm, loaded, job, bindings))
+        if not comm.is_coordinator:
+            log.info("%s", bindings.of(comm.rank))
         request = engine_request(job, bindings.of(comm.rank))
         check_host(comm, job, request)
         prepared = on_rank_0(comm, lambda: prepare_network(job, request))

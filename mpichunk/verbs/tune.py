@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mpichunk.backends.optional import PACKAGES, is_installed
 from mpichunk.config.edit import edit
 from mpichunk.config.file import LoadedConfig, dump_config, load_config
 from mpichunk.config.schema import Config
@@ -29,8 +30,6 @@ from mpichunk.tune.measure import Meter, read_patches
 from mpichunk.tune.report import Tuning, comment_of, render_tuning, tuning_json
 from mpichunk.tune.search import Search
 from mpichunk.tune.variants import Facts, baseline, changed, variant_of, with_settings
-
-_PACKAGES = {"pytorch": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +110,7 @@ def _tune(config: Config, options: Options) -> Tuning:
 def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Facts:
     """Return what this machine has."""
     device = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).device
-    installed = {name for name, package in _PACKAGES.items() if find_spec(package) is not None}
+    installed = {backend for backend in PACKAGES if is_installed(backend)}
     compilers = ("g++", "clang++", "c++") if device == "cpu" else ("cc", "gcc", "clang")
     has_compiler = any(which(name) for name in compilers)
     if device != "cpu":
