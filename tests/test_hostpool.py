@@ -46,5 +46,5 @@ def test_a_host_without_memory_fails_the_block(error):
     def allocate(nbytes):
         raise error
 
-    with pytest.raises(BlockError, match=r"no memory for 96 bytes of a block: .*block\.shape"):
+    with pytest.raises(BlockError, match=r"no memory for 96 B of a block: .*block\.shape"):
         HostPool(allocate).take((1, 2, 3, 4), np.dtype(np.float32))
