@@ -63,7 +63,7 @@ MOST_BLOCKS_SEEN = 10_000
 FEWEST_BLOCKS, MOST_BLOCKS, PASS_SECONDS = 4, 12, 30.0
 """Blocks per rank and repeat: as many as fill this time, within these bounds."""
 
-SETTLING_FORWARDS = 4
+SETTLING_FORWARDS = 12
 """Forwards until their peak of memory has settled: blocks run many."""
 
 FAREWELL_SECONDS = 1.0
