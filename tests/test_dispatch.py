@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.plan.estimate import BLOCKS_IN_FLIGHT
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.rundir.journal import NAME, Journal
 from tests.benchmarks.scale import Case, Simulation, plan_of, simulate
 

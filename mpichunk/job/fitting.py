@@ -14,11 +14,12 @@ from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.canary import FAILURES
 from mpichunk.job.headroom import host_room, memory_groups
-from mpichunk.job.probing import probe_engine, write_probe
+from mpichunk.job.probing import Held, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
 from mpichunk.plan.fit import Need, Room, find_refusal
 from mpichunk.plan.memory import Memory
 from mpichunk.plan.probe import Probe
+from mpichunk.processmemory import trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.words import size
@@ -97,6 +98,7 @@ def probe_ranks(
     """
     if job.config.model.backend == "identity":
         return None
+    held = Held.most(comm.allgather(settle(engine)))
     mine: Probe | None = None
     if comm.rank in sound:
         try:
@@ -107,9 +109,15 @@ def probe_ranks(
         except FAILURES as error:
             # What fails now and then is for the blocks to find out: they are tried elsewhere.
             log.warning("one forward more has failed, so its memory is not known: %s", error)
-    room = device_room(engine)
-    if mine is not None and room is not None:
-        mine = replace(mine, free_nbytes=room.nbytes)
+    trim()
+    if mine is not None:
+        room = device_room(engine)
+        mine = replace(
+            mine,
+            free_nbytes=None if room is None else room.nbytes,
+            resident_nbytes=held.resident_nbytes,
+            start_nbytes=held.start_nbytes,
+        )
     first = next((probe for probe in comm.allgather(mine) if probe is not None), None)
     if first is not None:
         on_rank_0(comm, lambda: keep_probe(job, first))

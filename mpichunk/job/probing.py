@@ -3,12 +3,11 @@
 Knows the files of a run directory and the kernel's count of a process's memory; no blocks.
 """
 
-import ctypes
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mpichunk.block.inference import texture_batch
 from mpichunk.config.schema import Config
 from mpichunk.plan.memory import FLOAT32_NBYTES
 from mpichunk.plan.probe import Pace, Probe
+from mpichunk.processmemory import peak_nbytes, resident_nbytes, rise_nbytes, trim
 
 NAME = "probe.json"
 PEAK_NAME = "peak.json"
@@ -28,12 +28,52 @@ SHORT_SECONDS = 2.0
 _WITHOUT_EFFECT = ("activation", "augment", "affinity_channels", "skip_blank")
 
 
-def forward_nbytes(engine: Engine, request: EngineRequest) -> int | None:
-    """Return the memory of a forward beyond its input, output and weights; None if nobody knows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a rank holds of its host's memory once its network is loaded, and held before."""
+
+    resident_nbytes: int | None
+    """Network loaded and idle, all else given back; None if the kernel is silent."""
+
+    start_nbytes: int | None
+    """The most until then."""
+
+    @classmethod
+    def most(cls, found: Iterable["Held"]) -> "Held":
+        """Return the most that any rank holds, and held."""
+        held = list(found)
+        return cls(
+            resident_nbytes=_most(item.resident_nbytes for item in held),
+            start_nbytes=_most(item.start_nbytes for item in held),
+        )
+
+
+def settle(engine: Engine) -> Held:
+    """Give back what loading and trying the network has left over; return what stays."""
+    if engine.arrays.is_host:
+        engine.arrays.release()
+    trim()
+    resident = resident_nbytes()
+    return Held(resident_nbytes=resident, start_nbytes=None if resident is None else peak_nbytes())
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    """Return the largest value that is known."""
+    return max((value for value in values if value is not None), default=None)
+
+
+def forward_nbytes(engine: Engine, request: EngineRequest, num_forwards: int = 1) -> int | None:
+    """Return the memory of a forward beyond its input, output and weights; None if nobody knows.
+
+    Args:
+        engine: the network.
+        request: what it was loaded with.
+        num_forwards: how many to run; the allocator needs some until its peak has settled.
+    """
     batch_nczyx = texture_batch(engine, request)
     # What is only set up once is no part of it.
     _forward(engine, batch_nczyx)
-    return _peak_nbytes(engine, request, batch_nczyx)
+    return _peak_nbytes(engine, request, batch_nczyx, num_forwards)
 
 
 def probe_engine(engine: Engine, request: EngineRequest) -> Probe:
@@ -43,7 +83,7 @@ def probe_engine(engine: Engine, request: EngineRequest) -> Probe:
     """
     batch_nczyx = texture_batch(engine, request)
     started = time.perf_counter()
-    nbytes = _peak_nbytes(engine, request, batch_nczyx)
+    nbytes = _peak_nbytes(engine, request, batch_nczyx, 1)
     seconds = time.perf_counter() - started
     if seconds < SHORT_SECONDS:
         started = time.perf_counter()
@@ -157,38 +197,23 @@ def _forward(engine: Engine, batch_nczyx: DeviceArray) -> None:
     engine.arrays.wait()
 
 
-def _peak_nbytes(engine: Engine, request: EngineRequest, batch_nczyx: DeviceArray) -> int | None:
-    """Return the memory of a forward of an engine that is warm."""
+def _peak_nbytes(
+    engine: Engine, request: EngineRequest, batch_nczyx: DeviceArray, num_forwards: int
+) -> int | None:
+    """Return the memory of forwards of an engine that is warm."""
     output_shape = (p - 2 * c for p, c in zip(request.patch_shape, request.crop, strict=True))
     output_nbytes = request.batch_size * request.out_channels * prod(output_shape) * FLOAT32_NBYTES
 
     def forward() -> None:
-        _forward(engine, batch_nczyx)
+        for _ in range(num_forwards):
+            _forward(engine, batch_nczyx)
+
+    def forward_in_thread() -> None:
+        # As blocks are computed: libraries keep scratch memory for each thread.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(forward).result()
 
     peak = engine.arrays.peak_nbytes(forward)
     if peak is None and request.device == "cpu":
-        peak = _host_peak_nbytes(forward)
+        peak = rise_nbytes(forward_in_thread)
     return None if peak is None else max(0, peak - output_nbytes)
-
-
-def _host_peak_nbytes(call: Callable[[], None]) -> int | None:
-    """Return by how much this process's memory grows during a call; None if the kernel is silent.
-
-    Memory that the allocator keeps for later is given back first: it would hide what is needed.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        # 5: begin to look for the peak anew (proc(5), clear_refs).
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_nbytes("VmRSS")
-        call()
-        return max(0, _status_nbytes("VmHWM") - before)
-    except (OSError, StopIteration):
-        return None
-
-
-def _status_nbytes(name: str) -> int:
-    """Return a size that the kernel gives of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -3,7 +3,7 @@
 Pure arithmetic on the largest block of a plan; knows no networks: what a forward takes is given.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -88,19 +88,43 @@ def memory_of(
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         *_blending_parts(plan, config, info, work),
         _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
-        _on_host("Python, MPI and storage libraries", PROGRAM_NBYTES),
+        *_program_parts(config, model_nbytes, probe),
     ]
-    backend = config.model.backend
-    if backend != "identity":
-        parts += [
-            _on_host("torch" if backend == "pytorch" else backend, ENGINE_NBYTES[backend]),
-            _on_device("weights", model_nbytes),
-            _on_device("inside the network", None if probe is None else probe.nbytes),
-        ]
+    if config.model.backend != "identity":
+        parts.append(_on_device("inside the network", None if probe is None else probe.nbytes))
+    if probe is not None and probe.start_nbytes is not None:
+        parts.append(_start_part(parts, probe.start_nbytes))
     return tuple(
         part
         for part in parts
         if (part.cpu_nbytes, part.host_nbytes, part.device_nbytes) != (0, 0, 0)
+    )
+
+
+def _program_parts(
+    config: Config, model_nbytes: int | None, probe: Probe | None
+) -> Iterator[MemoryPart]:
+    """Yield what is there between blocks: measured where it was, else guessed."""
+    backend = config.model.backend
+    resident = None if probe is None else probe.resident_nbytes
+    if resident is not None:
+        yield _on_host("program and network, idle", resident)
+        if backend != "identity":
+            yield _only_device("weights", model_nbytes)
+        return
+    yield _on_host("Python, MPI and storage libraries", PROGRAM_NBYTES)
+    if backend != "identity":
+        yield _on_host("torch" if backend == "pytorch" else backend, ENGINE_NBYTES[backend])
+        yield _on_device("weights", model_nbytes)
+
+
+def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:
+    """Return by how much the start takes more than blocks do, the other parts being given."""
+    return MemoryPart(
+        name="more, while the network is loaded",
+        cpu_nbytes=max(0, start_nbytes - total_nbytes(parts, "cpu")),
+        host_nbytes=max(0, start_nbytes - total_nbytes(parts, "host")),
+        device_nbytes=0,
     )
 
 
@@ -202,7 +226,7 @@ def _on_device(name: str, nbytes: int | None) -> MemoryPart:
     return MemoryPart(name=name, cpu_nbytes=nbytes, host_nbytes=0, device_nbytes=nbytes)
 
 
-def _only_device(name: str, nbytes: int) -> MemoryPart:
+def _only_device(name: str, nbytes: int | None) -> MemoryPart:
     """Return a part that only an accelerator needs."""
     return MemoryPart(name=name, cpu_nbytes=0, host_nbytes=0, device_nbytes=nbytes)
 

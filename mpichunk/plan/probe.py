@@ -47,6 +47,12 @@ class Probe:
     free_nbytes: int | None = None
     """What one rank could have of the accelerator's memory; None on a CPU, or if nobody says."""
 
+    resident_nbytes: int | None = None
+    """What the rank that holds most has in its host's memory, network loaded and idle."""
+
+    start_nbytes: int | None = None
+    """The most that a rank has held until then: loading may take more than running."""
+
     pace: Pace | None = None
     """What the rest of a block takes; None where only the forward was measured."""
 

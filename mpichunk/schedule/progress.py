@@ -4,7 +4,6 @@ Knows no MPI: counters are a vector of float64, and somebody else sums it over t
 """
 
 import logging
-import resource
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol, TextIO
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from mpichunk.processmemory import peak_nbytes
 from mpichunk.schedule.messages import STAGES, Done, Record
 from mpichunk.words import duration, size
 
@@ -57,8 +57,7 @@ class Counters:
 
     def measure_memory(self) -> None:
         """Note how much memory the process has taken at most."""
-        # Linux counts in KiB.
-        self["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self["peak_bytes"] = peak_nbytes()
 
     def count(self, record: Record) -> None:
         """Add a finished or failed block."""

@@ -42,10 +42,11 @@ from mpichunk.job.assembly import (
 )
 from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
-from mpichunk.job.probing import device_words, forward_nbytes
+from mpichunk.job.probing import Held, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
+from mpichunk.processmemory import trim, use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -61,6 +62,9 @@ MOST_BLOCKS_SEEN = 10_000
 
 FEWEST_BLOCKS, MOST_BLOCKS, PASS_SECONDS = 4, 12, 30.0
 """Blocks per rank and repeat: as many as fill this time, within these bounds."""
+
+SETTLING_FORWARDS = 4
+"""Forwards until their peak of memory has settled: blocks run many."""
 
 FAREWELL_SECONDS = 1.0
 """How long an interrupted rank waits for the others before it ends."""
@@ -93,6 +97,7 @@ def bench(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 
     To be called by every rank.
     """
+    use_one_arena()
     comm = start_mpi()
     # As Ctrl-C: so that the scratch output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -140,7 +145,9 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     prepared = on_rank_0(comm, lambda: prepare_network(job, request))
     engine = on_every_rank(comm, lambda: load_engine(job, request, prepared))
     on_every_rank(comm, lambda: check_engine(engine, request))
-    nbytes = forward_nbytes(engine, request)
+    held = Held.most(comm.allgather(settle(engine)))
+    nbytes = forward_nbytes(engine, request, SETTLING_FORWARDS)
+    trim()
     with ExitStack() as stack:
         trial = on_every_rank(comm, lambda: _open(stack, job, engine, request, parent))
         num_blocks = _num_blocks(comm, job, trial, options)
@@ -157,6 +164,8 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
             nbytes=nbytes,
             device=device_words(engine),
             free_nbytes=None if room is None else room.nbytes,
+            resident_nbytes=held.resident_nbytes,
+            start_nbytes=held.start_nbytes,
             pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
         )
         on_rank_0(comm, lambda: keep_probe(job, probe))

@@ -7,7 +7,6 @@ then the same with blocks ten times as long in z. On an accelerator, that one's 
 import argparse
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,18 +81,18 @@ def run(config: Path, num_ranks: int) -> list[dict[str, Any]]:
 
 def be_a_rank(config: Path) -> int:
     """Run a config as the `run` verb does, and print the peaks of this process."""
+    from mpichunk.processmemory import peak_nbytes, use_one_arena
     from mpichunk.ranks.comm import start_mpi
     from mpichunk.verbs.run import run_on
 
+    use_one_arena()
     comm = start_mpi()
     code = run_on(comm, config, fresh=True)
     device_nbytes = 0
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         device_nbytes = torch.cuda.max_memory_allocated()
-    # Linux counts in KiB.
-    host_nbytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = {"rank": comm.rank, "host_nbytes": host_nbytes, "device_nbytes": device_nbytes}
+    peaks = {"rank": comm.rank, "host_nbytes": peak_nbytes(), "device_nbytes": device_nbytes}
     # At once, so that lines of other ranks do not come between.
     os.write(1, f"{json.dumps(peaks)}\n".encode())
     comm.leave(code)
