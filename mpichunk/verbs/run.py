@@ -18,7 +18,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from mpichunk.block.inference import BlockInference
 from mpichunk.block.pipeline import Pipeline, Source
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.config.schema import Schedule
-from mpichunk.errors import ExitCode, UserError
+from mpichunk.errors import UserError
 from mpichunk.job.assembly import (
     bind_ranks,
     engine_request,
@@ -62,8 +61,7 @@ from mpichunk.processmemory import use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
-from mpichunk.ranks.crash import crash_guard
-from mpichunk.ranks.launcher import check_world_size, name_of
+from mpichunk.ranks.launcher import name_of
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Fuse, survive
 from mpichunk.ranks.slurm import Allocation, describe
@@ -73,10 +71,11 @@ from mpichunk.roles.sentry import Lead, Lookout, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.lock import this_process
-from mpichunk.rundir.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
+from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
+from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
 
 PROGRESS_SECONDS = 5.0
@@ -149,21 +148,15 @@ def run_on(
     life: Life | None = None,
 ) -> int:
     """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
-    life = life or Life(outside=Outside(), fuse=Fuse())
-    log_to_terminal(comm.rank)
-    with crash_guard(comm):
-        try:
-            check_world_size(comm.size, os.environ)
-            code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, life))
-            if life.is_abandoning:
-                comm.leave(code, at_once=True)
-            return code
-        except UserError as error:
-            if comm.is_coordinator:
-                print(f"mpichunk: {error}", file=sys.stderr)
-            return ExitCode.USER_ERROR
-        finally:
-            close_logs()
+    own_life = life or Life(outside=Outside(), fuse=Fuse())
+
+    def body() -> int:
+        code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, own_life))
+        if own_life.is_abandoning:
+            comm.leave(code, at_once=True)
+        return code
+
+    return on_ranks(comm, body)
 
 
 def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
