@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box, Grid, Triple, triple
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
-from mpichunk.plan.probe import Probe
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.work import floor_sum, work_of
 from tests.geometries import cases, make_config, make_info, make_plan, triples
 
@@ -239,6 +240,79 @@ def test_a_probe_fills_in_what_only_a_forward_can_tell() -> None:
     assert memory_of(estimate_of(config, (64, 64, 64), probe=probe))["inside the network"] == (
         (10**9, 0, 10**9)
     )
+
+
+@pytest.mark.parametrize(
+    ("write_seconds", "threads", "shard", "num_cores", "num_encoded"),
+    [
+        (None, None, None, 3, 2),
+        (1.0, None, None, 3, 2),
+        (1e-9, None, None, 2, 1),
+        # One thread encodes no two blocks at the same time.
+        (1.0, 1, None, 3, 1),
+        (None, 1, (16, 16, 16), 3, 4),
+    ],
+)
+def test_quick_writing_needs_less_memory(
+    write_seconds: float | None,
+    threads: int | None,
+    shard: Triple | None,
+    num_cores: int,
+    num_encoded: int,
+) -> None:
+    more = {} if shard is None else {"output_shard_shape": shard}
+    config = make_config(
+        (10, 10, 10),
+        (16, 16, 16),
+        compute={"threads": threads},
+        output_chunk_shape=(8, 8, 8),
+        **more,
+    )
+    pace = None
+    if write_seconds is not None:
+        pace = Pace(
+            patch_seconds=0.0,
+            finish_seconds=0.0,
+            read_seconds=0.0,
+            write_seconds=write_seconds,
+            scale=1.0,
+            num_ranks=1,
+        )
+    probe = Probe(seconds=1.0, nbytes=1, device="cpu", pace=pace)
+    parts = memory_of(estimate_of(config, (64, 64, 64), probe=probe))
+    core = 16**3 * 4
+    assert parts["output of the blocks in flight"][0] == num_cores * core
+    assert parts["output being encoded"][0] == num_encoded * core
+
+
+def test_what_a_loaded_rank_holds_replaces_what_was_guessed() -> None:
+    config = make_config((10, 10, 10), (16, 16, 16), model={"backend": "pytorch", "path": "/n.pt"})
+
+    def found(**told: Any) -> Estimate:
+        probe = Probe(seconds=0.5, nbytes=10**6, device="cpu", **told)
+        return estimate_of(config, (64, 64, 64), probe=probe, model_nbytes=777)
+
+    guessed, known = found(), found(resident_nbytes=10**9)
+    parts = memory_of(known)
+    assert parts["program and network, idle"] == (10**9, 10**9, 0)
+    # On an accelerator the weights are not in the host's memory.
+    assert parts["weights"] == (0, 0, 777) and memory_of(guessed)["weights"] == (777, 0, 777)
+    assert not {"torch", "Python, MPI and storage libraries"} & set(parts)
+    assert known.device_nbytes == guessed.device_nbytes
+    assert known.cpu_nbytes - known.host_nbytes == guessed.cpu_nbytes - guessed.host_nbytes - 777
+
+
+@pytest.mark.parametrize("start_nbytes", [1, 10**9, 3 * 10**9])
+def test_a_rank_takes_at_least_what_loading_takes(start_nbytes: int) -> None:
+    config = make_config((10, 10, 10), (16, 16, 16), model={"backend": "pytorch", "path": "/n.pt"})
+    probe = Probe(seconds=0.5, nbytes=10**6, device="cpu", resident_nbytes=10**9)
+    without = estimate_of(config, (64, 64, 64), probe=probe)
+    found = estimate_of(config, (64, 64, 64), probe=replace(probe, start_nbytes=start_nbytes))
+    # And a tenth, by which starts differ.
+    most_nbytes = start_nbytes + start_nbytes // 10
+    assert found.cpu_nbytes == max(most_nbytes, without.cpu_nbytes)
+    assert found.host_nbytes == max(most_nbytes, without.host_nbytes)
+    assert found.device_nbytes == without.device_nbytes
 
 
 # ---- Advice -----------------------------------------------------------------------------------
