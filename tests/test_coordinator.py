@@ -11,7 +11,7 @@ import pytest
 from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.worker import Worker
-from mpichunk.rundir.history import read_failures
+from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.schedule.messages import (
     Acknowledge,
@@ -310,7 +310,7 @@ def test_every_block_ends_done_or_failed_whatever_fails(tmp_path, journal, mode,
     assert np.flatnonzero(states == State.FAILED).tolist() == scheduler.failed_blocks().tolist()
     assert ((states == State.DONE) | (states == State.FAILED)).all()
     assert (states[[11, 12]] == State.FAILED).all()
-    for failure in read_failures(tmp_path / "journal.jsonl", states):
+    for failure in read_history(tmp_path / "journal.jsonl").failures(states):
         assert failure.attempt == len(network.computed[failure.block]) == 3
     # An attempt after a failure goes to another rank where there is one.
     for ranks in network.computed.values():

@@ -16,7 +16,13 @@ from mpichunk.errors import ExitCode, JournalError
 from mpichunk.plan.fingerprint import differing_keys
 from mpichunk.ranks.slurm import describe
 from mpichunk.roles import drain
-from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, is_started, read_status
+from mpichunk.rundir.runstatus import (
+    MOST_FAILURES_SHOWN,
+    RunStatus,
+    StatusReader,
+    is_started,
+    read_status,
+)
 from mpichunk.schedule.messages import DRAINED, FAILURES
 from mpichunk.words import duration
 
@@ -42,9 +48,10 @@ def status(
         if check and not is_started(run_dir):
             print(_not_started(run_dir, as_json=as_json), flush=True)
             return ExitCode.DRAINED
+    reader = StatusReader(run_dir)
     while True:
         with loaded.locating():
-            found = read_status(run_dir)
+            found = reader.read()
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
