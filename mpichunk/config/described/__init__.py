@@ -25,8 +25,10 @@ from mpichunk.errors import JournalError, ModelError, NotStartedError, Problem
 BACKENDS = "pytorch", "onnxruntime", "openvino"
 """Backends that run what a description names."""
 
+_NETWORK = "model.path", "model.weights", "model.arguments"
 _SAID = (
-    *("model.path", "model.weights", "model.arguments", "model.out_channels", "model.activation"),
+    *_NETWORK,
+    *("model.out_channels", "model.activation"),
     *("input.normalize", "patch.shape", "patch.crop", "output.reduce", "output.threshold"),
 )
 """Keys that a description may speak of."""
@@ -75,8 +77,9 @@ def recall(values: Mapping[str, Any], base: str) -> Merged:
     found = {key: value_at(kept, key) for key in _SAID}
     settings = {key: value for key, value in found.items() if value not in (ABSENT, None)}
     if not _is_part(str(settings.get("model.path")), path):
-        # The run is of another package: this one stays, and is what differs.
-        settings.pop("model.path", None)
+        # The run is of another network: this package stays, and is what differs.
+        for key in _NETWORK:
+            settings.pop(key, None)
     told = merge(values, Findings(origin=f"the run {run_dir}", settings=settings))
     return Merged(values=told.values)
 

@@ -22,6 +22,9 @@ _NO_VALUES = frozenset(
 )
 """What changes no value, unless to another type, or undoes what was not done."""
 
+_CASTS = frozenset(("EnsureType", "ToTensor", "CastToType"))
+"""What of it may change the type."""
+
 _FLOAT = re.compile(r"(?:\$?(?:torch|np|numpy)\.)?(?:b?float\d*|double|half)")
 """Types, by name or as code, that values keep their fractions in."""
 
@@ -62,7 +65,7 @@ def first_steps(preprocessing: Any) -> tuple[Scale | Obstacle, tuple[str, ...]]:
                 undone.append(_shown(step))
         elif name in _NO_VALUES:
             # Before the first step this is the type of the volume.
-            if scale != Scale() and not _keeps_fractions(step):
+            if scale != Scale() and not _keeps_fractions(name, step):
                 return _obstacle_before(_shown(step)), _remarks(undone)
         else:
             try:
@@ -81,7 +84,7 @@ def last_steps(postprocessing: Any) -> tuple[dict[str, Any], list[Obstacle]]:
     for step in steps:
         name = _name(step)
         # The type of labels is the output's own affair.
-        if name in _NO_VALUES and (_LABELS & settings.keys() or _keeps_fractions(step)):
+        if name in _NO_VALUES and (_LABELS & settings.keys() or _keeps_fractions(name, step)):
             continue
         found = _activation(step) if name == "Activations" and not settings else None
         if name == "AsDiscrete" and not settings.keys() - {"model.activation"}:
@@ -115,9 +118,9 @@ def _name(step: Mapping[str, Any]) -> str:
     return name
 
 
-def _keeps_fractions(step: Mapping[str, Any]) -> bool:
+def _keeps_fractions(name: str, step: Mapping[str, Any]) -> bool:
     """Return whether a step leaves values as they are: in a floating type, or the one they have."""
-    dtypes = step.get("dtype")
+    dtypes = step.get("dtype") if name in _CASTS else None
     return all(
         dtype is None or (isinstance(dtype, str | Code) and bool(_FLOAT.fullmatch(str(dtype))))
         for dtype in (dtypes if isinstance(dtypes, list) else [dtypes])
