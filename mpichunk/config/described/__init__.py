@@ -26,6 +26,8 @@ BACKENDS = "pytorch", "onnxruntime", "openvino"
 """Backends that run what a description names."""
 
 _NETWORK = "model.path", "model.weights", "model.arguments"
+"""Keys that say which network it is."""
+
 _SAID = (
     *_NETWORK,
     *("model.out_channels", "model.activation"),
@@ -112,7 +114,12 @@ def _may_be_package(path: Path) -> bool:
     """Return whether a path is a package, or was one if it is gone, by its name and its files."""
     if path.suffix.lower() == ".zip" or is_description(path):
         return True
-    return (path.suffix == "" and not path.exists()) or bool(find_package(path)) or is_bundle(path)
+    try:
+        is_gone = path.suffix == "" and not path.exists()
+        return is_gone or find_package(path) is not None or is_bundle(path)
+    except OSError:
+        # Not for this user, or not from this host: the run knows more.
+        return True
 
 
 def _is_part(network: str, package: Path) -> bool:
