@@ -1,5 +1,6 @@
 """Networks named by a MONAI bundle, and what holds for every package that describes a network."""
 
+import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -10,24 +11,29 @@ import pytest
 import torch
 import yaml
 
+from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from tests.described import (
     assert_same_runs,
     config_file,
     fingerprint,
     need,
+    plain_values,
     problems_of,
     run,
 )
 from tests.endtoend import read_volume, trap
 from tests.launch import Launch
 from tests.packages import (
+    BY_255,
     METADATA,
     POINTS,
     UNET,
     points_package,
     write_bundle,
 )
+
+SIGMOID = [{"_target_": "Activationsd", "sigmoid": True}]
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +135,9 @@ def transforms(*steps: Any) -> dict[str, Any]:
     return {"_target_": "Compose", "transforms": list(steps)}
 
 
+SCALED = {"_target_": "NormalizeIntensityd", "subtrahend": 3, "divisor": 4}
+
+
 def network(**arguments: Any) -> dict[str, Any]:
     return {"network_def": {"_target_": "scripts.net.Points"} | arguments}
 
@@ -170,6 +179,44 @@ BUNDLE_REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
         METADATA,
         f"model.activation: {BUNDLE} asks for KeepLargestConnectedComponentd; mpichunk does not do "
         "that; write model.activation (none, sigmoid or softmax) to run without it",
+    ),
+    "truth as a threshold": (
+        {"postprocessing": transforms({"_target_": "AsDiscreted", "threshold": True})},
+        METADATA,
+        f"model.activation: {BUNDLE} asks for AsDiscreted (threshold: True); mpichunk does not",
+    ),
+    "threshold of zero": (
+        {"postprocessing": transforms({"_target_": "AsDiscreted", "threshold": 0})},
+        METADATA,
+        f"model.activation: {BUNDLE} asks for AsDiscreted (threshold: 0); mpichunk does not",
+    ),
+    "scaled bytes": (
+        {"preprocessing": transforms(SCALED, {"_target_": "CastToTyped", "dtype": "$np.uint8"})},
+        METADATA,
+        f"input.normalize: {BUNDLE} asks for CastToTyped (dtype: $np.uint8); mpichunk scales",
+    ),
+    "one of several types": (
+        {
+            "preprocessing": transforms(
+                SCALED, {"_target_": "EnsureTyped", "dtype": ["float32", "int16"]}
+            )
+        },
+        METADATA,
+        f"input.normalize: {BUNDLE} asks for EnsureTyped (dtype: ['float32', 'int16']); mpichunk",
+    ),
+    "type that only code could tell": (
+        {"preprocessing": transforms(SCALED, {"_target_": "EnsureType", "dtype": "$mine()"})},
+        METADATA,
+        f"input.normalize: {BUNDLE} asks for EnsureType (dtype: $mine()); mpichunk scales",
+    ),
+    "result as bytes": (
+        {
+            "postprocessing": transforms(
+                *SIGMOID, {"_target_": "CastToTyped", "dtype": "$torch.uint8"}
+            )
+        },
+        METADATA,
+        f"model.activation: {BUNDLE} asks for CastToTyped (dtype: $torch.uint8); mpichunk does not",
     ),
     "argument in Python": (
         network(channels="$1 + 1"),
@@ -265,12 +312,51 @@ def test_bundle_and_its_user(tmp_path: Path) -> None:
         f"model.path: {origin} asks for Orientationd (axcodes: RAS), Spacingd (pixdim: [1.5, 1.5, "
         "2.0]), which mpichunk does not do: store the volume so that its z, y and x axes are the "
         "network's, at that voxel size",
+        f"model.path: {origin} has the roi_size [16, 32, 32] along its own axes, which are x, y, z "
+        "where it reads NIfTI; it is taken as z, y, x: store the volume so that its z, y and x "
+        "axes are the network's first, second and third",
     ]
     assert loaded.config.model.arguments == {"spatial_dims": 3, "channels": 2}
     assert loaded.config.model.activation == "softmax"
     assert loaded.config.output.reduce == "argmax" and loaded.config.output.dtype == "uint8"
     assert loaded.config.patch.shape == (16, 32, 32)
     assert "its inferer has roi_size: [16, 32, 32]; its inferer has overlap: 0.5" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "$torch.float16", "$np.float64"])
+def test_types_that_change_nothing(tmp_path: Path, dtype: str | None) -> None:
+    """A floating type anywhere, any type of what is not scaled yet, and any of labels."""
+    whole = {"_target_": "CastToTyped", "dtype": "$np.uint8"}
+    casts = [{"_target_": name, "dtype": dtype} for name in ("EnsureTyped", "CastToTyped")]
+    points_bundle(
+        tmp_path / "net",
+        inference={
+            "preprocessing": transforms(whole, SCALED, *casts),
+            "postprocessing": transforms(
+                *SIGMOID, *casts, {"_target_": "AsDiscreted", "threshold": 0.5}, whole
+            ),
+        },
+    )
+    path = config_file(tmp_path, {"path": "net"}, patch={"shape": [16, 32, 32]})
+    found = plain_values(load_config(path))
+    assert found["normalize"] == {"subtract": 3.0, "divide": 4.0, "clip": None}
+    assert found["activation"] == "sigmoid" and found["threshold"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("roi", "is_told"), [([32, 32, 32], False), ([32, 32, 16], True)])
+def test_axes_of_a_patch_that_are_not_alike_are_told(
+    tmp_path: Path, roi: list[int], is_told: bool
+) -> None:
+    """Whatever the preprocessing is: reading NIfTI as x, y, z needs no transform of its own."""
+    read = [{"_target_": "LoadImaged"}, {"_target_": "EnsureChannelFirstd"}]
+    inferer = {"_target_": "SlidingWindowInferer", "roi_size": roi}
+    points_bundle(
+        tmp_path / "net", inference={"preprocessing": transforms(*read), "inferer": inferer}
+    )
+    path = config_file(tmp_path, {"path": "net"}, patch={"shape": [16, 32, 32]})
+    told = [line for line in load_config(path).warnings() if "axes are the network's" in line]
+    assert len(told) == is_told
+    assert all("taken as z, y, x" in line for line in told)
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "onnxruntime", "openvino"])
@@ -284,6 +370,64 @@ def test_bundle_without_a_network(tmp_path: Path, backend: str) -> None:
 
 
 # ---- All ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["folder", "archive", "bundle"])
+def test_verbs_that_look_at_a_run_read_no_package(
+    tmp_path: Path,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not before the run has started, and not when it is there no more."""
+    patch = {"shape": [16, 32, 32]}
+    name = "net.zip" if form == "archive" else "net"
+    path = config_file(tmp_path, {"path": name}, patch=patch)
+    if form == "bundle":
+        package = points_bundle(tmp_path / "net", inference={"postprocessing": SIGMOID})
+    else:
+        need("bioimageio.spec", "bioimageio")
+        package = points_package(tmp_path / "net", before=BY_255, after=[{"id": "sigmoid"}])
+        shutil.make_archive(str(tmp_path / "net"), "zip", package)
+
+    def told(verb: str, *more: str) -> tuple[int, str]:
+        code = main([*verb.split(), str(path), *more])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    for verb in ("status", "stop", "verify"):
+        code, said = told(verb)
+        assert code == 2 and "this config has not been run yet" in said
+    code, said = told("status --check")
+    assert code == 75 and "nothing is done yet" in said
+    assert not (tmp_path / "runs").exists()
+    run(path)
+    capsys.readouterr()
+
+    shutil.rmtree(package)
+    (tmp_path / "net.zip").unlink(missing_ok=True)
+    monkeypatch.setitem(sys.modules, "bioimageio", None)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    for verb, expected in (
+        ("status --check", "state    complete"),
+        ("stop", "nothing to stop: complete"),
+        ("verify", "complete and as it was written"),
+    ):
+        code, said = told(verb)
+        assert code == 0 and expected in said, said
+    for key, value in (
+        ("input.normalize", "{divide: 7}"),
+        ("model.out_channels", "3"),
+        ("model.path", "another"),
+    ):
+        for verb in ("status", "verify"):
+            code, said = told(verb, "--set", f"{key}={value}")
+            assert code == 2 and key in said, said
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+    (tmp_path / "runs/config/config.yaml").write_bytes(b"\xff")
+    code, said = told("stop")
+    assert code == 2 and "runs/config/config.yaml cannot be read" in said
 
 
 def test_missing_packages_are_told_with_their_cure(

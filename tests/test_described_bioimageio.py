@@ -20,6 +20,7 @@ from mpichunk.filehash import file_hash
 from tests.described import (
     assert_same_runs,
     config_file,
+    fingerprint,
     need,
     plain_values,
     problems_of,
@@ -130,6 +131,12 @@ def test_zipped_package(tmp_path: Path, zoo: None) -> None:
     run(zipped)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.glob("model-*")] == [folder.name]
+    # Where the archive was unpacked is no part of what was computed; which archive it was, is.
+    parts = fingerprint(zipped)
+    assert parts["model.path"] == f"{folder.name}/net.py:EmAffinityResUNet"
+    assert parts["model.weights"] == f"{folder.name}/weights.pt"
+    run(config_file(tmp_path, {"path": "net.zip"}, name="elsewhere.yaml"))
+    assert fingerprint(tmp_path / "elsewhere.yaml") == parts
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
-from mpichunk.job.startup import changed_versions
+from mpichunk.job.startup import changed_versions, library_versions
 from mpichunk.rundir import journal as journals
 from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import (
@@ -365,6 +365,11 @@ def test_other_versions_are_told(tmp_path):
     assert changed_versions(header, VERSIONS) == []
     (line,) = changed_versions(header, VERSIONS | {"numpy": "3.0", "new": "1"})
     assert line == "numpy 2.4.6 when the run began, now 3.0"
+
+
+def test_run_of_a_version_that_rounded_otherwise_is_told():
+    (line,) = changed_versions({"versions": {"mpichunk": "0.1.0"}}, library_versions())
+    assert line.startswith("mpichunk 0.1.0 when the run began, now ")
 
 
 def test_many_blocks_are_resumed_quickly(tmp_path):

@@ -30,7 +30,7 @@ from mpichunk.backends.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
 from mpichunk.block.pipeline import Pipeline, Source
-from mpichunk.config.file import LoadedConfig, load_config
+from mpichunk.config.file import LoadedConfig, load_config, load_plain_config
 from mpichunk.config.schema import Schedule
 from mpichunk.errors import UserError
 from mpichunk.job.assembly import (
@@ -163,7 +163,7 @@ def run_on(
 def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
     """Return how long the start may take, before there are other ranks to read the config."""
     try:
-        loaded = load_config(config_path, overrides, read_packages=False)
+        loaded = load_plain_config(config_path, overrides)
         return loaded.config.schedule.start_timeout_seconds
     except (UserError, OSError):
         # It is told in good order once the ranks know one another.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.config.file import LoadedConfig, load_config
+from mpichunk.config.file import LoadedConfig, load_run_config
 from mpichunk.errors import BlockError, ExitCode, JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.job.startup import Job, library_versions, prepare
@@ -127,7 +127,7 @@ def _verify(
     comm: Communicator, config_path: Path, overrides: Sequence[str], *, repair: bool, as_json: bool
 ) -> int:
     """Do what `verify` does, or raise the same UserError on every rank."""
-    loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
+    loaded = on_rank_0(comm, lambda: load_run_config(config_path, overrides))
     with ExitStack() as stack:
 
         def open_run() -> Case:
