@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -239,6 +240,34 @@ def test_a_probe_fills_in_what_only_a_forward_can_tell() -> None:
     assert memory_of(estimate_of(config, (64, 64, 64), probe=probe))["inside the network"] == (
         (10**9, 0, 10**9)
     )
+
+
+def test_what_a_loaded_rank_holds_replaces_what_was_guessed() -> None:
+    config = make_config((10, 10, 10), (16, 16, 16), model={"backend": "pytorch", "path": "/n.pt"})
+
+    def found(**told: Any) -> Estimate:
+        probe = Probe(seconds=0.5, nbytes=10**6, device="cpu", **told)
+        return estimate_of(config, (64, 64, 64), probe=probe, model_nbytes=777)
+
+    guessed, known = found(), found(resident_nbytes=10**9)
+    parts = memory_of(known)
+    assert parts["program and network, idle"] == (10**9, 10**9, 0)
+    # On an accelerator the weights are not in the host's memory.
+    assert parts["weights"] == (0, 0, 777) and memory_of(guessed)["weights"] == (777, 0, 777)
+    assert not {"torch", "Python, MPI and storage libraries"} & set(parts)
+    assert known.device_nbytes == guessed.device_nbytes
+    assert known.cpu_nbytes - known.host_nbytes == guessed.cpu_nbytes - guessed.host_nbytes - 777
+
+
+@pytest.mark.parametrize("start_nbytes", [1, 10**9 + 10**8, 3 * 10**9])
+def test_a_rank_takes_at_least_what_loading_takes(start_nbytes: int) -> None:
+    config = make_config((10, 10, 10), (16, 16, 16), model={"backend": "pytorch", "path": "/n.pt"})
+    probe = Probe(seconds=0.5, nbytes=10**6, device="cpu", resident_nbytes=10**9)
+    without = estimate_of(config, (64, 64, 64), probe=probe)
+    found = estimate_of(config, (64, 64, 64), probe=replace(probe, start_nbytes=start_nbytes))
+    assert found.cpu_nbytes == max(start_nbytes, without.cpu_nbytes)
+    assert found.host_nbytes == max(start_nbytes, without.host_nbytes)
+    assert found.device_nbytes == without.device_nbytes
 
 
 # ---- Advice -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Whole runs: refused before the first block where memory is short, else compared with plans."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_a_forward_that_needs_too_much_is_refused_on_all_ranks(
     assert 1 <= batch < 8
     # What was measured tells `plan` as much; and what is named fits.
     probe = json.loads((tmp_path / "runs/config/probe.json").read_text())["probe"]
+    assert min(probe["start_nbytes"], probe["resident_nbytes"]) > 50 << 20
     assert probe["nbytes"] > 0.95 * (8 << 25) and probe["pace"] is None
     if num_ranks > 1:
         return
@@ -173,6 +175,13 @@ def test_less_does_not_replace_more(tmp_path: Path) -> None:
     assert before is not None and before.pace is not None
     keep_probe(job, Probe(seconds=9.0, nbytes=1, device=before.device))
     assert job.probe() == before
+    # Both the bench and a run tell what a rank holds; files that say nothing of it are still read.
+    assert before.resident_nbytes is not None and before.start_nbytes is not None
+    assert min(before.start_nbytes, before.resident_nbytes) > 50 << 20
+    kept = json.loads((job.run_dir / "probe.json").read_text())
+    del kept["probe"]["resident_nbytes"], kept["probe"]["start_nbytes"]
+    (job.run_dir / "probe.json").write_text(json.dumps(kept))
+    assert job.probe() == replace(before, resident_nbytes=None, start_nbytes=None)
     elsewhere = Probe(seconds=9.0, nbytes=1, device="cuda:0 H200", free_nbytes=1 << 30)
     keep_probe(job, elsewhere)
     assert job.probe() == elsewhere

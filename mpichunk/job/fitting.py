@@ -14,7 +14,7 @@ from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.canary import FAILURES
 from mpichunk.job.headroom import host_room, memory_groups
-from mpichunk.job.probing import Held, probe_engine, settle, write_probe
+from mpichunk.job.probing import Held, Loading, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
 from mpichunk.plan.fit import Need, Room, find_refusal
 from mpichunk.plan.memory import Memory
@@ -90,6 +90,7 @@ def probe_ranks(
     engine: Engine,
     request: EngineRequest,
     sound: tuple[int, ...],
+    loading: Loading,
 ) -> Probe | None:
     """Run one forward more on every rank that computes; return what it tells of this rank.
 
@@ -98,7 +99,7 @@ def probe_ranks(
     """
     if job.config.model.backend == "identity":
         return None
-    held = Held.most(comm.allgather(settle(engine)))
+    held = Held.most(comm.allgather(settle(engine, loading)))
     mine: Probe | None = None
     if comm.rank in sound:
         try:

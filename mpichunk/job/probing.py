@@ -5,7 +5,7 @@ Knows the files of a run directory and the kernel's count of a process's memory;
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -36,7 +36,7 @@ class Held:
     """Network loaded and idle, all else given back; None if the kernel is silent."""
 
     start_nbytes: int | None
-    """The most until then."""
+    """The most until it was loaded."""
 
     @classmethod
     def most(cls, found: Iterable["Held"]) -> "Held":
@@ -48,13 +48,30 @@ class Held:
         )
 
 
-def settle(engine: Engine) -> Held:
+@dataclass(slots=True)
+class Loading:
+    """Loads a network, and notes what that took."""
+
+    load: Callable[[], Engine]
+    """Returns it."""
+
+    start_nbytes: int | None = None
+    """The most memory that this process ever held until it was loaded; None before."""
+
+    def __call__(self) -> Engine:
+        """Return the network."""
+        engine = self.load()
+        # Now, since the first forward is weighed by itself, and with another batch takes less.
+        self.start_nbytes = peak_nbytes()
+        return engine
+
+
+def settle(engine: Engine, loading: Loading) -> Held:
     """Give back what loading and trying the network has left over; return what stays."""
     if engine.arrays.is_host:
         engine.arrays.release()
     trim()
-    resident = resident_nbytes()
-    return Held(resident_nbytes=resident, start_nbytes=None if resident is None else peak_nbytes())
+    return Held(resident_nbytes=resident_nbytes(), start_nbytes=loading.start_nbytes)
 
 
 def _most(values: Iterable[int | None]) -> int | None:

@@ -48,10 +48,13 @@ class Probe:
     """What one rank could have of the accelerator's memory; None on a CPU, or if nobody says."""
 
     resident_nbytes: int | None = None
-    """What the rank that holds most has in its host's memory, network loaded and idle."""
+    """What the rank that holds most has in its host's memory, network loaded and idle.
+
+    Once it has run blocks, if there is a pace.
+    """
 
     start_nbytes: int | None = None
-    """The most that a rank has held until then: loading may take more than running."""
+    """The most that a rank held until its network was loaded: it may be more than blocks take."""
 
     pace: Pace | None = None
     """What the rest of a block takes; None where only the forward was measured."""

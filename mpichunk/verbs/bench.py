@@ -42,7 +42,7 @@ from mpichunk.job.assembly import (
 )
 from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
-from mpichunk.job.probing import Held, device_words, forward_nbytes, settle
+from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
@@ -143,9 +143,10 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     parent = on_rank_0(comm, lambda: scratch_parent(job.output, options.scratch))
     request = engine_request(job, bind_ranks(comm, job, fresh=True).of(comm.rank))
     prepared = on_rank_0(comm, lambda: prepare_network(job, request))
-    engine = on_every_rank(comm, lambda: load_engine(job, request, prepared))
+    loading = Loading(lambda: load_engine(job, request, prepared))
+    engine = on_every_rank(comm, loading)
     on_every_rank(comm, lambda: check_engine(engine, request))
-    held = Held.most(comm.allgather(settle(engine)))
+    settle(engine, loading)
     nbytes = forward_nbytes(engine, request, SETTLING_FORWARDS)
     trim()
     with ExitStack() as stack:
@@ -154,6 +155,8 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
         wanted = comm.size * num_blocks * options.num_repeats
         blocks = on_rank_0(comm, lambda: choose_blocks(job.plan, _wants(job), num=wanted))
         mine = _measure(comm, trial, blocks, num_blocks, options.num_repeats)
+    # Now storage libraries are at work, too.
+    held = Held.most(comm.allgather(settle(engine, loading)))
     ranks = comm.allgather(mine)
     figures = combine(ranks)
     estimate, on_cpu = job.estimate(), request.device == "cpu"

@@ -46,6 +46,7 @@ from mpichunk.job.canary import find_sound_ranks
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.job.fitting import check_device, check_host, probe_ranks
 from mpichunk.job.leading import Keeper, Leading
+from mpichunk.job.probing import Loading
 from mpichunk.job.startup import (
     Job,
     changed_versions,
@@ -206,10 +207,9 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
         request = engine_request(job, bindings.of(comm.rank))
         check_host(comm, job, request)
         prepared = on_rank_0(comm, lambda: prepare_network(job, request))
-        engine, sound = find_sound_ranks(
-            comm, job.config.model, request, lambda: load_engine(job, request, prepared)
-        )
-        probe = probe_ranks(comm, job, engine, request, sound)
+        loading = Loading(lambda: load_engine(job, request, prepared))
+        engine, sound = find_sound_ranks(comm, job.config.model, request, loading)
+        probe = probe_ranks(comm, job, engine, request, sound, loading)
         check_host(comm, job, request, probe)
         check_device(comm, job, engine, bindings, probe)
         num_todo = int(np.count_nonzero(todo))

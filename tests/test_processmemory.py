@@ -1,0 +1,81 @@
+"""What the kernel counts of a process, and arenas of glibc, in processes of their own."""
+
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mpichunk.processmemory import peak_nbytes, resident_nbytes, rise_nbytes
+from tests.launch import REPOSITORY
+
+MIB = 1 << 20
+
+COUNT_ARENAS = """
+import ctypes, sys, threading
+from mpichunk.processmemory import use_one_arena
+
+if sys.argv[1] == "one":
+    use_one_arena()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+together = threading.Barrier(3)
+
+def work():
+    held = libc.malloc(50_000)
+    together.wait()
+    libc.free(held)
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.stdout.flush()
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+stdout = ctypes.c_void_p.in_dll(libc, "stdout")
+libc.malloc_info(0, stdout)
+libc.fflush(stdout)
+"""
+
+
+def touch(nbytes: int) -> None:
+    np.ones(nbytes, np.uint8).sum()
+
+
+def test_a_rise_is_what_was_touched_and_no_peak_is_forgotten() -> None:
+    touch(96 * MIB)
+    before = peak_nbytes()
+    rise = rise_nbytes(lambda: touch(64 * MIB))
+    resident = resident_nbytes()
+    if rise is None or resident is None:
+        assert platform.system() != "Linux"
+        return
+    # Kernels count in batches of pages.
+    assert 63 * MIB <= rise < 72 * MIB
+    # The kernel has begun anew; what was taken before still counts.
+    assert peak_nbytes() >= before >= resident - MIB
+    assert rise_nbytes(lambda: None) in range(MIB)
+
+
+def num_arenas(which: str, **environ: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_ARENAS, which],
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.count("<heap nr=")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are glibc's")
+def test_threads_share_one_arena() -> None:
+    assert num_arenas("default") > 1
+    assert num_arenas("one") == 1
+    # What the user has set holds.
+    assert num_arenas("one", MALLOC_ARENA_MAX="2") == 2
