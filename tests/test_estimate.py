@@ -17,7 +17,7 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box, Grid, Triple, triple
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
-from mpichunk.plan.probe import Probe
+from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.work import floor_sum, work_of
 from tests.geometries import cases, make_config, make_info, make_plan, triples
 
@@ -240,6 +240,49 @@ def test_a_probe_fills_in_what_only_a_forward_can_tell() -> None:
     assert memory_of(estimate_of(config, (64, 64, 64), probe=probe))["inside the network"] == (
         (10**9, 0, 10**9)
     )
+
+
+@pytest.mark.parametrize(
+    ("write_seconds", "threads", "shard", "num_cores", "num_encoded"),
+    [
+        (None, None, None, 3, 2),
+        (1.0, None, None, 3, 2),
+        (1e-9, None, None, 2, 1),
+        # One thread encodes no two blocks at the same time.
+        (1.0, 1, None, 3, 1),
+        (None, 1, (16, 16, 16), 3, 4),
+    ],
+)
+def test_quick_writing_needs_less_memory(
+    write_seconds: float | None,
+    threads: int | None,
+    shard: Triple | None,
+    num_cores: int,
+    num_encoded: int,
+) -> None:
+    more = {} if shard is None else {"output_shard_shape": shard}
+    config = make_config(
+        (10, 10, 10),
+        (16, 16, 16),
+        compute={"threads": threads},
+        output_chunk_shape=(8, 8, 8),
+        **more,
+    )
+    pace = None
+    if write_seconds is not None:
+        pace = Pace(
+            patch_seconds=0.0,
+            finish_seconds=0.0,
+            read_seconds=0.0,
+            write_seconds=write_seconds,
+            scale=1.0,
+            num_ranks=1,
+        )
+    probe = Probe(seconds=1.0, nbytes=1, device="cpu", pace=pace)
+    parts = memory_of(estimate_of(config, (64, 64, 64), probe=probe))
+    core = 16**3 * 4
+    assert parts["output of the blocks in flight"][0] == num_cores * core
+    assert parts["output being encoded"][0] == num_encoded * core
 
 
 def test_what_a_loaded_rank_holds_replaces_what_was_guessed() -> None:

@@ -14,6 +14,7 @@ from mpichunk.backends.engine import FINISH_NBYTES
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
+from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
@@ -30,6 +31,12 @@ BLOCKS_IN_FLIGHT = 3
 
 LAYERS_IN_FLIGHT = 2
 """Layers of a block's input that are on an accelerator: one in use, the next on its way."""
+
+QUICK = 3
+"""Computing a block must take so many times as long as writing it, for one to be written at a time.
+
+Disks are shared, and slower now and then.
+"""
 
 CACHE_NBYTES = 64 * MIB
 """Decoded chunks of the input that the storage library keeps at most."""
@@ -87,7 +94,7 @@ def memory_of(
         probe: what a forward of this config told.
     """
     parts = [
-        *_block_parts(plan, config, info, work),
+        *_block_parts(config, info, work, _most_written(config, work, probe)),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         *_blending_parts(plan, config, info, work),
         _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
@@ -133,16 +140,46 @@ def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:
     )
 
 
-def _block_parts(plan: Plan, config: Config, info: VolumeInfo, work: Work) -> Iterator[MemoryPart]:
+def _most_written(config: Config, work: Work, probe: Probe | None) -> int:
+    """Return how many blocks are being written at the same time, at most.
+
+    One, where `bench` has found that writing takes far less time than computing; else all but one.
+    """
+    pace = None if probe is None else probe.pace
+    if probe is None or pace is None:
+        return BLOCKS_IN_FLIGHT - 1
+    num_patches, num_voxels = work.patches_per_block[1], prod(work.core_shape)
+    num_forwards = ceil_div(num_patches, config.patch.batch_size)
+    computing = num_forwards * len(turns_of(config.model.augment)) * probe.seconds
+    computing += num_patches * pace.patch_seconds + num_voxels * pace.finish_seconds
+    is_quick = QUICK * pace.write_seconds * num_voxels < computing
+    return 1 if is_quick else BLOCKS_IN_FLIGHT - 1
+
+
+def _num_encoded(config: Config, num_written: int) -> int:
+    """Return how many copies of a core the storage library holds, of so many being written.
+
+    Measured with TensorStore 0.1: with one thread 0.1 to 0.8 whether one is written or two, since
+    what is encoded goes to the disk meanwhile; with more up to 1.2 for each, where the disk is
+    slower; in shards as large as the core 1.9 for each, one as it is and one encoded.
+    """
+    if config.output.shard_shape is not None:
+        return 2 * num_written
+    return min(1, num_written) if config.compute.threads == 1 else num_written
+
+
+def _block_parts(
+    config: Config, info: VolumeInfo, work: Work, most_written: int
+) -> Iterator[MemoryPart]:
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
     core = _nbytes(work.core_shape, Reduction.of(config).num_channels, itemsize)
-    # The peak: one block in the network, the others all read, or all being written. What is being
-    # written is there twice, once as the storage library encodes it.
-    waiting = BLOCKS_IN_FLIGHT - 1
-    num_written = waiting if core > source else 0
+    # The peak: one block in the network, the others read, or being written if that takes more.
+    num_written = most_written if core > source else 0
     num_read = BLOCKS_IN_FLIGHT - num_written
+    # Memory for outputs is kept for the next block.
+    num_cores = 1 + most_written
     mask = prod(work.input_shape) if config.mask is not None else 0
     yield MemoryPart(
         name="input of the blocks in flight",
@@ -155,11 +192,11 @@ def _block_parts(plan: Plan, config: Config, info: VolumeInfo, work: Work) -> It
     yield _on_host("padded copy of one input", source if work.is_padded else 0)
     yield MemoryPart(
         name="output of the blocks in flight",
-        cpu_nbytes=BLOCKS_IN_FLIGHT * core,
-        host_nbytes=BLOCKS_IN_FLIGHT * _pinned(core),
+        cpu_nbytes=num_cores * core,
+        host_nbytes=num_cores * _pinned(core),
         device_nbytes=0,
     )
-    yield _on_host("output being encoded", num_written * core)
+    yield _on_host("output being encoded", _num_encoded(config, num_written) * core)
 
 
 def _blending_parts(
@@ -203,11 +240,7 @@ def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
 
 
 def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
-    """Return the bytes of decoded chunks: of one read, and of the cache.
-
-    The cache counts twice, since the memory allocator keeps about as much as goes through it
-    (measured with glibc).
-    """
+    """Return the bytes of decoded chunks: of one read, and of the cache."""
     chunk_shape = info.chunk_shape or (1, 1, 1)
     read = triple(
         [
@@ -218,7 +251,7 @@ def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
         ]
     )
     volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
-    return _nbytes(read, info.num_channels, info.dtype.itemsize) + 2 * min(CACHE_NBYTES, volume)
+    return _nbytes(read, info.num_channels, info.dtype.itemsize) + min(CACHE_NBYTES, volume)
 
 
 def _on_host(name: str, nbytes: int) -> MemoryPart:
