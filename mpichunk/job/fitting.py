@@ -153,7 +153,7 @@ def keep_probe(job: Job, probe: Probe) -> None:
 
 
 def _check(comm: Communicator, job: Job, room: Room | None, memory: Memory, crew: Crew) -> None:
-    """Raise on all ranks what `find_refusal` finds on any; have one rank tell the others' doubts."""
+    """Raise on all ranks what `find_refusal` finds on any; have the first doubt told."""
     need = Need(
         plan=job.plan,
         config=job.config,

@@ -115,7 +115,7 @@ def find_doubt(need: Need, room: Room, *, memory: Memory) -> str | None:
     advice, _ = _advice(need, room, memory)
     return (
         f"{_comparison(need, room, memory)}; it is tried, since most runs need less, but may be "
-        f"killed for lack of memory. {advice[0].upper()}{advice[1:]}"
+        f"killed for lack of memory: {advice}"
     )
 
 

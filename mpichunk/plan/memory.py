@@ -159,6 +159,7 @@ def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:
         cpu_nbytes=max(0, most_nbytes - total_nbytes(parts, "cpu")),
         host_nbytes=max(0, most_nbytes - total_nbytes(parts, "host")),
         device_nbytes=0,
+        is_certain=False,
     )
 
 

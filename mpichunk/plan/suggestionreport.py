@@ -64,11 +64,9 @@ def render_suggestions(
         _row("now", found.now, found),
     ]
     for number, item in enumerate(found.rows, start=1):
-        reasons = _wrapped(
-            "; ".join(reasons_for(item, found.now, room, host_room)), indent="      "
-        )
+        reasons = "; ".join(reasons_for(item, found.now, room, host_room))
         command = f"      {' '.join(options_for(item))}"
-        lines += ["", _row(f"{number}", item, found), *reasons, command]
+        lines += ["", _row(f"{number}", item, found), *_wrapped(reasons, indent="      "), command]
     if not found.rows:
         lines += ["", *_wrapped(_nothing_words(found, room, host_room))]
     elif not any(item.forecast.seconds < found.now.forecast.seconds for item in found.rows):
