@@ -105,6 +105,13 @@ def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="with --suggest: what one rank may take where its network runs, e.g. 16GB (default: "
         "what this machine has available, or the accelerator had when it was measured)",
     )
+    plan.add_argument(
+        "--host-memory",
+        type=_size,
+        metavar="SIZE",
+        help="with --suggest, of a network on an accelerator: what one rank may take of its host "
+        "(default: what this machine has available)",
+    )
 
 
 def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -221,6 +228,7 @@ def _plan(options: argparse.Namespace) -> int:
             as_json=options.json,
             suggest=options.suggest,
             memory_nbytes=options.memory,
+            host_memory_nbytes=options.host_memory,
         ),
     )
 

@@ -18,6 +18,7 @@ from mpichunk.backends.engine import EngineRequest, Kernels
 from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.errors import ModelError
+from mpichunk.job.probing import probe_engine
 from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
@@ -186,6 +187,24 @@ def test_graph_of_new_values_and_of_smaller_batches(batch):
             found = graphed.infer(values[:size])
             expected = plain.infer(values[:size])
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_what_a_graph_keeps_is_the_memory_of_its_forwards(batch):
+    found = {}
+    for kernels in ((), ("cuda_graphs",)):
+        one, asked = engine(*kernels), request(*kernels)
+        one.infer(batch)
+        found[kernels] = probe_engine(one, asked).nbytes
+        # Once more it is the same, and so it is with a batch that was smaller meanwhile.
+        one.infer(batch[:1])
+        one.infer(batch)
+        again = probe_engine(one, asked).nbytes
+        assert again == pytest.approx(found[kernels], rel=0.1)
+        del one
+    plain, graphed = found.values()
+    assert plain > 0
+    # A pool of its own, rounded up, and its copy of the batch.
+    assert 0.8 * plain <= graphed <= 2 * plain + batch.nbytes + (64 << 20)
 
 
 def test_graph_replays_in_another_thread_behind_work_on_its_stream(batch):

@@ -27,7 +27,7 @@ Case = tuple[Config, Box]
 def estimate_of(config: Config, domain: Box | Triple, **more: Any) -> Estimate:
     """Return the estimate over a domain; keywords as of `estimate` or of `make_info`."""
     plan = make_plan(config, domain)
-    told = {key: more.pop(key) for key in ("model_nbytes", "probe") if key in more}
+    told = {key: more.pop(key) for key in ("model_nbytes", "num_ranks", "probe") if key in more}
     return estimate(plan, config, make_info(plan.volume, **more), **told)
 
 
@@ -200,6 +200,20 @@ def test_memory_by_part() -> None:
     assert parts["inside the network"] == (None, 0, None)
     assert "padded copy of one input" not in parts
     assert found.cpu_nbytes == sum(cpu or 0 for cpu, _, _ in parts.values())
+
+
+def test_a_rank_holds_no_more_blocks_than_it_gets() -> None:
+    config = make_config((10, 10, 10), (16, 16, 16), patch_overlap=(2, 2, 2))
+    # 16 blocks.
+    core, source = 16**3 * 4, prod(estimate_of(config, (32, 32, 64)).work.input_shape)
+    for num_ranks, held in ((1, (3, 1, 2)), (8, (2, 1, 1)), (16, (1, 1, 1)), (99, (1, 1, 1))):
+        parts = memory_of(estimate_of(config, (32, 32, 64), num_ranks=num_ranks))
+        assert parts["output of the blocks in flight"][0] == held[0] * core
+        assert parts["input of the blocks in flight"][0] == held[1] * source
+        assert parts["output being encoded"][0] == held[2] * core
+        pinned = held[0] * 2**14, held[0] * 2**13 + source
+        assert parts["output of the blocks in flight"][1] == pinned[0]
+        assert parts["input of the blocks in flight"][1] == pinned[1]
 
 
 def test_memory_of_identity_has_no_torch() -> None:

@@ -1,6 +1,7 @@
 """What does not fit is refused, and what is named instead fits; limits of kernel and of Slurm."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from mpichunk.geometry.box import triple
 from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import Group, host_room, memory_groups, slurm_nbytes
 from mpichunk.plan.estimate import estimate
-from mpichunk.plan.fit import Need, Room, find_refusal
-from mpichunk.plan.memory import Memory, total_nbytes
+from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
+from mpichunk.plan.memory import Memory, least_nbytes, total_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import with_block
@@ -49,6 +50,10 @@ def refusal(need: Need, nbytes: int, memory: Memory = "cpu") -> UserError | None
     return find_refusal(need, Room(nbytes=nbytes, words="so it is here"), memory=memory)
 
 
+def doubt(need: Need, nbytes: int, memory: Memory = "cpu") -> str | None:
+    return find_doubt(need, Room(nbytes=nbytes, words="so it is here"), memory=memory)
+
+
 def needed(need: Need, memory: Memory = "cpu") -> int:
     return total_nbytes(need.parts(), memory)
 
@@ -59,10 +64,41 @@ def test_what_fits_to_the_byte_is_not_refused(memory: Memory) -> None:
     told = estimate(
         need.plan, need.config, need.info, model_nbytes=need.model_nbytes, probe=need.probe
     )
-    assert needed(need, memory) == getattr(told, f"{memory}_nbytes")
-    assert refusal(need, needed(need, memory), memory) is None
-    error = refusal(need, needed(need, memory) - 1, memory)
+    least = least_nbytes(need.parts(), memory)
+    assert least <= needed(need, memory) == getattr(told, f"{memory}_nbytes")
+    assert refusal(need, least, memory) is None
+    assert doubt(need, needed(need, memory), memory) is None
+    error = refusal(need, least - 1, memory)
     assert error is not None and error.key in ("patch.batch_size", "block.shape", "patch.shape")
+    assert doubt(need, least - 1, memory) is None
+
+
+def test_between_what_all_need_and_what_some_need_there_is_doubt() -> None:
+    need = need_of(1, 512)
+    least, most = least_nbytes(need.parts(), "cpu"), needed(need)
+    (encoded,) = [part for part in need.parts() if part.name == "output being encoded"]
+    assert most - least == encoded.cpu_nbytes
+    assert encoded.cpu_nbytes and encoded.cpu_nbytes > 0
+    for nbytes in (least, most - 1):
+        assert refusal(need, nbytes) is None
+        words = doubt(need, nbytes)
+        assert words is not None and "may be killed for lack of memory" in words
+        assert "so it is here" in words and "block.shape (" in words
+    assert least_nbytes(need.parts(), "device") == needed(need, "device")
+
+
+def test_few_blocks_need_less_than_many() -> None:
+    """As many in flight as a rank gets; what one block needs is a block and its encoded copy."""
+    need = need_of(1, 512)
+    core = 512**3 * 3 * 4
+    sizes = [
+        needed(replace(need, num_blocks=num_blocks, num_ranks=num_ranks))
+        for num_blocks, num_ranks in [(1, 4), (4, 4), (5, 4), (9, 4), (10**6, 4)]
+    ]
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4] == needed(need)
+    assert 2 * core < sizes[0] < 2.5 * core < 5 * core < sizes[4]
+    one = replace(need, num_blocks=1)
+    assert refusal(one, 3 * core) is None and refusal(need, 3 * core) is not None
 
 
 @pytest.mark.parametrize("memory", ["cpu", "device"])
@@ -89,7 +125,9 @@ def test_a_block_that_fits_is_named() -> None:
     assert match, error
     config = with_block(need.config, triple([int(n) for n in match.groups()]))
     plan = Plan.from_config(config, need.plan.volume)
-    told = estimate(plan, config, need.info, model_nbytes=need.model_nbytes, probe=need.probe)
+    told = estimate(
+        plan, config, need.info, num_ranks=2, model_nbytes=need.model_nbytes, probe=need.probe
+    )
     assert told.cpu_nbytes <= limit
 
 
@@ -134,6 +172,15 @@ def test_ranks_share_what_the_host_has() -> None:
     assert room(4, [(own, 4), (Group(ident=2, nbytes=8), 2)], available_nbytes=1000) == 14
 
 
+def test_what_idle_ranks_hold_is_theirs() -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_NODE": "100"}
+    known = {"environ": environ, "available_nbytes": 1 << 50}
+    assert room(2, idle_nbytes=40 * MIB, **known) == 30 * MIB
+    assert room(2, idle_nbytes=400 * MIB, **known) == 0
+    # The host's and the groups' is already taken off.
+    assert room(2, idle_nbytes=40, available_nbytes=1000) == 510
+
+
 def test_this_machine_has_memory() -> None:
     assert host_room(2, environ={}).nbytes > MIB
     assert host_room(2, environ={}, own_nbytes=0).nbytes <= host_room(1, environ={}).nbytes
@@ -161,16 +208,19 @@ def test_slurm_grants(environ: dict[str, str], nbytes: int | None) -> None:
         assert room(2, environ=environ, available_nbytes=1 << 50) == nbytes // 2
 
 
-def write_group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
+def write_group(
+    folder: Path, version: int, limit: str, used: int, cached: int, lately: int = 0
+) -> None:
     """Write the files of a control group as the kernel has them."""
     names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        2: ("memory.max", "memory.current", ""),
     }[version]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / names[0]).write_text(f"{limit}\n")
     (folder / names[1]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\nactive_file 3\n")
+    lines = f"anon 5\n{names[2]}inactive_file {cached}\n{names[2]}active_file {lately}\n"
+    (folder / "memory.stat").write_text(lines)
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -188,6 +238,9 @@ def test_control_groups_limit_what_is_below_them(tmp_path: Path, version: int) -
     # More is used than allowed: then nothing is left.
     write_group(top / "job/step", version, "500", 900, 10)
     assert [group.nbytes for group in memory_groups(tmp_path)] == [0, 400]
+    # Files that were used lately are given back, too.
+    write_group(top / "job/step", version, "500", 450, 10, 200)
+    assert [group.nbytes for group in memory_groups(tmp_path)] == [260, 400]
 
 
 def test_a_container_shows_its_own_group_at_the_top(tmp_path: Path) -> None:

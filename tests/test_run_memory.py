@@ -11,9 +11,11 @@ from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.job.fitting import keep_probe
 from mpichunk.job.startup import prepare
+from mpichunk.plan.memory import least_nbytes, total_nbytes
 from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
+from mpichunk.rundir.lock import RunLock
 from mpichunk.verbs.bench import bench_on
 from mpichunk.verbs.run import run_on
 from tests.endtoend import files_of, write_config
@@ -59,8 +61,7 @@ def refused(done: Any, key: str, folder: Path) -> str:
     assert done.stdout == "" and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "a rank needs about" in line]
     assert f": {key}" in line
-    assert not (folder / "out").exists()
-    assert not (folder / "runs/config" / journal.NAME).exists()
+    assert files_of(folder).keys() == {"config.yaml", "net.py"}
     return line
 
 
@@ -70,7 +71,6 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_network_loads(
     path = config_file(tmp_path, patch={"batch_size": 10**9})
     line = refused(python(*RUN, path), "patch.batch_size", tmp_path)
     assert "batch into and out of the network" in line and "would fit" in line
-    assert files_of(tmp_path).keys() == {"config.yaml", "net.py"}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -85,22 +85,60 @@ def test_a_forward_that_needs_too_much_is_refused_on_all_ranks(
     assert "inside the network" in line and "Slurm grants" in line
     batch = int(line.partition("patch.batch_size ")[2].partition(",")[0].split()[0])
     assert 1 <= batch < 8
-    # What was measured tells `plan` as much; and what is named fits.
-    probe = json.loads((tmp_path / "runs/config/probe.json").read_text())["probe"]
-    assert min(probe["start_nbytes"], probe["resident_nbytes"]) > 50 << 20
-    assert probe["nbytes"] > 0.95 * (8 << 25) and probe["pace"] is None
+    assert "after `bench`, `plan` lists" in line
     if num_ranks > 1:
         return
+    # What is named fits; and what was measured then tells `plan` as much.
     fitting = launch(*RUN, path, "--set", f"patch.batch_size={batch}", env=limit)
     assert fitting.returncode == 0, fitting.stderr
     assert "predicted" in fitting.stderr and "for the network alone" in fitting.stderr
+    probe = json.loads((tmp_path / "runs/config/probe.json").read_text())["probe"]
+    assert min(probe["start_nbytes"], probe["resident_nbytes"]) > 50 << 20
+    assert probe["nbytes"] > 0.95 * (batch << 25) and probe["pace"] is None
+
+
+def test_what_may_need_more_is_tried_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = config_file(
+        tmp_path,
+        input={"volume": "synthetic://membranes?shape=48,160,160&seed=3"},
+        model={"backend": "identity", "out_channels": 1},
+        patch={"shape": [24, 40, 40], "overlap": [0, 0, 0]},
+        block={"shape": [24, 160, 160]},
+        output={"dtype": "float32", "chunk_shape": [24, 80, 80]},
+    )
+    parts = prepare(load_config(path).config).estimate().memory
+    least, most = least_nbytes(parts, "cpu"), total_nbytes(parts, "cpu")
+    megabytes = least // (1 << 20) + 1
+    assert least <= megabytes << 20 < most
+    for name, value in slurm(megabytes).items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("WARNING"):
+        assert run_on(SerialCommunicator(), path) == 0
+    log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
+    told = [text for text in (*caplog.messages, *log.splitlines()) if "a rank needs about" in text]
+    assert told and "may be killed for lack of memory" in told[0] and "Slurm grants" in told[0]
+
+
+def test_a_start_that_finds_the_run_locked_leaves_its_probe(tmp_path: Path) -> None:
+    path = config_file(tmp_path)
+    assert run_on(SerialCommunicator(), path) == 0
+    kept = tmp_path / "runs/config/probe.json"
+    before = kept.read_bytes()
+    (tmp_path / "runs/config" / journal.NAME).unlink()
+    lock = RunLock.acquire(tmp_path / "runs/config")
+    try:
+        assert run_on(SerialCommunicator(), path) == 2
+    finally:
+        lock.release()
+    assert kept.read_bytes() == before
 
 
 def test_a_host_without_memory_is_refused(tmp_path: Path, python: Launch) -> None:
     path = config_file(tmp_path, model={"backend": "identity"})
     line = refused(python(*RUN, path, env=slurm(20)), "patch.shape", tmp_path)
     assert "fewer ranks per node" in line
-    assert files_of(tmp_path).keys() == {"config.yaml", "net.py"}
 
 
 def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:

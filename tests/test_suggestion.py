@@ -81,9 +81,9 @@ def test_every_shape_is_one_that_a_config_may_have(
             assert row.block_shape[axis] % plan.stride[axis] == 0
             assert row.block_shape[axis] % other.write_unit[axis] == 0
         # What is told is what `plan` tells once the shape is chosen.
-        told = estimate(Plan.from_config(other, domain), other, info)
+        told = estimate(Plan.from_config(other, domain), other, info, num_ranks=3)
         assert (row.nbytes, row.work) == (told.cpu_nbytes, told.work)
-    now = estimate(plan, config, info)
+    now = estimate(plan, config, info, num_ranks=3)
     assert (found.now.nbytes, found.now.work) == (now.cpu_nbytes, now.work)
 
 
@@ -246,7 +246,7 @@ def test_options_can_be_copied(
         assert list(config.chunk_shape) == item["chunk_shape"]
         assert chunk is None or list(config.chunk_shape) == chunk
         overrides = [word for option in item["options"] for word in ("--set", option)]
-        assert main(["plan", str(path), "--json", *overrides]) == 0
+        assert main(["plan", str(path), "--json", "--ranks", "4", *overrides]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan["patches"]["num"] == item["num_patches"]
         assert plan["memory"]["cpu_nbytes"] == item["nbytes"] <= 300_000_000
@@ -272,6 +272,39 @@ def test_memory_of_this_machine_is_the_default(
     assert "--memory 80GB" in capsys.readouterr().err
     assert main(["plan", str(path), "--suggest", "--memory", "1GiB", *network]) == 0
     assert "accelerator memory" in capsys.readouterr().out
+
+
+def test_beside_an_accelerator_the_host_must_suffice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(tmp_path)
+    (tmp_path / "net.py").write_text("")
+    network = "model={backend: pytorch, path: net.py:Net, out_channels: 3}"
+    command = ["plan", str(path), "--suggest", "--set", network, "--set", "compute.device=cuda"]
+    command += ["--set", "output.dtype=float32", "--memory", "4GiB", "--ranks", "2"]
+    found = {}
+    for limit in ("64GiB", "480MiB"):
+        assert main([*command, "--host-memory", limit, "--json"]) == 0
+        found[limit] = json.loads(capsys.readouterr().out)
+        assert found[limit]["memory"] == "device" and found[limit]["suggestions"]
+        assert found[limit]["host_limit_nbytes"] == parse_size(limit)
+    most = {
+        limit: max(row["host_nbytes"] for row in told["suggestions"])
+        for limit, told in found.items()
+    }
+    assert most["480MiB"] <= 480 << 20 < most["64GiB"]
+    # What fits is what `plan` says of it.
+    for row in found["480MiB"]["suggestions"]:
+        words = [word for option in row["options"] for word in ("--set", option)]
+        plain = [word for word in command if word != "--suggest"]
+        del plain[plain.index("--memory") : plain.index("--memory") + 2]
+        assert main([*plain, "--json", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["memory"]["host_nbytes"] == row["host_nbytes"]
+    assert main([*command, "--host-memory", "1MiB"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "no shape fits 1.0 MiB of the host's memory" in text and "give --host-memory" in text
+    assert main(command) == 0
+    assert "host memory: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "lots", "3XB", "-1GB", "16GBs"])

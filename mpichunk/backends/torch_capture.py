@@ -31,6 +31,15 @@ class CapturedForward:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch_nczyx: Tensor | None = None
         self._output_nczyx: Tensor | None = None
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the recording keeps: no replay allocates any.
+
+        Its copy of the batch, what it returns, and all between; 0 before the first call.
+        """
+        return self._nbytes
 
     def __call__(self, batch_nczyx: Tensor) -> Tensor:
         """Replay on the current stream, without waiting; the next call overwrites the result.
@@ -51,18 +60,24 @@ class CapturedForward:
         """Record batches of this shape, and forget those of another one."""
         # First of all: batches get smaller because there is no memory left.
         self._graph = self._batch_nczyx = self._output_nczyx = None
+        self._nbytes = 0
         device = batch_nczyx.device
         with torch.cuda.device(device), torch.inference_mode():
             static_nczyx = torch.empty_like(batch_nczyx, memory_format=self._layout)
             static_nczyx.copy_(batch_nczyx)
             self._warm_up(static_nczyx)
             graph = torch.cuda.CUDAGraph()
+            # What the warm-ups have left; the recording has a pool of its own, and reserves anew.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
             try:
                 # Other threads, which read and write, may allocate meanwhile.
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     output_nczyx = self._forward(static_nczyx)
             except Exception as error:
                 raise _cause(error) from None
+            self._nbytes = torch.cuda.memory_reserved() - before + static_nczyx.nbytes
         self._graph, self._batch_nczyx, self._output_nczyx = graph, static_nczyx, output_nczyx
 
     def _warm_up(self, batch_nczyx: Tensor) -> None:

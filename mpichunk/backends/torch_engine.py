@@ -94,7 +94,9 @@ class TorchEngine:
             raise self.explain(error) from error
         self._infer: Callable[[Tensor], Tensor] = self._predict
         if request.kernels.cuda_graphs:
-            self._infer = CapturedForward(self._predict, self._layout)
+            captured = CapturedForward(self._predict, self._layout)
+            self._infer = captured
+            self._arrays.kept_nbytes = lambda: captured.nbytes
 
     @property
     def arrays(self) -> TorchArrays:

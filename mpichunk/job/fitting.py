@@ -7,18 +7,18 @@ Measures one forward and keeps what it tells. Knows no blocks, and decides nothi
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mpichunk.backends.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.canary import FAILURES
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
 from mpichunk.job.probing import Held, Loading, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
-from mpichunk.plan.fit import Need, Room, find_refusal
+from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory
-from mpichunk.plan.probe import Probe
+from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.processmemory import trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.communicator import Communicator
@@ -27,50 +27,67 @@ from mpichunk.words import size
 log = logging.getLogger(__name__)
 
 
-def check_host(
-    comm: Communicator, job: Job, request: EngineRequest, probe: Probe | None = None
-) -> None:
-    """Refuse, on all ranks, what does not fit into the memory of a rank's host.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Who shares what is to be done; the same on every rank, but for the probe."""
+
+    num_blocks: int
+    """Blocks to do."""
+
+    ranks: tuple[int, ...]
+    """The ranks that compute."""
+
+    probe: Probe | None = None
+    """What a forward told on this rank."""
+
+    has_probed: bool = False
+    """Whether forwards have run: before, not all is known, and so nothing is doubted."""
+
+
+def check_host(comm: Communicator, job: Job, request: EngineRequest, crew: Crew) -> None:
+    """Refuse, on all ranks, what does not fit into the memory of the host of a rank that computes.
 
     Args:
         comm: The ranks; all must call this.
         job: What is to be run.
         request: What this rank's engine must do.
-        probe: What a forward told; None: it has not run yet.
+        crew: Who does it; the others hold what they hold.
 
     Raises:
         UserError: it does not fit; names what would.
     """
     groups = list(memory_groups())
-    idents = comm.allgather((comm.host, {group.ident for group in groups}))
-    shared = [
-        (group, sum(host == comm.host and group.ident in found for host, found in idents))
-        for group in groups
-    ]
-    room = host_room(comm.local_size, shared)
-    _check(comm, job, room, "cpu" if request.device == "cpu" else "host", probe)
+    computes = comm.rank in crew.ranks
+    mine = comm.host, {group.ident for group in groups}, computes, held_nbytes()
+    here = [rank for rank in comm.allgather(mine) if rank[0] == comm.host]
+    crowd = [idents for _, idents, is_busy, _ in here if is_busy]
+    shared = [(group, sum(group.ident in idents for idents in crowd)) for group in groups]
+    idle = sum(nbytes for _, _, is_busy, nbytes in here if not is_busy)
+    room = host_room(len(crowd), shared, idle_nbytes=idle) if computes else None
+    _check(comm, job, room, "cpu" if request.device == "cpu" else "host", crew)
 
 
 def check_device(
-    comm: Communicator, job: Job, engine: Engine, bindings: Bindings, probe: Probe | None
+    comm: Communicator, job: Job, engine: Engine, bindings: Bindings, crew: Crew
 ) -> None:
-    """Refuse, on all ranks, what does not fit into the memory of a rank's accelerator.
+    """Refuse, on all ranks, what does not fit into the accelerator of a rank that computes.
 
     Args:
         comm: The ranks; all must call this.
         job: What is to be run.
         engine: This rank's network; one that says nothing about its device is not weighed.
         bindings: Which ranks share a device.
-        probe: What a forward told.
+        crew: Who computes.
 
     Raises:
         UserError: it does not fit; names what would.
     """
     own = bindings.of(comm.rank)
     same = (own.host, own.device_id)
-    num_sharing = sum((other.host, other.device_id) == same for other in bindings.ranks)
-    room = device_room(engine, num_sharing)
-    _check(comm, job, room, "device", probe)
+    busy = [bindings.of(rank) for rank in crew.ranks]
+    num_sharing = sum((other.host, other.device_id) == same for other in busy)
+    room = device_room(engine, num_sharing) if comm.rank in crew.ranks else None
+    _check(comm, job, room, "device", crew)
 
 
 def device_room(engine: Engine, num_sharing: int = 1) -> Room | None:
@@ -91,14 +108,14 @@ def probe_ranks(
     request: EngineRequest,
     sound: tuple[int, ...],
     loading: Loading,
-) -> Probe | None:
-    """Run one forward more on every rank that computes; return what it tells of this rank.
+) -> tuple[Probe | None, Probe | None]:
+    """Run one forward more on every rank that computes.
 
-    The coordinator keeps what the first of them found, unless more is known of the same device.
-    None without a network, and on a rank that does not compute.
+    Returns what it tells of this rank, None if it does not compute; and what it tells of the first
+    one that does. Both are None without a network.
     """
     if job.config.model.backend == "identity":
-        return None
+        return None, None
     held = Held.most(comm.allgather(settle(engine, loading)))
     mine: Probe | None = None
     if comm.rank in sound:
@@ -119,10 +136,7 @@ def probe_ranks(
             resident_nbytes=held.resident_nbytes,
             start_nbytes=held.start_nbytes,
         )
-    first = next((probe for probe in comm.allgather(mine) if probe is not None), None)
-    if first is not None:
-        on_rank_0(comm, lambda: keep_probe(job, first))
-    return mine
+    return mine, next((probe for probe in comm.allgather(mine) if probe is not None), None)
 
 
 def keep_probe(job: Job, probe: Probe) -> None:
@@ -130,9 +144,7 @@ def keep_probe(job: Job, probe: Probe) -> None:
 
     What `bench` has measured of the same device is more, and stays.
     """
-    earlier = job.probe()
-    is_less = probe.pace is None and earlier is not None and earlier.pace is not None
-    if is_less and earlier is not None and earlier.device == probe.device:
+    if better_probe(job.probe(), probe) is not probe:
         return
     try:
         write_probe(job.run_dir, job.config, job.model_files(), probe)
@@ -140,17 +152,16 @@ def keep_probe(job: Job, probe: Probe) -> None:
         log.warning("%s: cannot be written, so `plan` will not know: %s", job.run_dir, error)
 
 
-def _check(
-    comm: Communicator, job: Job, room: Room | None, memory: Memory, probe: Probe | None
-) -> None:
-    """Raise on all ranks what `find_refusal` finds on any."""
+def _check(comm: Communicator, job: Job, room: Room | None, memory: Memory, crew: Crew) -> None:
+    """Raise on all ranks what `find_refusal` finds on any; have the first doubt told."""
     need = Need(
         plan=job.plan,
         config=job.config,
         info=job.volume,
-        num_ranks=comm.size,
+        num_ranks=len(crew.ranks),
+        num_blocks=crew.num_blocks,
         model_nbytes=on_rank_0(comm, job.model_nbytes),
-        probe=probe,
+        probe=crew.probe,
     )
 
     def refuse() -> None:
@@ -161,3 +172,9 @@ def _check(
             raise refusal
 
     on_every_rank(comm, refuse)
+    if not crew.has_probed:
+        return
+    doubt = None if room is None else find_doubt(need, room, memory=memory)
+    doubts = [words for words in comm.allgather(doubt) if words is not None]
+    if doubts and comm.is_coordinator:
+        log.warning("%s", doubts[0])

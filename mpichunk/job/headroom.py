@@ -38,19 +38,21 @@ def host_room(
     environ: Mapping[str, str] = os.environ,
     available_nbytes: int | None = None,
     own_nbytes: int | None = None,
+    idle_nbytes: int = 0,
 ) -> Room:
     """Return what one of `num_local` alike ranks may take of this host's memory.
 
     Args:
-        num_local: ranks that share the host.
+        num_local: ranks that share the host, without those that compute nothing.
         groups: what limits this process, each with the number of ranks that share the limit.
         environ: where Slurm may have put a limit.
         available_nbytes: what the host has available; default: ask it.
         own_nbytes: what this process holds; default: ask.
+        idle_nbytes: what the host's ranks that compute nothing hold.
     """
     if available_nbytes is None:
         available_nbytes = psutil.virtual_memory().available
-    own = psutil.Process().memory_info().rss if own_nbytes is None else own_nbytes
+    own = held_nbytes() if own_nbytes is None else own_nbytes
     sources = [(available_nbytes, num_local, "the host has {} available")]
     sources += [(group.nbytes, num, "its control group leaves {}") for group, num in groups]
     held = f", and it holds {size(own)}" if own else ""
@@ -65,8 +67,13 @@ def host_room(
     if limit is not None:
         # Of the whole job, also what its ranks hold already.
         words = f"Slurm grants {size(limit)} on a node{_shared(num_local)}"
-        rooms.append(Room(nbytes=limit // num_local, words=words))
+        rooms.append(Room(nbytes=max(0, limit - idle_nbytes) // num_local, words=words))
     return min(rooms, key=lambda room: room.nbytes)
+
+
+def held_nbytes() -> int:
+    """Return what this process holds of its host's memory."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _shared(num: int) -> str:
@@ -90,24 +97,30 @@ def slurm_nbytes(environ: Mapping[str, str]) -> int | None:
 def memory_groups(root: Path = Path("/")) -> Iterator[Group]:
     """Yield the control groups that limit this process's memory, of version 1 and 2.
 
-    A limit counts for all groups below it. What is used includes cached files, of which the kernel
-    gives back what nobody has used lately before it kills anybody. `root` holds `proc` and `sys`.
+    A limit counts for all groups below it. What is used includes cached files, which the kernel
+    gives back before it kills anybody, also those that were used lately. `root` holds `proc` and
+    `sys`.
     """
-    for folder, (limit_name, used_name, cached_name) in _folders(root):
-        with suppress(OSError, ValueError, StopIteration):
+    for folder, (limit_name, used_name, cached_names) in _folders(root):
+        with suppress(OSError, ValueError, KeyError):
             text = (folder / limit_name).read_text().strip()
             if text == "max" or int(text) >= 1 << 60:
                 continue
             used = int((folder / used_name).read_text())
             lines = (folder / "memory.stat").read_text().splitlines()
-            cached = next(int(n.split()[1]) for n in lines if n.startswith(f"{cached_name} "))
+            counts = dict(line.split(maxsplit=1) for line in lines)
+            cached = sum(int(counts[name]) for name in cached_names)
             nbytes = max(0, int(text) - max(0, used - cached))
             yield Group(ident=folder.stat().st_ino, nbytes=nbytes)
 
 
-_Names = tuple[str, str, str]
-_VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-_VERSION_2 = "memory.max", "memory.current", "inactive_file"
+_Names = tuple[str, str, tuple[str, str]]
+_VERSION_1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+_VERSION_2 = "memory.max", "memory.current", ("inactive_file", "active_file")
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, _Names]]:

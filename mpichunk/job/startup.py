@@ -31,7 +31,7 @@ from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast
-from mpichunk.plan.probe import Probe
+from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal
 from mpichunk.rundir.journal import Journal
@@ -100,20 +100,24 @@ class Job:
         """Return what the last forward of this config has told, if there was one."""
         return read_probe(self.run_dir, self.config, self.model_files())
 
-    def estimate(self) -> Estimate:
-        """Return what the run will take."""
+    def estimate(self, num_ranks: int = 1) -> Estimate:
+        """Return what the run will take on so many ranks."""
         return estimate(
             self.plan,
             self.config,
             self.volume,
+            num_ranks=num_ranks,
             model_nbytes=self.model_nbytes(),
             probe=self.probe(),
         )
 
-    def forecast(self, num_ranks: int, num_blocks: int | None = None) -> Forecast:
-        """Return how long it will take on so many ranks: all blocks, or so many of them."""
-        found = self.estimate()
-        whole = forecast(self.plan, self.config, found.work, found.probe, num_ranks=num_ranks)
+    def forecast(
+        self, num_ranks: int, num_blocks: int | None = None, *, latest: Probe | None = None
+    ) -> Forecast:
+        """Return how long all blocks take on so many ranks, or so many, as `latest` told if any."""
+        found = self.estimate(num_ranks)
+        probe = better_probe(found.probe, latest)
+        whole = forecast(self.plan, self.config, found.work, probe, num_ranks=num_ranks)
         return whole if num_blocks is None else whole.of_blocks(num_blocks)
 
     @property
@@ -334,7 +338,8 @@ def write_run_files(config: Config, job: Job, expected: Forecast | None = None) 
     nonce = secrets.token_hex(16)
     try:
         _replace(job.run_dir / "config.yaml", dump_config(config))
-        plan = plan_json(job.plan, config, job.volume, job.estimate(), expected=expected)
+        found = job.estimate(1 if expected is None else expected.num_ranks)
+        plan = plan_json(job.plan, config, job.volume, found, expected=expected)
         _replace(job.run_dir / "plan.json", json.dumps(plan, indent=2) + "\n")
         _replace(job.run_dir / NONCE_NAME, nonce)
     except OSError as error:

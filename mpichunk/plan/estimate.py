@@ -13,7 +13,7 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Grid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.advice import Advice, advise
-from mpichunk.plan.memory import MemoryPart, memory_of, total_nbytes
+from mpichunk.plan.memory import MemoryPart, blocks_in_flight, memory_of, total_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work, work_of
@@ -68,6 +68,7 @@ def estimate(
     config: Config,
     info: VolumeInfo,
     *,
+    num_ranks: int = 1,
     model_nbytes: int | None = None,
     probe: Probe | None = None,
 ) -> Estimate:
@@ -77,6 +78,7 @@ def estimate(
         plan: the plan of `config` over the volume of `info`.
         config: the effective config.
         info: the input.
+        num_ranks: ranks that share the blocks; with few blocks each holds fewer at a time.
         model_nbytes: bytes of the model's files, which is about what its weights take.
         probe: what a forward of this config told.
 
@@ -96,7 +98,15 @@ def estimate(
     return Estimate(
         work=work,
         num_whole_blocks=_num_whole(plan),
-        memory=memory_of(plan, config, info, work, model_nbytes=model_nbytes, probe=probe),
+        memory=memory_of(
+            plan,
+            config,
+            info,
+            work,
+            in_flight=blocks_in_flight(work.num_blocks, num_ranks),
+            model_nbytes=model_nbytes,
+            probe=probe,
+        ),
         output_nbytes=plan.roi.num_voxels * config.num_written_channels * itemsize,
         num_files=num_files,
         read_nbytes=work.num_voxels_read * info.num_channels * info.dtype.itemsize,

@@ -10,7 +10,14 @@ from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.memory import Memory, MemoryPart, memory_of, total_nbytes
+from mpichunk.plan.memory import (
+    Memory,
+    MemoryPart,
+    blocks_in_flight,
+    least_nbytes,
+    memory_of,
+    total_nbytes,
+)
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import suggest
@@ -33,7 +40,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What `find_refusal` weighs: a plan, and what is known of its network."""
+    """What is weighed: a plan, and what is known of its network."""
 
     plan: Plan
     config: Config
@@ -41,6 +48,9 @@ class Need:
 
     num_ranks: int
     """Ranks that share the blocks."""
+
+    num_blocks: int | None = None
+    """Blocks still to do; None: all."""
 
     model_nbytes: int | None = None
     """Bytes of the model's files."""
@@ -52,6 +62,12 @@ class Need:
     def work(self) -> Work:
         """What the plan computes and reads."""
         return work_of(self.plan, self.info.chunk_shape)
+
+    @property
+    def in_flight(self) -> int:
+        """Blocks that a rank holds at most."""
+        num_blocks = len(self.plan) if self.num_blocks is None else self.num_blocks
+        return blocks_in_flight(num_blocks, self.num_ranks)
 
     def parts(self, batch_size: int | None = None) -> tuple[MemoryPart, ...]:
         """Return the memory of a rank by part, with another batch if one is given."""
@@ -65,26 +81,60 @@ class Need:
             config,
             self.info,
             self.work,
+            in_flight=self.in_flight,
             model_nbytes=self.model_nbytes,
             probe=probe,
         )
 
 
 def find_refusal(need: Need, room: Room, *, memory: Memory) -> UserError | None:
-    """Return why a run cannot work, None if as far as is known it can.
+    """Return why a run cannot work, None if as far as is known it can, or might.
 
     Args:
         need: what is to be run.
         room: what a rank may take.
         memory: which memory is meant.
     """
+    if least_nbytes(need.parts(), memory) <= room.nbytes:
+        return None
+    advice, key = _advice(need, room, memory)
+    # Of this run's own forward only `bench` lets `plan` know: what is refused leaves no files.
+    after = "after `bench`, " if need.probe is not None and need.probe.pace is None else ""
+    return UserError(
+        f"{_comparison(need, room, memory)}; {advice}. {after}`plan` lists all parts, "
+        "`plan --suggest` shapes that fit",
+        key=key,
+    )
+
+
+def find_doubt(need: Need, room: Room, *, memory: Memory) -> str | None:
+    """Return why a run that is not refused may yet fail, None if all fits; as of `find_refusal`."""
+    parts = need.parts()
+    if total_nbytes(parts, memory) <= room.nbytes or least_nbytes(parts, memory) > room.nbytes:
+        return None
+    advice, _ = _advice(need, room, memory)
+    return (
+        f"{_comparison(need, room, memory)}; it is tried, since most runs need less, but may be "
+        f"killed for lack of memory: {advice}"
+    )
+
+
+def _comparison(need: Need, room: Room, memory: Memory) -> str:
+    """Return in words what a rank needs and what it may take."""
+    where = "of the accelerator's memory" if memory == "device" else "of memory"
+    return (
+        f"a rank needs about {size(total_nbytes(need.parts(), memory))} {where} "
+        f"({_largest_parts(need, memory)}), but may take {size(max(0, room.nbytes))}: {room.words}"
+    )
+
+
+def _advice(need: Need, room: Room, memory: Memory) -> tuple[str, str]:
+    """Return in words what would fit, and the key of the config that it is about."""
 
     def total(batch_size: int | None = None) -> int:
         return total_nbytes(need.parts(batch_size), memory)
 
     needed = total()
-    if needed <= room.nbytes:
-        return None
     shape, batch = need.plan.block_shape, need.config.patch.batch_size
     fitting_batch = _largest_batch(batch, lambda n: total(n) <= room.nbytes)
     # What a batch does not touch is the block's, and the programs'.
@@ -103,13 +153,7 @@ def find_refusal(need: Need, room: Room, *, memory: Memory) -> UserError | None:
     if not keys:
         fewer = "start fewer ranks per node, take" if memory != "device" else "take"
         advice = f"no smaller batch or block alone would fit: {fewer} a smaller patch.shape"
-    where = "of the accelerator's memory" if memory == "device" else "of memory"
-    return UserError(
-        f"a rank needs about {size(needed)} {where} ({_largest_parts(need, memory)}), but may take "
-        f"{size(max(0, room.nbytes))}: {room.words}; {advice}. `plan` lists all parts, "
-        "`plan --suggest` shapes that fit",
-        key=keys[0] if keys else "patch.shape",
-    )
+    return advice, keys[0] if keys else "patch.shape"
 
 
 def _largest_batch(batch: int, fits: Callable[[int], bool]) -> int:

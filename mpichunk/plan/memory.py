@@ -4,7 +4,7 @@ Pure arithmetic on the largest block of a plan; knows no networks: what a forwar
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -76,10 +76,23 @@ class MemoryPart:
     device_nbytes: int | None
     """In the accelerator's memory, in a run on one."""
 
+    is_certain: bool = True
+    """Whether every run needs it; else most need less."""
+
 
 def total_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
     """Return the known bytes of all parts in one memory."""
     return sum(getattr(part, f"{memory}_nbytes") or 0 for part in parts)
+
+
+def least_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
+    """Return the known bytes that no run does without."""
+    return total_nbytes([part for part in parts if part.is_certain], memory)
+
+
+def blocks_in_flight(num_blocks: int, num_ranks: int) -> int:
+    """Return how many blocks a rank holds at most, where so many are to do on so many ranks."""
+    return max(1, min(BLOCKS_IN_FLIGHT, ceil_div(num_blocks, num_ranks)))
 
 
 def memory_of(
@@ -88,6 +101,7 @@ def memory_of(
     info: VolumeInfo,
     work: Work,
     *,
+    in_flight: int = BLOCKS_IN_FLIGHT,
     model_nbytes: int | None = None,
     probe: Probe | None = None,
 ) -> tuple[MemoryPart, ...]:
@@ -96,11 +110,12 @@ def memory_of(
     Args:
         plan, config, info: as for `estimate`.
         work: what the plan computes.
+        in_flight: blocks that the rank holds; see `blocks_in_flight`.
         model_nbytes: bytes of the model's files, which is about what its weights take.
         probe: what a forward of this config told.
     """
     parts = [
-        *_block_parts(config, info, work, _most_written(config, work, probe)),
+        *_block_parts(config, info, work, in_flight, _most_written(config, work, probe)),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         *_blending_parts(plan, config, info, work),
         _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
@@ -144,6 +159,7 @@ def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:
         cpu_nbytes=max(0, most_nbytes - total_nbytes(parts, "cpu")),
         host_nbytes=max(0, most_nbytes - total_nbytes(parts, "host")),
         device_nbytes=0,
+        is_certain=False,
     )
 
 
@@ -176,23 +192,25 @@ def _num_encoded(config: Config, num_written: int) -> int:
 
 
 def _block_parts(
-    config: Config, info: VolumeInfo, work: Work, most_written: int
+    config: Config, info: VolumeInfo, work: Work, in_flight: int, most_written: int
 ) -> Iterator[MemoryPart]:
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
     core = _nbytes(work.core_shape, Reduction.of(config).num_channels, itemsize)
-    # The peak: one block in the network, the others read, or being written if that takes more.
-    num_written = most_written if core > source else 0
-    num_read = BLOCKS_IN_FLIGHT - num_written
+    # The peak: one block in the network, the others read, or being written if that takes more. A
+    # block alone is written while its input is still there.
+    most_written = min(most_written, max(1, in_flight - 1))
+    num_written = most_written if core > source or in_flight == 1 else 0
+    num_read = max(1, in_flight - num_written)
     # Memory for outputs is kept for the next block.
-    num_cores = 1 + most_written
+    num_cores = min(1 + most_written, in_flight)
     mask = prod(work.input_shape) if config.mask is not None else 0
     yield MemoryPart(
         name="input of the blocks in flight",
         cpu_nbytes=num_read * source,
         # Memory that is pinned is kept; what is read is copied there.
-        host_nbytes=BLOCKS_IN_FLIGHT * _pinned(source) + source,
+        host_nbytes=in_flight * _pinned(source) + source,
         device_nbytes=0,
     )
     yield _on_host("mask of the blocks in flight", num_read * mask)
@@ -203,7 +221,8 @@ def _block_parts(
         host_nbytes=num_cores * _pinned(core),
         device_nbytes=0,
     )
-    yield _on_host("output being encoded", _num_encoded(config, num_written) * core)
+    encoded = _on_host("output being encoded", _num_encoded(config, num_written) * core)
+    yield replace(encoded, is_certain=False)
 
 
 def _blending_parts(

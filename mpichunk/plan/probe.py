@@ -63,3 +63,11 @@ class Probe:
         """Return what it would be with another batch size, as if all grew with the batch."""
         nbytes = None if self.nbytes is None else ceil_div(self.nbytes * new_size, old_size)
         return replace(self, seconds=self.seconds * new_size / old_size, nbytes=nbytes)
+
+
+def better_probe(earlier: Probe | None, latest: Probe | None) -> Probe | None:
+    """Return what tells more: the latest, unless only the earlier one of its device has a pace."""
+    if latest is None or earlier is None:
+        return earlier if latest is None else latest
+    is_less = latest.pace is None and earlier.pace is not None
+    return earlier if is_less and earlier.device == latest.device else latest

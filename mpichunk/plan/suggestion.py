@@ -20,7 +20,7 @@ from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.memory import Memory, memory_of, total_nbytes
+from mpichunk.plan.memory import Memory, blocks_in_flight, memory_of, total_nbytes
 from mpichunk.plan.plan import MOST_BLOCKS, Plan
 from mpichunk.plan.prediction import Forecast, forecast, forecast_of
 from mpichunk.plan.probe import Probe
@@ -63,6 +63,9 @@ class Suggestion:
     nbytes: int
     """Known bytes of a rank of the memory that is limited."""
 
+    host_nbytes: int
+    """Known bytes of its host's memory, in a run on an accelerator."""
+
     names_chunk: bool = False
     """Whether the chunk must be named, since another one would follow from the block."""
 
@@ -79,6 +82,9 @@ class Suggestions:
 
     smallest_nbytes: int
     """Memory of the shape that needs the least."""
+
+    smallest_host_nbytes: int
+    """Host's memory of the shape that needs the least of that, in a run on an accelerator."""
 
     num_tried: int
     """Shapes that were counted."""
@@ -102,6 +108,7 @@ def suggest(
     num_ranks: int,
     limit_nbytes: int,
     memory: Memory,
+    host_limit_nbytes: int | None = None,
     is_chunk_open: bool = False,
     model_nbytes: int | None = None,
     probe: Probe | None = None,
@@ -119,6 +126,8 @@ def suggest(
         num_ranks: ranks that share the blocks.
         limit_nbytes: what a rank may take of `memory`.
         memory: which memory is limited.
+        host_limit_nbytes: with an accelerator's memory, what a rank may take of the host's; None:
+            not limited.
         is_chunk_open: whether the chunk of the output follows from the block.
         model_nbytes, probe: as of `estimate`.
         most: how many to return.
@@ -129,19 +138,27 @@ def suggest(
         info=info,
         num_ranks=num_ranks,
         memory=memory,
+        limit_nbytes=limit_nbytes,
+        host_limit_nbytes=host_limit_nbytes if memory == "device" else None,
         is_chunk_open=is_chunk_open,
         model_nbytes=model_nbytes,
         probe=probe,
     )
     now = search.now()
     tried: list[Suggestion] = []
-    smallest = now.nbytes
-    for item in search.shapes(now, limit_nbytes):
+    smallest, smallest_host = now.nbytes, now.host_nbytes
+    for item in search.shapes(now):
         smallest = min(smallest, item.nbytes)
-        if item.nbytes <= limit_nbytes:
+        smallest_host = min(smallest_host, item.host_nbytes)
+        if search.fits(item.nbytes, item.host_nbytes):
             tried.append(item)
-    rows = tuple(_different(_ranked(tried), most))
-    return Suggestions(now=now, rows=rows, smallest_nbytes=smallest, num_tried=len(tried))
+    return Suggestions(
+        now=now,
+        rows=tuple(_different(_ranked(tried), most)),
+        smallest_nbytes=smallest,
+        smallest_host_nbytes=smallest_host,
+        num_tried=len(tried),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +170,8 @@ class _Search:
     info: VolumeInfo
     num_ranks: int
     memory: Memory
+    limit_nbytes: int
+    host_limit_nbytes: int | None
     is_chunk_open: bool
     model_nbytes: int | None
     probe: Probe | None
@@ -161,33 +180,39 @@ class _Search:
         """Return the config as it is."""
         plan, config = self.plan, self.config
         work = work_of(plan, self.info.chunk_shape)
+        nbytes, host_nbytes = self.nbytes_of(plan, config, work)
         return Suggestion(
             block_shape=plan.block_shape,
             chunk_shape=config.chunk_shape,
             work=work,
             forecast=forecast(plan, config, work, self.probe, num_ranks=self.num_ranks),
-            nbytes=self.nbytes_of(plan, config, work),
+            nbytes=nbytes,
+            host_nbytes=host_nbytes,
         )
 
-    def shapes(self, now: Suggestion, limit_nbytes: int) -> Iterator[Suggestion]:
+    def fits(self, nbytes: int, host_nbytes: int) -> bool:
+        """Return whether a rank may take so much."""
+        host_limit = self.host_limit_nbytes
+        return nbytes <= self.limit_nbytes and (host_limit is None or host_nbytes <= host_limit)
+
+    def shapes(self, now: Suggestion) -> Iterator[Suggestion]:
         """Yield what there is to choose from, without most of what is far beyond the limit."""
+        host_limit = self.host_limit_nbytes if self.memory == "device" else self.limit_nbytes
         for extents in product(*_extents(self.plan, self.config, self.info, self.is_chunk_open)):
             z, y, x = extents
             work = replace(now.work, axes=(z.work, y.work, x.work))
             # No need to add up the rest where one core is too much: a host holds it whole.
-            is_vain = self.memory != "device" and self.core_nbytes(work) > limit_nbytes
+            is_vain = host_limit is not None and self.core_nbytes(work) > host_limit
             if work.num_blocks <= MOST_BLOCKS and not is_vain:
-                yield self.suggestion(extents, work, limit_nbytes, now)
+                yield self.suggestion(extents, work, now)
 
-    def suggestion(
-        self, extents: Sequence[_Extent], work: Work, limit_nbytes: int, now: Suggestion
-    ) -> Suggestion:
+    def suggestion(self, extents: Sequence[_Extent], work: Work, now: Suggestion) -> Suggestion:
         """Return one shape; its time is left as it is `now` where it does not fit anyway."""
         shape, chunk = (triple([getattr(e, n) for e in extents]) for n in ("extent", "chunk"))
         config = with_block(self.config, shape, chunk if self.is_chunk_open else None)
-        nbytes = self.nbytes_of(replace(self.plan, block_shape=shape), config, work)
+        nbytes, host_nbytes = self.nbytes_of(replace(self.plan, block_shape=shape), config, work)
         expected = now.forecast
-        if nbytes <= limit_nbytes:
+        if self.fits(nbytes, host_nbytes):
             kinds = [extent.kinds for extent in extents]
             expected = forecast_of(kinds, config, work, self.probe, num_ranks=self.num_ranks)
         return Suggestion(
@@ -196,6 +221,7 @@ class _Search:
             work=work,
             forecast=expected,
             nbytes=nbytes,
+            host_nbytes=host_nbytes,
             names_chunk=self.is_chunk_open and chunk != default_chunk_shape(shape),
         )
 
@@ -204,12 +230,18 @@ class _Search:
         itemsize = np.dtype(self.config.output.dtype).itemsize
         return prod(work.core_shape) * self.config.num_written_channels * itemsize
 
-    def nbytes_of(self, plan: Plan, config: Config, work: Work) -> int:
-        """Return the known bytes of a rank of the memory that is limited."""
+    def nbytes_of(self, plan: Plan, config: Config, work: Work) -> tuple[int, int]:
+        """Return the known bytes of a rank: of the memory that is limited, of the host's."""
         parts = memory_of(
-            plan, config, self.info, work, model_nbytes=self.model_nbytes, probe=self.probe
+            plan,
+            config,
+            self.info,
+            work,
+            in_flight=blocks_in_flight(work.num_blocks, self.num_ranks),
+            model_nbytes=self.model_nbytes,
+            probe=self.probe,
         )
-        return total_nbytes(parts, self.memory)
+        return total_nbytes(parts, self.memory), total_nbytes(parts, "host")
 
 
 def with_block(config: Config, shape: Triple, chunk: Triple | None = None) -> Config:

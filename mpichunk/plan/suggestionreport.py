@@ -29,6 +29,7 @@ def render_suggestions(
     room: Room,
     memory: Memory,
     probe: Probe | None,
+    host_room: Room | None = None,
 ) -> str:
     """Return the suggestions for people, the best first, each with its reasons and what to copy.
 
@@ -39,6 +40,7 @@ def render_suggestions(
         room: memory that a rank may take.
         memory: which one that is.
         probe: what was measured.
+        host_room: with an accelerator's memory, what a rank may take of the host's.
     """
     num_ranks = found.now.forecast.num_ranks
     unit = "shard" if config.output.shard_shape else "chunk"
@@ -46,6 +48,7 @@ def render_suggestions(
         f"Block shapes for {count(num_ranks, 'rank')} with {size(room.nbytes)} of "
         f"{_MEMORIES[memory]} each",
         *_wrapped(f"{_MEMORIES[memory]}: {room.words}"),
+        *_host_lines(found, host_room),
         *_wrapped(f"time: {_basis_words(found, probe)}"),
         *_wrapped(
             f"multiples of the stride {plan.stride}, and of the {unit} of the output"
@@ -61,17 +64,19 @@ def render_suggestions(
         _row("now", found.now, found),
     ]
     for number, item in enumerate(found.rows, start=1):
-        reasons = _wrapped("; ".join(reasons_for(item, found.now, room)), indent="      ")
+        reasons = "; ".join(reasons_for(item, found.now, room, host_room))
         command = f"      {' '.join(options_for(item))}"
-        lines += ["", _row(f"{number}", item, found), *reasons, command]
+        lines += ["", _row(f"{number}", item, found), *_wrapped(reasons, indent="      "), command]
     if not found.rows:
-        lines += ["", *_wrapped(_nothing_words(found, room))]
+        lines += ["", *_wrapped(_nothing_words(found, room, host_room))]
     elif not any(item.forecast.seconds < found.now.forecast.seconds for item in found.rows):
         lines += ["", *_wrapped("nothing here is faster than the block as it is")]
     return "\n".join([*lines, "", *_legend(), ""])
 
 
-def suggestions_json(found: Suggestions, *, room: Room, memory: Memory) -> dict[str, Any]:
+def suggestions_json(
+    found: Suggestions, *, room: Room, memory: Memory, host_room: Room | None = None
+) -> dict[str, Any]:
     """Return what `render_suggestions` tells, as JSON values."""
     is_known = found.now.forecast.basis != "batches"
     best = min((item.forecast.seconds for item in found.rows), default=0.0)
@@ -87,7 +92,8 @@ def suggestions_json(found: Suggestions, *, room: Room, memory: Memory) -> dict[
             "idle_share": item.forecast.idle_share,
             "read_amplification": reading(item.work),
             "nbytes": item.nbytes,
-            "fits": item.nbytes <= room.nbytes,
+            "host_nbytes": None if host_room is None else item.host_nbytes,
+            "fits": item.nbytes <= room.nbytes and _fits_host(item, host_room),
             "seconds": seconds if is_known else None,
             "relative": seconds / best if best else None,
         }
@@ -97,12 +103,14 @@ def suggestions_json(found: Suggestions, *, room: Room, memory: Memory) -> dict[
         "memory": memory,
         "limit_nbytes": room.nbytes,
         "limit": room.words,
+        "host_limit_nbytes": None if host_room is None else host_room.nbytes,
+        "host_limit": None if host_room is None else host_room.words,
         "basis": found.now.forecast.basis,
         "now": values(found.now),
         "suggestions": [
             {
                 **values(item),
-                "reasons": reasons_for(item, found.now, room),
+                "reasons": reasons_for(item, found.now, room, host_room),
                 "options": options_for(item, quote=""),
             }
             for item in found.rows
@@ -118,13 +126,17 @@ def options_for(item: Suggestion, *, quote: str = "'") -> list[str]:
     return found if quote else [option.removeprefix("--set ") for option in found]
 
 
-def reasons_for(item: Suggestion, now: Suggestion, room: Room) -> list[str]:
+def reasons_for(
+    item: Suggestion, now: Suggestion, room: Room, host_room: Room | None = None
+) -> list[str]:
     """Return in words what a suggestion changes, as against the config as it is."""
     reasons = []
     if item.block_shape == now.block_shape:
         reasons.append("the block as it is")
     if now.nbytes > room.nbytes:
         reasons.append(f"fits the memory; now it takes {size(now.nbytes)}")
+    if not _fits_host(now, host_room):
+        reasons.append(f"fits the host's memory; now it takes {size(now.host_nbytes)}")
     patches = item.work.num_patches / now.work.num_patches - 1
     if abs(patches) >= _NOTABLE:
         reasons.append(f"{abs(patches):.0%} {'fewer' if patches < 0 else 'more'} patches")
@@ -175,11 +187,28 @@ def _basis_words(found: Suggestions, probe: Probe | None) -> str:
     return f"predicted by `bench` with {ranks} on {probe.device}, as if each stayed as fast"
 
 
-def _nothing_words(found: Suggestions, room: Room) -> str:
+def _fits_host(item: Suggestion, host_room: Room | None) -> bool:
+    """Return whether a host's memory suffices, where it is limited besides."""
+    return host_room is None or item.host_nbytes <= host_room.nbytes
+
+
+def _host_lines(found: Suggestions, host_room: Room | None) -> list[str]:
+    """Return what a rank may take of its host, where its network runs on an accelerator."""
+    if host_room is None:
+        return []
+    now = f"{size(host_room.nbytes)} each, now {size(found.now.host_nbytes)} are needed"
+    return _wrapped(f"{_MEMORIES['host']}: {now}; {host_room.words}")
+
+
+def _nothing_words(found: Suggestions, room: Room, host_room: Room | None) -> str:
     """Return what to do if nothing fits."""
+    limit, least, option = room.nbytes, found.smallest_nbytes, "--memory"
+    if host_room is not None and least <= limit:
+        limit, least, option = host_room.nbytes, found.smallest_host_nbytes, "--host-memory"
+    where = " of the host's memory" if option == "--host-memory" else ""
     return (
-        f"no shape fits {size(room.nbytes)}: the smallest takes {size(found.smallest_nbytes)}; "
-        "give --memory if a rank may take more, start fewer ranks per node, or reduce "
+        f"no shape fits {size(limit)}{where}: the smallest takes {size(least)}; "
+        f"give {option} if a rank may take more, start fewer ranks per node, or reduce "
         "patch.batch_size or patch.shape"
     )
 

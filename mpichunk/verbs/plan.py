@@ -25,6 +25,9 @@ from mpichunk.plan.suggestion import runs_on_cpu, suggest
 from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json
 from mpichunk.volume import check_output
 
+MEMORY, HOST = "--memory", "--host-memory"
+"""The options that say what a rank may take."""
+
 MOST_BLOCKS_MASKED = 100_000
 """Above so many blocks the masked ones are not counted: it would take more than a minute."""
 
@@ -44,6 +47,9 @@ class Options:
 
     memory_nbytes: int | None = None
     """What one rank may take, where its network runs; None: what is there."""
+
+    host_memory_nbytes: int | None = None
+    """What one rank may take of its host, its network being elsewhere; None: what is there."""
 
 
 def preview(config_path: Path, overrides: Sequence[str], options: Options) -> ExitCode:
@@ -69,7 +75,7 @@ def preview(config_path: Path, overrides: Sequence[str], options: Options) -> Ex
 def _print_plan(job: Job, options: Options) -> None:
     """Print what a run would do."""
     num_masked = _num_masked(job)
-    found = job.estimate()
+    found = job.estimate(options.num_ranks)
     expected = job.forecast(options.num_ranks, found.work.num_blocks - (num_masked or 0))
     arguments = job.plan, job.config, job.volume, found
     peak = read_peak(job.run_dir, job.config, job.model_files())
@@ -93,6 +99,8 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
     probe = job.probe()
     memory: Memory = "cpu" if runs_on_cpu(job.config, probe) else "device"
     room = _room(memory, options, probe)
+    # What lies beside an accelerator is often what is short.
+    beside = None if memory == "cpu" else _host_room(options, options.host_memory_nbytes, HOST)
     found = suggest(
         job.plan,
         job.config,
@@ -100,29 +108,27 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
         num_ranks=options.num_ranks,
         limit_nbytes=room.nbytes,
         memory=memory,
+        host_limit_nbytes=None if beside is None else beside.nbytes,
         is_chunk_open="output.chunk_shape" in loaded.defaulted,
         model_nbytes=job.model_nbytes(),
         probe=probe,
     )
     if options.as_json:
-        text = json.dumps(suggestions_json(found, room=room, memory=memory), indent=2)
+        values = suggestions_json(found, room=room, memory=memory, host_room=beside)
+        text = json.dumps(values, indent=2)
     else:
         text = render_suggestions(
-            job.plan, job.config, found, room=room, memory=memory, probe=probe
+            job.plan, job.config, found, room=room, memory=memory, probe=probe, host_room=beside
         )
     print(text)
 
 
 def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:
     """Return what one rank may take of the memory that its network runs in."""
-    if options.memory_nbytes is not None:
-        return Room(nbytes=options.memory_nbytes, words="as asked for with --memory")
     if memory == "cpu":
-        # Ranks that this machine has no core for run on others.
-        num_local = min(options.num_ranks, os.cpu_count() or 1)
-        groups = [(group, num_local) for group in memory_groups()]
-        room = host_room(num_local, groups, own_nbytes=0)
-        return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or give --memory")
+        return _host_room(options, options.memory_nbytes, MEMORY)
+    if options.memory_nbytes is not None:
+        return Room(nbytes=options.memory_nbytes, words=f"as asked for with {MEMORY}")
     if probe is None or probe.free_nbytes is None:
         raise UserError(
             "nobody knows how much memory the accelerator has; give it, e.g. --memory 80GB, or "
@@ -131,6 +137,17 @@ def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:
         )
     words = f"what a rank could have on {probe.device} when it was measured; or give --memory"
     return Room(nbytes=probe.free_nbytes, words=words)
+
+
+def _host_room(options: Options, wanted_nbytes: int | None, option: str) -> Room:
+    """Return what one rank may take of its host: what was asked for, or what this machine has."""
+    if wanted_nbytes is not None:
+        return Room(nbytes=wanted_nbytes, words=f"as asked for with {option}")
+    # Ranks that this machine has no core for run on others.
+    num_local = min(options.num_ranks, os.cpu_count() or 1)
+    groups = [(group, num_local) for group in memory_groups()]
+    room = host_room(num_local, groups, own_nbytes=0)
+    return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or give {option}")
 
 
 def _num_masked(job: Job) -> int | None:

@@ -43,7 +43,7 @@ from mpichunk.job.assembly import (
 )
 from mpichunk.job.canary import find_sound_ranks
 from mpichunk.job.conclusion import conclude, note_end
-from mpichunk.job.fitting import check_device, check_host, probe_ranks
+from mpichunk.job.fitting import Crew, check_device, check_host, keep_probe, probe_ranks
 from mpichunk.job.leading import Keeper, Leading
 from mpichunk.job.probing import Loading
 from mpichunk.job.startup import (
@@ -58,6 +58,7 @@ from mpichunk.job.startup import (
 )
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
+from mpichunk.plan.probe import Probe
 from mpichunk.processmemory import use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
@@ -116,6 +117,23 @@ class Part:
     inference: BlockInference
     writer: Writer
     neighbours: Neighbours
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What is noted of a start before its first block."""
+
+    bindings: Bindings
+    """Devices and threads of the ranks."""
+
+    engine: EngineInfo
+    """What computes."""
+
+    expected: Forecast
+    """How long it will take."""
+
+    told: Probe | None
+    """What a forward told, for `plan` to know."""
 
 
 def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
@@ -198,19 +216,22 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
         if not comm.is_coordinator:
             log.info("%s", bindings.of(comm.rank))
         request = engine_request(job, bindings.of(comm.rank))
-        check_host(comm, job, request)
+        num_todo = int(np.count_nonzero(todo))
+        crew = Crew(num_blocks=num_todo, ranks=comm.alive)
+        check_host(comm, job, request, crew)
         prepared = on_rank_0(comm, lambda: prepare_network(job, request))
         loading = Loading(lambda: load_engine(job, request, prepared))
         engine, sound = find_sound_ranks(comm, job.config.model, request, loading)
-        probe = probe_ranks(comm, job, engine, request, sound, loading)
-        check_host(comm, job, request, probe)
-        check_device(comm, job, engine, bindings, probe)
-        num_todo = int(np.count_nonzero(todo))
-        expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo))
+        probe, told = probe_ranks(comm, job, engine, request, sound, loading)
+        crew = Crew(num_blocks=num_todo, ranks=sound, probe=probe, has_probed=True)
+        check_host(comm, job, request, crew)
+        check_device(comm, job, engine, bindings, crew)
+        expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo, latest=told))
         leading = Leading(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
             keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
-            _open_run(comm, keeper, bindings, engine.info, expected, fresh=fresh, life=life)
+            opening = Opening(bindings=bindings, engine=engine.info, expected=expected, told=told)
+            _open_run(comm, keeper, opening, fresh=fresh, life=life)
             source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
             inference = make_inference(job, engine, request)
             part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
@@ -233,9 +254,7 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
 def _open_run(
     comm: Communicator,
     keeper: Keeper,
-    bindings: Bindings,
-    engine: EngineInfo,
-    expected: Forecast,
+    opening: Opening,
     *,
     fresh: bool,
     life: Life,
@@ -253,8 +272,10 @@ def _open_run(
         journal = keeper.open(lock, fresh=fresh)
         if not life.has_begun:
             clear_stop(job.run_dir, before=lock.taken)
-        _note_start(journal, bindings, engine, life.allocation)
-        return write_run_files(job.config, job, expected)
+        _note_start(journal, opening.bindings, opening.engine, life.allocation)
+        if opening.told is not None:
+            keep_probe(job, opening.told)
+        return write_run_files(job.config, job, opening.expected)
 
     nonce = on_rank_0(comm, begin)
     life.has_begun = True
