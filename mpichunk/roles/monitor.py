@@ -186,7 +186,7 @@ class Monitor:
             )
 
     def _look_after(self, lead: Lead, now: float) -> list[tuple[int, Message]]:
-        """Find the ranks that hang, and let the others hear of this one."""
+        """Find the ranks that hang, and let all hear what a lease may take."""
         comm, outgoing = self._comm, list[tuple[int, Message]]()
         is_ending = lead.coordinator.ending is not None
         if not is_ending:
@@ -208,8 +208,8 @@ class Monitor:
         if now >= self._next_word or change > CHANGE * word.lease_seconds:
             self._next_word = now + self._interval
             self._lease_seconds = word.lease_seconds
-            others = set(comm.alive) - lead.detector.given_up - {comm.rank}
-            outgoing += [(rank, word) for rank in sorted(others)]
+            # This rank, too: its pipeline may stand still while its main thread takes turns.
+            outgoing += [(rank, word) for rank in sorted(set(comm.alive) - lead.detector.given_up)]
         return outgoing
 
     def _look_at_all(self, lead: Lead, now: float) -> None:
