@@ -74,6 +74,14 @@ def test_the_slowest_rank_counts() -> None:
     assert found.num_patches == 16
 
 
+def test_shares_are_shares_also_where_noise_has_a_part_outlast_the_whole() -> None:
+    found = combine([rank([2.0], [2.4], accumulate=0.05)])
+    assert found.efficiency.median == pytest.approx(1.2)
+    assert (found.network, found.blending, found.waiting) == (1, 0, 0)
+    assert found.is_noise and found.bound_by == "the network"
+    assert not combine([rank([2.0], [2.02])]).is_noise
+
+
 @pytest.mark.parametrize("stages", [{}, {"read": 9.0}, {"write": 3.0, "accumulate": 1.0}])
 def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
     """One block of 8 patches in 4 batches, as `rank` has run: it takes as long as it took."""
