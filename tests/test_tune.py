@@ -281,7 +281,7 @@ def test_the_table_is_for_people(
     assert main(["tune", str(path), "--repeats", "1", "--limit-seconds", "0.001"]) == 0
     text = capsys.readouterr().out
     assert "* pytorch float32, batch 1" in text
-    assert "refused: the time of --limit-seconds is over" in text
+    assert "not tried: the time of --limit-seconds is over" in text
     assert "The config runs the best there is: pytorch float32, batch 1." in text
     assert not (tmp_path / "config-tuned.yaml").exists()
 

@@ -74,6 +74,7 @@ def _row_json(row: Row, tuning: Tuning) -> dict[str, Any]:
     return {
         "name": row.variant.name,
         "settings": row.variant.settings,
+        "is_tried": row.is_tried,
         "refused": row.refused or None,
         "seconds_per_patch": row.seconds and asdict(row.seconds),
         "speedup": row.speedup and asdict(row.speedup),
