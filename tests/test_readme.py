@@ -46,6 +46,16 @@ def test_explained_config_is_valid(tmp_path: Path) -> None:
     assert config.output_patch_shape == (20, 256, 256)
 
 
+def test_smallest_config_is_valid_and_its_block_fits(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(code_block("minimal"))
+    assert len(code_block("minimal").splitlines()) == 6
+    config = load_config(path).config
+    stride = [q - o for q, o in zip(config.output_patch_shape, config.overlap, strict=True)]
+    for block, step, unit in zip(config.block.shape, stride, config.write_unit, strict=True):
+        assert block % step == 0 and block % unit == 0
+
+
 def test_explained_config_has_every_key() -> None:
     written = yaml.safe_load(code_block("config"))
     assert list(written) == list(Config.model_fields)
