@@ -36,7 +36,7 @@ from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import State
-from mpichunk.volume import OutputSpec, Reader, check_output, open_input
+from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
 
 NONCE_NAME = ".nonce"
 """File in the run directory by which ranks prove that they see the same one."""
@@ -239,13 +239,22 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
     """Return (blocks,) whether each is still to be computed; write nothing.
 
     Raises:
-        JournalError: the journal is of another run, or its output is gone.
+        JournalError: the journal is of another run, or its output is gone; or there is none, and
+            what the output holds is somebody else's.
         VolumeError: the output exists and differs, or cannot be created.
     """
     is_there = check_output(job.output, sources=job.sources)
     num_blocks = len(job.plan)
     if fresh:
         return np.ones(num_blocks, dtype=np.bool_)
+    path = job.run_dir / journal.NAME
+    if is_there and journal.read_header(path) is None and holds_chunks(job.output):
+        raise JournalError(
+            f"{job.config.output.volume} exists and holds what this run has not written: there is "
+            f"no {path}. Choose another output.volume, or the run_dir of the run that wrote it; "
+            "--fresh writes over it",
+            key="output.volume",
+        )
     states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:
