@@ -1,3 +1,3 @@
 """Run a 3D convolutional network over volumes that no machine can hold, on MPI ranks."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,6 +10,7 @@ Knows nothing but words. A message says who, what was found, what was expected a
     |   |-- DeviceError           no such accelerator, or one shared by two ranks
     |   |-- LaunchError           ranks that were started wrongly or do not see the same files
     |   `-- JournalError          a run directory of another run
+    |       `-- NotStartedError   or of none yet, where only a run could tell what is asked
     |-- RankLost                  a rank died; the survivors meet and go on
     `-- BlockError                one block failed; the run goes on and ends with exit 3
         |-- DiskFullError         no space or quota left to write to; the run stops with exit 3
@@ -19,6 +20,7 @@ Knows nothing but words. A message says who, what was found, what was expected a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Self
 
 
@@ -96,6 +98,14 @@ class LaunchError(UserError):
 
 class JournalError(UserError):
     """A run directory that belongs to another run."""
+
+
+class NotStartedError(JournalError):
+    """A run directory in which no run has kept what is asked."""
+
+    def __init__(self, message: str, *, run_dir: Path | None = None) -> None:
+        super().__init__(message, key="run_dir")
+        self.run_dir = run_dir
 
 
 class RankLost(MpichunkError):  # noqa: N818

@@ -103,10 +103,8 @@ class Write:
 class Rank:
     """A worker, its permits, and a pipeline in which things happen one at a time."""
 
-    num_steps = 0
-
     def __init__(self, world, number, own):
-        self.world, self.number = world, number
+        self.world, self.number, self.num_steps = world, number, 0
         self.permits = Permits(threading.Event(), clock=lambda: world.now)
         self.permits._changed = Turns()
         self.permits.lease_seconds = LEASE_SECONDS
@@ -131,6 +129,7 @@ class Rank:
         return dropped
 
     def compute(self):
+        self.num_steps += 1
         lease = self.waiting.pop(0)
         self.world.computed[lease.block] += 1
         if self.world.fails(self.number, lease):
@@ -154,6 +153,7 @@ class Rank:
 
     def end(self, write):
         """Write the last byte, or find that the disk does not want it."""
+        self.num_steps += 1
         self.writes.remove(write)
         block = write.lease.block
         if self.world.random.random() < self.world.write_failures:
@@ -251,6 +251,7 @@ class World:
         write_failures=0.0,
         deaths=0,
         give_ups=0,
+        standstills=0,
         limit=None,
         max_attempts=3,
         slow=lambda rank: False,
@@ -260,7 +261,8 @@ class World:
         self.random, self.now, self.depth = random.Random(seed), 0.0, depth
         self.fails, self.value, self.write_failures = fails, value, write_failures
         self.deaths, self.give_ups, self.limit, self.slow = deaths, give_ups, limit, slow
-        self.max_attempts, self.drains = max_attempts, drains
+        self.max_attempts, self.drains, self.standstills = max_attempts, drains, standstills
+        self.still = {}
         self.seconds = lambda: self.random.choice(seconds)
         self.most_waiting = 0
         self.num_blocks, self.computed = num_blocks, defaultdict(int)
@@ -317,19 +319,49 @@ class World:
         if self.give_ups and len(self.ranks) > 1 and draw.random() < 0.05:
             self.give_ups -= 1
             return self.give_up(draw.choice([r for r in self.ranks if r != self.head]))
+        if self.standstills and len(self.still) + 1 < len(self.ranks) and draw.random() < 0.05:
+            self.standstills -= 1
+            return self.stand_still(draw.choice([r for r in self.ranks if r not in self.still]))
+        if self.still and draw.random() < 0.1:
+            return self.look_after(draw.choice(list(self.still)))
         if self.drains and draw.random() < 0.01:
             self.drains -= 1
             return self.coordinator.handle(self.head, Drain(reason="SIGTERM"))
-        if self.given_up and draw.random() < 0.03:
-            return self.welcome_back(draw.choice(list(self.given_up)))
-        awake = [rank for rank in self.ranks if rank not in self.given_up]
-        number = draw.choice(awake)
+        away = sorted(self.given_up.difference(self.still))
+        if away and draw.random() < 0.03:
+            return self.welcome_back(draw.choice(away))
+        number = draw.choice([rank for rank in self.ranks if self.takes_turns(rank)])
         rank = self.ranks[number]
-        actions = rank.actions()
+        actions = rank.actions() if number not in self.still else []
         if actions and draw.random() < (0.05 if self.slow(number) else 0.6):
             return draw.choice(actions)()
         self.turn(number, rank)
         return None
+
+    def takes_turns(self, number):
+        if number in self.still:
+            return self.still[number][1]
+        return number not in self.given_up
+
+    def stand_still(self, number):
+        """Let nothing come forward on a rank; its main thread goes on, or not even that.
+
+        That of the coordinator does: when it does not, it gives up nobody for a while.
+        """
+        goes_on = number == self.head or self.random.random() < 0.5
+        self.still[number] = self.now, goes_on
+
+    def look_after(self, number):
+        """Let a rank go on, after a while, and perhaps after it was given up."""
+        since, _ = self.still[number]
+        # Of its last step the coordinator has heard, though late; by then its leases are late.
+        if self.now - since > 1.1 * LEASE_SECONDS and self.random.random() < 0.5:
+            self.give_up(number, is_still=True)
+        if number not in self.given_up or self.random.random() < 0.3:
+            del self.still[number]
+            if number in self.given_up:
+                self.turn(number, self.ranks[number])
+                self.welcome_back(number)
 
     def turn(self, number, rank):
         """Take a turn of the main thread."""
@@ -403,7 +435,7 @@ class World:
         scheduler.recall(failed_on, died_on, given_up)
         self.lead(scheduler)
 
-    def give_up(self, number):
+    def give_up(self, number, *, is_still=False):
         """Take a rank for hung, whatever it is doing."""
         if number in self.given_up:
             return
@@ -411,6 +443,14 @@ class World:
         self.was_given_up.add(number)
         rank = self.ranks[number]
         # What such a rank writes cannot be prevented, only found out.
+        if is_still:
+            # Only what it had been allowed to write: it knows that it stood still.
+            letters = self.mail[self.head, number]
+            allowed = {m.lease for m in letters if isinstance(m, Verdict) and m.may_write}
+            allowed |= rank.permits.writing()
+            self.disk.may_overlap.update(lease.block for lease in allowed)
+            self.coordinator.give_up_rank(number)
+            return
         self.disk.may_overlap.update(lease.block for lease in rank.worker.held)
         for message in self.mail[self.head, number]:
             if isinstance(message, Assign):

@@ -59,7 +59,7 @@ def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
 
 def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return what the journal notes at each start."""
-    return history.read_starts(run_dir / journal.NAME)
+    return history.read_history(run_dir / journal.NAME).starts
 
 
 def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:

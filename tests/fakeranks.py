@@ -11,11 +11,11 @@ import numpy as np
 from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.sentry import Lead, Lookout
+from mpichunk.roles.monitor import Lead, Monitor
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import Done, Failed, Lease
 from mpichunk.schedule.progress import Counters, NullDisplay
 from mpichunk.schedule.scheduler import Scheduler
@@ -106,8 +106,8 @@ def run(
             display or NullDisplay(),
             num_done=lambda: scheduler.num_done - num_before,
         )
-        vigil = Vigil(comm.alive, Tempo(300.0), time.monotonic())
-        lead = Lead(coordinator=coordinator, attendance=attendance, vigil=vigil)
+        detector = HangDetector(comm.alive, Tempo(300.0), time.monotonic())
+        lead = Lead(coordinator=coordinator, attendance=attendance, detector=detector)
     wake, counters = threading.Event(), Counters()
     pipeline = SleepingPipeline(compute, wake)
     own = static_blocks(todo, comm.size, comm.rank) if mode == "static" else ()
@@ -121,7 +121,7 @@ def run(
         lead=lead,
         pulse=pulse,
         wake=wake,
-        lookout=Lookout(comm),
+        monitor=Monitor(comm),
         watch=watch,
     ).serve()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

@@ -11,13 +11,17 @@ import pytest
 from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.worker import Worker
-from mpichunk.rundir.history import read_failures
+from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import Journal, scan
+from mpichunk.schedule.hang import Tempo
 from mpichunk.schedule.messages import (
     Acknowledge,
     Assign,
+    Contest,
+    Contested,
     Done,
     Failed,
+    GiveBack,
     Lease,
     Request,
     State,
@@ -187,6 +191,33 @@ def test_all_ranks_are_stopped_once_when_all_is_done_or_failed(caplog):
     assert "block 1 failed on rank 1 (node1), attempt 1: BlockError: no such chunk" in caplog.text
 
 
+@pytest.mark.parametrize("has_promised", [True, False])
+def test_a_promise_ends_with_the_lease_that_was_given_back(has_promised):
+    """The same lease, given to the same rank once more, is contested once more."""
+    tempo = Tempo(1.0)
+    tempo.note(0.01)
+    coordinator = Coordinator(
+        Scheduler(1, size=2),
+        FakeJournal(),
+        core_of=core_of,
+        hosts={0: "node0", 1: "node1"},
+        tempo=tempo,
+    )
+    coordinator.handle(0, Request(num_blocks=2))
+    lease = Lease(block=0, attempt=1)
+    assert coordinator.assign(0.0) == [(0, Assign(leases=(lease,)))]
+    assert coordinator.assign(2.0) == [(0, Contest(lease=lease))]
+    if has_promised:
+        coordinator.handle(0, Contested(lease=lease))
+    coordinator.handle(0, GiveBack(leases=(lease,)))
+    assert coordinator.assign(2.6) == [(0, Assign(leases=(lease,)))]
+    coordinator.handle(1, Request(num_blocks=1))
+    assert coordinator.assign(5.0) == [(0, Contest(lease=lease))]
+    assert coordinator.assign(6.0) == []
+    coordinator.handle(0, Contested(lease=lease))
+    assert coordinator.assign(7.0) == [(1, Assign(leases=(replace(lease, is_backup=True),)))]
+
+
 def test_nothing_to_do_is_stopped_at_once():
     coordinator, _ = start(3, done=np.ones(3, bool))
     assert coordinator.commit(0.0) == [(rank, Stop(reason="finished")) for rank in (0, 1)]
@@ -310,7 +341,7 @@ def test_every_block_ends_done_or_failed_whatever_fails(tmp_path, journal, mode,
     assert np.flatnonzero(states == State.FAILED).tolist() == scheduler.failed_blocks().tolist()
     assert ((states == State.DONE) | (states == State.FAILED)).all()
     assert (states[[11, 12]] == State.FAILED).all()
-    for failure in read_failures(tmp_path / "journal.jsonl", states):
+    for failure in read_history(tmp_path / "journal.jsonl").failures(states):
         assert failure.attempt == len(network.computed[failure.block]) == 3
     # An attempt after a failure goes to another rank where there is one.
     for ranks in network.computed.values():

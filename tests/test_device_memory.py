@@ -10,6 +10,7 @@ from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.torch_engine import TorchEngine
 from mpichunk.block import inference as inference_module
+from mpichunk.block.hostpool import HostPool
 from mpichunk.block.inference import BlockInference
 from mpichunk.errors import BlockError, DeviceMemoryError
 from tests.test_inference import FLOAT32, Mix, make_plan, make_request
@@ -107,3 +108,40 @@ def test_other_errors_are_left_alone(case):
     with pytest.raises(ZeroDivisionError):
         make(engine, request).run(block, source, None, FLOAT32)
     assert sizes == [4]
+
+
+def test_no_memory_on_the_host_is_no_reason_for_smaller_batches(case):
+    plan, block, source = case
+    request = make_request(plan, batch_size=4)
+    tried = make(IdentityEngine(request), request)
+
+    def allocate(nbytes):
+        raise RuntimeError("CUDA error: out of memory")
+
+    tried._cores = HostPool(allocate)
+    with pytest.raises(BlockError, match="this host has no memory") as caught:
+        tried.run(block, source, None, FLOAT32)
+    assert not isinstance(caught.value, DeviceMemoryError)
+    tried._cores = HostPool(lambda nbytes: np.empty(nbytes, np.uint8))
+    assert tried.run(block, source, None, FLOAT32).batch_size is None
+
+
+def test_memory_of_a_block_that_fails_is_used_again(case):
+    plan, block, source = case
+    request = make_request(plan)
+    tried = make(IdentityEngine(request), request)
+    num_allocated = 0
+
+    def allocate(nbytes):
+        nonlocal num_allocated
+        num_allocated += 1
+        return np.empty(nbytes, np.uint8)
+
+    tried._cores = HostPool(allocate)
+    bad = source.astype(np.float32)
+    bad[:] = np.nan
+    for _ in range(3):
+        with pytest.raises(BlockError, match="NaN or inf"), np.errstate(invalid="ignore"):
+            tried.run(block, bad, None, FLOAT32).core()
+    tried.run(block, source, None, FLOAT32).core()
+    assert num_allocated == 1

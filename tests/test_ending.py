@@ -11,10 +11,10 @@ from mpichunk.errors import ExitCode, JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.rundir.history import read_events, read_failures
+from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock
-from mpichunk.rundir.runstatus import read_status
+from mpichunk.rundir.runstatus import StatusReader, read_status
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.messages import (
     DRAINED,
@@ -156,7 +156,7 @@ def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
     code = end(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
     assert code == ExitCode.BLOCKS_FAILED
     states = states_of(journal)
-    failures = read_failures(journal.path, states)
+    failures = read_history(journal.path).failures(states)
     assert [(f.block, f.message) for f in failures] == [
         (ours[0].block, "no such chunk"),
         (theirs[0].block, "no such chunk"),
@@ -170,11 +170,11 @@ def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
 
 def test_a_new_start_forgets_how_the_last_one_ended(journal):
     end(journal, Stop(reason=FAILURES, why="a bug"), num_blocks=NUM_BLOCKS)
-    assert read_events(journal.path).end["why"] == "a bug"
+    assert read_history(journal.path).end["why"] == "a bug"
     journal.append_start({"num_ranks": 1})
     journal.append_beat({"num_held": 1})
     journal.sync()
-    assert read_events(journal.path).end == {}
+    assert read_history(journal.path).end == {}
     with RunLock.acquire(journal.path.parent):
         found = read_status(journal.path.parent)
     assert found.is_alive
@@ -192,6 +192,37 @@ def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
     with RunLock.acquire(tmp_path):
         assert read_status(tmp_path).num_failed == 0
     assert read_status(tmp_path).num_failed == 1
+
+
+def test_a_reader_that_follows_sees_what_a_new_one_sees(tmp_path):
+    names = {"fingerprint": {}, "versions": {}}
+    reader = StatusReader(tmp_path)
+
+    def check(journal, *, num_done, num_failed):
+        journal.sync()
+        found = reader.read()
+        assert found == read_status(tmp_path)
+        assert (found.num_done, found.num_failed) == (num_done, num_failed)
+
+    def note(journal, record, state):
+        journal.append(record, state, core=core_of(3), rank=0, host="node0")
+
+    with Journal.open(tmp_path, num_blocks=NUM_BLOCKS, **names) as journal:
+        journal.append_start({"num_ranks": 2})
+        note(journal, failed(Lease(block=3, attempt=3)), "failed")
+        check(journal, num_done=0, num_failed=1)
+        kept = journal.path.stat().st_size
+        note(journal, done(Lease(block=3, attempt=4)), "done")
+        check(journal, num_done=1, num_failed=0)
+        # Lines that could not be made durable are taken back, and others come instead.
+        os.truncate(journal.path, kept)
+        for block in (5, 6):
+            note(journal, done(Lease(block=block, attempt=1)), "done")
+        check(journal, num_done=2, num_failed=1)
+        journal.append_end({"reason": DRAINED, "why": "SIGTERM"})
+        check(journal, num_done=2, num_failed=1)
+    with Journal.open(tmp_path, num_blocks=NUM_BLOCKS - 1, fresh=True, **names) as journal:
+        check(journal, num_done=0, num_failed=0)
 
 
 def test_what_failed_alike_is_told_once(journal, caplog):

@@ -1,10 +1,12 @@
 """Memory that is used again: never by two at a time, and only where it fits."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpichunk.block.hostpool import HostPool
+from mpichunk.errors import BlockError
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 
@@ -37,3 +39,12 @@ def test_blocks_of_one_shape_take_no_new_memory():
     assert allocated == [4 * 24, 4 * 240]
     # What was too small is forgotten.
     assert pool.take((1, 1, 1, 1), np.dtype(np.uint8)).base.nbytes == 4 * 240
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_a_host_without_memory_fails_the_block(error):
+    def allocate(nbytes):
+        raise error
+
+    with pytest.raises(BlockError, match=r"no memory for 96 B of a block: .*block\.shape"):
+        HostPool(allocate).take((1, 2, 3, 4), np.dtype(np.float32))

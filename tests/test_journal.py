@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
-from mpichunk.job.startup import changed_versions
+from mpichunk.job.startup import changed_versions, library_versions
 from mpichunk.rundir import journal as journals
-from mpichunk.rundir.history import read_failures, read_starts
+from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import (
     Journal,
     read_header,
@@ -121,7 +121,7 @@ def test_a_new_start_knows_what_was_done(tmp_path):
     with open_journal(tmp_path) as journal:
         assert journal.states.tolist() == [0, State.DONE, State.FAILED] + [0] * 7
         journal.append_start({"num_ranks": 2})
-    starts = read_starts(tmp_path / "journal.jsonl")
+    starts = read_history(tmp_path / "journal.jsonl").starts
     assert [start["num_ranks"] for start in starts] == [4, 2]
     assert [start["num_done"] for start in starts] == [0, 1]
 
@@ -183,7 +183,8 @@ def test_lines_are_found_however_the_file_is_cut_into_pieces(tmp_path, monkeypat
     states = states_of(tmp_path, 50)
     assert (states == State.FAILED).all()
     states[3] = State.DONE
-    found = read_failures(tmp_path / "journal.jsonl", np.where(np.arange(50) % 3, states, 0))
+    history = read_history(tmp_path / "journal.jsonl")
+    found = history.failures(np.where(np.arange(50) % 3, states, 0))
     assert [failure.block for failure in found] == [b for b in range(50) if b % 3]
 
 
@@ -212,7 +213,7 @@ def test_failures_are_read_with_their_causes(tmp_path):
         append(journal, failed(1, "tried again"), "retry")
         append(journal, failed(5), "failed")
         append(journal, done(2), "done")
-    first, second = read_failures(tmp_path / "journal.jsonl", states_of(tmp_path))
+    first, second = read_history(tmp_path / "journal.jsonl").failures(states_of(tmp_path))
     assert (first.block, second.block, second.message) == (5, 6, "second")
     assert (first.core, first.rank, first.host, first.attempt) == (CORE, 3, "node7", 3)
 
@@ -312,7 +313,7 @@ def test_two_that_write_at_the_same_time_overwrite_nothing(tmp_path):
     assert np.flatnonzero(states_of(tmp_path)).tolist() == [1, 2, 3, 4, 5]
     lines = (tmp_path / "journal.jsonl").read_text().splitlines()
     assert sum(bool(json.loads(line)) for line in lines if line) == 6
-    assert read_starts(tmp_path / "journal.jsonl") == []
+    assert read_history(tmp_path / "journal.jsonl").starts == []
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.999])
@@ -332,7 +333,7 @@ def test_half_a_line_of_another_writer_takes_no_line_with_it(tmp_path, share):
         journal.sync()
     states = states_of(tmp_path)
     assert states[[1, 2, 3, 4]].tolist() == [State.DONE, State.DONE, State.FAILED, State.DONE]
-    assert [failure.block for failure in read_failures(path, states)] == [3]
+    assert [failure.block for failure in read_history(path).failures(states)] == [3]
 
 
 def test_a_write_that_fails_cuts_off_no_line_of_another_writer(tmp_path, monkeypatch):
@@ -364,6 +365,11 @@ def test_other_versions_are_told(tmp_path):
     assert changed_versions(header, VERSIONS) == []
     (line,) = changed_versions(header, VERSIONS | {"numpy": "3.0", "new": "1"})
     assert line == "numpy 2.4.6 when the run began, now 3.0"
+
+
+def test_run_of_a_version_that_rounded_otherwise_is_told():
+    (line,) = changed_versions({"versions": {"mpichunk": "0.1.0"}}, library_versions())
+    assert line.startswith("mpichunk 0.1.0 when the run began, now ")
 
 
 def test_many_blocks_are_resumed_quickly(tmp_path):

@@ -159,6 +159,28 @@ def test_leases_that_wait_for_a_rank_that_was_given_up_are_written_once(seed, se
         assert block in untold or world.disk.values[block] == line[3]
 
 
+@given(
+    seed=SEEDS,
+    size=st.integers(2, 4),
+    mode=st.sampled_from(["dynamic", "static"]),
+    seconds=st.sampled_from([0.0, 0.02, 0.3]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_rank_that_stood_still_and_comes_back_writes_nothing_of_others(seed, size, mode, seconds):
+    world = World(
+        seed,
+        size=size,
+        num_blocks=30,
+        mode=mode,
+        seconds=[seconds],
+        slow=lambda rank: rank == seed % size,
+        standstills=4,
+        max_attempts=9,
+    )
+    world.run()
+    assert world.scheduler.num_done == 30
+
+
 def test_an_answer_that_comes_after_all_was_closed_lets_nothing_be_written():
     permits, answers = Permits(threading.Event()), []
     lease = Lease(block=0, attempt=1, is_backup=True)

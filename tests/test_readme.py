@@ -55,6 +55,12 @@ def test_explained_config_has_every_key() -> None:
             assert set(written[name]) == set(section.model_fields), name
 
 
+def test_every_package_is_in_the_layout_of_the_code() -> None:
+    layout = README.partition("## How the code is laid out")[2].partition("## Licence")[0]
+    packages = [p.parent.name for p in (REPOSITORY / "mpichunk").glob("*/__init__.py")]
+    assert [p for p in packages if not re.search(rf"^  .*\b{p}\b", layout, re.MULTILINE)] == []
+
+
 def test_readme_is_finished() -> None:
     assert "to be measured" not in README
     assert len(README.splitlines()) < 400

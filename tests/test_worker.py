@@ -201,6 +201,97 @@ def test_its_own_static_blocks_come_first_and_without_a_message():
     assert Request(num_blocks=1) in worker.step()
 
 
+def test_own_blocks_that_it_holds_already_are_not_begun_again():
+    """As they are when it was given up, came back and was leased some of its own run."""
+    worker, pipeline, _ = start(depth=3, own_blocks=range(3, 11))
+    worker.step()
+    worker.handle(Assign(leases=leases(7, 8)))
+    for block in (3, 4, 5, 6):
+        pipeline.finish(leases(block)[0], seconds=0.001)
+        worker.step()
+    assert pipeline.submitted == list(leases(3, 4, 5, 7, 8, 6, 9))
+
+
+def test_it_asks_for_nothing_while_it_has_own_blocks():
+    worker, pipeline, _ = start(depth=2, own_blocks=range(6))
+    said = worker.step()
+    for block in range(4):
+        pipeline.finish(leases(block)[0], seconds=0.001)
+        said += worker.step()
+    assert not any(isinstance(message, Request) for message in said[:-1])
+    assert pipeline.submitted == list(leases(*range(6)))
+    assert said[-1].num_blocks > 100
+
+
+def test_its_own_blocks_are_forgotten_when_one_is_refused():
+    """That happens only when it was given up: others have them."""
+    worker, pipeline, _ = start(depth=2, own_blocks=range(6))
+    worker.step()
+    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
+    pipeline.records.put(Dropped(lease=leases(0)[0]))
+    assert worker.step() == [GiveBack(leases=leases(0)), Request(num_blocks=1)]
+    assert pipeline.submitted == list(leases(0, 1))
+
+
+def asked_for(worker, permits, lease):
+    """Return whether a writer thread of this lease asks; its block may be written."""
+    writer = threading.Thread(target=permits.may_write, args=[lease], daemon=True)
+    writer.start()
+    said = []
+    while writer.is_alive():
+        said += worker.step()
+        if Ask(lease=lease) in said:
+            worker.handle(Verdict(lease=lease, may_write=True))
+            writer.join()
+    return Ask(lease=lease) in said
+
+
+@pytest.mark.parametrize("seconds", [4.0, 6.0, 11.0])
+def test_a_rank_that_has_stood_still_asks_for_all_its_own_blocks(seconds):
+    now = [0.0]
+    permits = Permits(threading.Event(), clock=lambda: now[0])
+    worker, pipeline, _ = start(depth=2, own_blocks=range(6), permits=permits, clock=lambda: now[0])
+    worker.handle(Heard(lease_seconds=10.0))
+    worker.step()
+    now[0] = seconds
+    worker.step()
+    asks = {}
+    for block in range(4):
+        (lease,) = leases(block)
+        asks[block] = asked_for(worker, permits, lease)
+        pipeline.num_steps += 1
+        pipeline.finish(lease)
+        worker.step()
+    assert asks == dict.fromkeys(range(4), seconds > 5.0)
+
+
+def test_what_was_refused_once_asks_when_it_is_leased_again():
+    """That it was given back may cross the new lease on its way."""
+    permits = Permits(threading.Event())
+    worker, pipeline, _ = start(permits=permits)
+    worker.step()
+    worker.handle(Assign(leases=leases(0, 1)))
+    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
+    pipeline.records.put(Dropped(lease=leases(0)[0]))
+    assert GiveBack(leases=leases(0)) in worker.step()
+    worker.handle(Assign(leases=leases(0)))
+    assert asked_for(worker, permits, leases(0)[0])
+    assert not asked_for(worker, permits, leases(1)[0])
+
+
+def test_nothing_is_promised_of_a_lease_that_is_given_back():
+    fast = Fast(permits=Permits(threading.Event()))
+    fast.give(100)
+    fast.worker.step()
+    fast.worker.handle(Contest(lease=leases(2)[0]))
+    fast.worker.handle(Contest(lease=leases(50)[0]))
+    fast.now = STALE_SECONDS + 0.1
+    messages = fast.worker.step()
+    (given_back,) = [m for m in messages if isinstance(m, GiveBack)]
+    assert leases(50)[0] in given_back.leases
+    assert [m.lease.block for m in messages if isinstance(m, Contested)] == [2]
+
+
 def test_its_own_blocks_are_dropped_when_it_is_stopped():
     worker, pipeline, _ = start(depth=1, own_blocks=[7, 8])
     worker.step()

@@ -32,8 +32,6 @@ from mpichunk.geometry.box import Triple
 
 _OUT_OF_MEMORY = "bad_alloc", "could not allocate", "out of memory", "Can't allocate"
 _PRECISIONS = {hint: name for name, hint in HINTS.items()} | {"float": "float32"}
-
-
 _CAPABILITIES = {"bfloat16": "BF16", "float16": "FP16"}
 """What OpenVINO calls it that a CPU has a precision."""
 

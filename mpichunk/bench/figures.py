@@ -234,14 +234,14 @@ def _about_network(figures: Figures, config: Config, on_cpu: bool) -> Iterator[A
     if on_cpu and config.model.backend == "pytorch":
         yield Advice(
             key="model.backend",
-            message="on a CPU, openvino runs most networks faster than pytorch: compare with "
-            "--set model.backend=openvino",
+            message="on a CPU, openvino runs most networks faster than pytorch: `tune` compares "
+            "them, and precisions",
         )
     if not on_cpu and config.patch.batch_size == 1:
         yield Advice(
             key="patch.batch_size",
-            message="an accelerator may do more with several patches at a time: compare with "
-            "--set patch.batch_size=4",
+            message="an accelerator may do more with several patches at a time: `tune` finds how "
+            "many, and compares precisions",
         )
 
 

@@ -161,7 +161,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         "gather": "patches cut out and scaled",
         "forward": "the network",
         "accumulate": "activation, window, sum",
-        "finalise": "divided, checked, reduced, quantised",
+        "finalise": "checked, reduced, quantised",
         "write": "encoded and durably written",
     }
     for name in STAGES:

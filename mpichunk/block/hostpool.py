@@ -13,6 +13,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.errors import BlockError
+from mpichunk.words import size
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -31,7 +34,11 @@ class HostPool:
         self._lock = Lock()
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return an array, its values undefined."""
+        """Return an array, its values undefined.
+
+        Raises:
+            BlockError: the host has no memory for it.
+        """
         nbytes = prod(shape) * dtype.itemsize
         with self._lock:
             fitting = [index for index, memory in enumerate(self._free) if memory.nbytes >= nbytes]
@@ -40,9 +47,20 @@ class HostPool:
             else:
                 # Blocks at the faces of the ROI come first: what is too small will not be needed.
                 self._free.clear()
-                memory = self._allocate(nbytes)
+                memory = self._new(nbytes)
             self._lent[id(memory)] = memory
         return memory[:nbytes].view(dtype).reshape(shape)
+
+    def _new(self, nbytes: int) -> Bytes:
+        """Return new memory; pinning it may fail as if it were the device's that is short."""
+        try:
+            return self._allocate(nbytes)
+        except (MemoryError, RuntimeError) as error:
+            raise BlockError(
+                f"this host has no memory for {size(nbytes)} of a block: "
+                f"{(str(error) or type(error).__name__).splitlines()[0]}; start fewer ranks per "
+                "node, or take a smaller block.shape"
+            ) from error
 
     def give_back(self, array: npt.NDArray[Any]) -> None:
         """Let memory that `take` returned be used again; nothing may read it any more.

@@ -34,7 +34,7 @@ from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
-from mpichunk.errors import DeviceMemoryError, ModelError, UserError
+from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box, Slices, subtract
 from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
@@ -70,10 +70,15 @@ class Inferred:
         """Return the finished core, which nothing else uses; wait until it is there.
 
         Raises:
-            BlockError: it holds NaN or inf, or more than float16 can where that is written.
+            BlockError: it holds NaN or inf, or more than float16 can where that is written; its
+                memory is released.
         """
         if self.unsettled is not None:
-            self.unsettled.wait()
+            try:
+                self.unsettled.wait()
+            except BlockError:
+                self.release()
+                raise
         return self.core_czyx
 
     def release(self) -> None:
@@ -161,6 +166,8 @@ class BlockInference:
         while True:
             try:
                 return self._run(block, source_czyx, mask_zyx, out_dtype)
+            except BlockError:
+                raise
             except Exception as error:
                 if not self._engine.is_out_of_memory(error):
                     raise

@@ -5,9 +5,10 @@ in, records come out.
 
     main thread     submit(lease) --.                                  .--> records, wake
                                     v                                  |
-    reader threads         mask, input, padding     block k+1          |
-    compute thread                    `--> infer    block k            |
-    writer threads                             `--> checksum, write    block k-1
+    reader threads         mask, input, padding      block k+1         |
+    compute thread                    `--> infer     block k           |
+    settle thread                            `--> wait for the device  |
+    writer threads                                   `--> checksum, write   block k-1
 """
 
 import queue
@@ -139,6 +140,8 @@ class Pipeline:
         self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
         self._loading = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="read")
+        self._settler = ThreadPoolExecutor(1, thread_name_prefix="settle")
+        self._settled = 0.0
         self._writers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="write")
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -183,6 +186,7 @@ class Pipeline:
         self._loading.put(None)
         self._thread.join()
         self._readers.shutdown()
+        self._settler.shutdown()
         self._writers.shutdown()
 
     def _run(self) -> None:
@@ -216,7 +220,7 @@ class Pipeline:
         return loaded
 
     def _compute(self, lease: Lease, block: Block, loading: Future[Loaded]) -> None:
-        """Infer one block and hand it to a writer thread."""
+        """Infer one block, and let it be written once it is there."""
         loaded = loading.result()
         started = monotonic()
         if loaded.source_czyx is None:
@@ -224,9 +228,27 @@ class Pipeline:
             inferred = Inferred(core_czyx=np.zeros(shape, dtype=self._dtype), num_patches=0)
         else:
             inferred = self._inference.run(block, loaded.source_czyx, loaded.mask_zyx, self._dtype)
-        seconds = {"read": loaded.seconds, "infer": monotonic() - started}
+        self._settler.submit(
+            self._guarded, self._settle, lease, block.core, inferred, loaded, started
+        )
+
+    def _settle(
+        self, lease: Lease, core: Box, inferred: Inferred, loaded: Loaded, started: float
+    ) -> None:
+        """Wait for the device, which works on one block after the other; hand over to a writer."""
+        core_czyx = inferred.core()
+        # An accelerator may have been asked for this block while it worked on the one before.
+        started, self._settled = max(started, self._settled), monotonic()
+        seconds = {"read": loaded.seconds, "infer": self._settled - started}
         self._writers.submit(
-            self._guarded, self._write, lease, block.core, inferred, loaded.nbytes_read, seconds
+            self._guarded,
+            self._write,
+            lease,
+            core,
+            inferred,
+            core_czyx,
+            loaded.nbytes_read,
+            seconds,
         )
 
     def _write(
@@ -234,15 +256,16 @@ class Pipeline:
         lease: Lease,
         core: Box,
         inferred: Inferred,
+        core_czyx: npt.NDArray[Any],
         nbytes_read: int,
         seconds: dict[str, float],
     ) -> None:
         """Store a core; report it only when its bytes are durable."""
         if not self._may_write(lease):
+            inferred.release()
             self._put(Dropped(lease=lease))
             return
         started = monotonic()
-        core_czyx = inferred.core()
         written = self._writer.write(core, core_czyx)
         checksum = checksum_of(core_czyx)
         written.result()

@@ -5,14 +5,14 @@ Brings YAML, the checks and the paths together. Knows no volume, no network and 
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpichunk.config.checks import check
-from mpichunk.config.described import follow
+from mpichunk.config.described import follow, recall
 from mpichunk.config.described.merging import Merged
 from mpichunk.config.location import resolve_model_path, resolve_path, resolve_volume
 from mpichunk.config.rules import find_problems, find_warnings
@@ -108,15 +108,19 @@ class LoadedConfig(Source):
         return tuple(f"{self.locate(p.key)}: {p.message}" for p in found)
 
 
+Describe = Callable[[Mapping[str, Any], str], Merged]
+"""Completes a file's values by what is known of the package in `model.path`."""
+
+
 def load_config(
-    path: Path, overrides: Sequence[str] = (), *, read_packages: bool = True
+    path: Path, overrides: Sequence[str] = (), *, describe: Describe = follow
 ) -> LoadedConfig:
     """Return the effective config of a file.
 
     Args:
         path: the YAML file; relative paths in it, and in `overrides`, start from its directory.
         overrides: `section.key=value`, the value in YAML; a later one wins.
-        read_packages: replace a package that `model.path` names by what it says.
+        describe: replaces a package that `model.path` names by what it says.
 
     Raises:
         ConfigError: the file or an override is wrong; names every mistake with its line.
@@ -133,7 +137,8 @@ def load_config(
     if values.get("run_dir") is None:
         values["run_dir"] = f"runs/{path.stem}"
     base = os.path.abspath(path.parent)
-    described = follow(values, base) if read_packages else Merged(values=values)
+    with source.locating():
+        described = describe(values, base)
     problems = [*problems, *described.problems]
     config = check(described.values)
     if isinstance(config, list):
@@ -154,6 +159,28 @@ def load_config(
         notes=described.notes,
         defaulted=defaulted,
     )
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Return the effective config of a file whose run may be under way, and read no package.
+
+    For the verbs that look at a run: what reads a package may be missing where they are called, and
+    nothing is unpacked for them.
+
+    Raises:
+        ConfigError: the file, an override or the run's own config is wrong.
+        JournalError: a package is named, and what it says is not in the run directory.
+    """
+    return load_config(path, overrides, describe=recall)
+
+
+def load_plain_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Return the effective config of a file as it is: a package stays a package.
+
+    Raises:
+        ConfigError: the file or an override is wrong, or lacks what only the package says.
+    """
+    return load_config(path, overrides, describe=lambda values, _: Merged(values=dict(values)))
 
 
 def dump_config(config: Config) -> str:

@@ -11,25 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from mpichunk.config.formats import format_by_suffix, format_by_word
+
 Volume = str | dict[str, Any]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_WRAPPERS = {
-    "precomputed://": "precomputed",
-    "zarr://": "zarr2",
-    "zarr2://": "zarr2",
-    "zarr3://": "zarr3",
-    "n5://": "n5",
-}
-_DRIVERS = {
-    "zarr": "zarr2",
-    "zarr2": "zarr2",
-    "zarr3": "zarr3",
-    "n5": "n5",
-    "neuroglancer-precomputed": "precomputed",
-    "neuroglancer_precomputed": "precomputed",
-}
-_SUFFIXES = {".zarr": "zarr3", ".n5": "n5", ".h5": "hdf5", ".hdf5": "hdf5"}
 _READ_ONLY = ("synthetic://", "http://", "https://")
 _CODE = re.compile(r"(.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _SAVED_NETWORK = re.compile(r".*\.(pt2?|pth|ts|onnx|xml)")
@@ -43,15 +29,13 @@ def volume_format(volume: Volume) -> str | None:
         `.zarr` is `zarr3`, which is what a new one becomes.
     """
     if isinstance(volume, dict):
-        return _DRIVERS.get(str(volume.get("driver")))
+        return format_by_word(str(volume.get("driver")))
     if "|" in volume:
-        return _DRIVERS.get(volume.rpartition("|")[2].partition(":")[0])
+        return format_by_word(volume.rpartition("|")[2].partition(":")[0])
     if volume.startswith("synthetic://"):
         return "synthetic"
-    for scheme, name in _WRAPPERS.items():
-        if volume.startswith(scheme):
-            return name
-    return _SUFFIXES.get(Path(volume).suffix.lower())
+    scheme, separator, _ = volume.partition("://")
+    return (separator and format_by_word(scheme)) or format_by_suffix(volume)
 
 
 def is_read_only(volume: Volume) -> bool:
@@ -145,9 +129,9 @@ def model_path_mistake(path: str) -> str | None:
 
 def _unwrap(volume: str) -> tuple[str, str]:
     """Return a leading `precomputed://` or the like, or "", and the rest."""
-    for wrapper in _WRAPPERS:
-        if volume.startswith(wrapper):
-            return wrapper, volume.removeprefix(wrapper)
+    scheme, separator, rest = volume.partition("://")
+    if separator and format_by_word(scheme):
+        return scheme + separator, rest
     return "", volume
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpichunk.config.formats import dtype_mistake, shard_mistake
 from mpichunk.config.location import (
     Volume,
     is_read_only,
@@ -178,17 +179,13 @@ def _shard_is_whole_chunks(shard: Triple | None, chunk: Triple | None, block: Tr
 @rule("output.shard_shape", "output.volume")
 def _format_has_shards(shard: Triple | None, volume: Volume) -> str | None:
     name = volume_format(volume)
-    if shard is None or name in (None, "zarr3"):
-        return None
-    return f"{shard} needs an output in zarr3, and this one is {name}; take it out or write zarr3"
+    return None if shard is None or name is None else shard_mistake(shard, name)
 
 
 @rule("output.dtype", "output.volume")
 def _format_has_dtype(dtype: str, volume: Volume) -> str | None:
     name = volume_format(volume)
-    if dtype != "float16" or name not in ("precomputed", "n5"):
-        return None
-    return f"{dtype!r} cannot be stored as {name}; use 'float32', or write zarr3"
+    return None if name is None else dtype_mistake(dtype, name)
 
 
 @rule("output.volume")

@@ -1,6 +1,6 @@
 """The coordinator's part of a run, put together: of the first one, and of one that takes over.
 
-Lock and journal, scheduler, breaker, vigil. Decides nothing and calls no collective.
+Lock and journal, scheduler, breaker, detector of hangs. Decides nothing and calls no collective.
 """
 
 import logging
@@ -19,13 +19,13 @@ from mpichunk.plan.fingerprint import Fingerprint
 from mpichunk.plan.prediction import Forecast, outcome_words
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.roles.sentry import Lead
+from mpichunk.roles.monitor import Lead
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.lock import Process, RunLock
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
-from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import State
 from mpichunk.schedule.progress import COUNTERS, Heartbeat, get_display, summarise, totals
 from mpichunk.schedule.scheduler import Scheduler
@@ -179,7 +179,7 @@ class Leading:
                 ),
                 tempo=tempo,
             ),
-            vigil=Vigil(comm.alive, tempo, time.monotonic()),
+            detector=HangDetector(comm.alive, tempo, time.monotonic()),
             attendance=Attendance(
                 comm.alive,
                 Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),

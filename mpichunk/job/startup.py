@@ -22,7 +22,7 @@ from mpichunk import __version__
 from mpichunk.backends import get_backend
 from mpichunk.backends.binding import Bindings
 from mpichunk.config.file import dump_config
-from mpichunk.config.schema import Config, Mask
+from mpichunk.config.schema import Config, Input, Mask
 from mpichunk.errors import JournalError, LaunchError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
@@ -170,25 +170,22 @@ def prepare(config: Config) -> Job:
 
 def open_config_input(config: Config) -> Reader:
     """Open the input that a config names."""
-    section = config.input
-    return open_input(
-        section.volume,
-        mip=section.mip,
-        dataset=section.dataset,
-        voxel_size=section.voxel_size,
-        voxel_offset=section.voxel_offset,
-    )
+    return _open(config.input, "input")
 
 
 def open_config_mask(section: Mask) -> Reader:
     """Open the mask that a config names."""
+    return _open(section, "mask")
+
+
+def _open(section: Input | Mask, key: str) -> Reader:
     return open_input(
         section.volume,
         mip=section.mip,
         dataset=section.dataset,
         voxel_size=section.voxel_size,
         voxel_offset=section.voxel_offset,
-        key="mask",
+        key=key,
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpichunk.config.schema import Config
+from mpichunk.config.described.unpacking import path_in_archive
+from mpichunk.config.schema import Config, Model
 from mpichunk.filehash import file_hash
 from mpichunk.geometry.volumeinfo import VolumeInfo
 
@@ -44,7 +45,7 @@ def make_fingerprint(
         },
         "roi": config.roi and config.roi.model_dump(mode="json"),
         "mask": mask and _identity(mask) | {"invert": config.mask and config.mask.invert},
-        "model": config.model.model_dump(mode="json")
+        "model": _network(config.model)
         # The order of the names means nothing, and none is as in runs that knew of no such thing.
         | {"augment": sorted(set(config.model.augment)) or None}
         | {"files": {f"{i}:{path.name}": file_hash(path) for i, path in enumerate(model_files)}},
@@ -80,7 +81,10 @@ def differing_keys(old: Config, new: Config) -> list[str]:
 
     What a volume or a file holds is not looked at; the fingerprints of their runs tell more.
     """
-    settings = [dict(_flatten("", config.model_dump(mode="json"))) for config in (old, new)]
+    settings = [
+        dict(_flatten("", config.model_dump(mode="json") | {"model": _network(config.model)}))
+        for config in (old, new)
+    ]
     keys = settings[0].keys() | settings[1].keys()
     return sorted(
         key
@@ -101,6 +105,17 @@ def _identity(volume: VolumeInfo) -> dict[str, Any]:
         "mip": volume.mip,
         "voxel_size": volume.voxel_size,
     }
+
+
+def _network(model: Model) -> dict[str, Any]:
+    """Return the section of the network; what lies in an archive, as its place in that.
+
+    Where it was unpacked is the run directory, which changes no byte of a result.
+    """
+    values = model.model_dump(mode="json")
+    for key in ("path", "weights"):
+        values[key] = (values[key] and path_in_archive(values[key])) or values[key]
+    return values
 
 
 def _effective_margin(config: Config) -> tuple[int, int, int] | None:

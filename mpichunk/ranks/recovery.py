@@ -24,7 +24,7 @@ from mpichunk.ranks.communicator import Communicator
 T = TypeVar("T")
 
 WARNING_SECONDS = 0.5
-"""How long before the fuse has burnt down it is told."""
+"""How long before the end it is told."""
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class StartOver(MpichunkError):  # noqa: N818
     """The survivors have met, but not all of them had begun to compute."""
 
 
-class Fuse:
+class Watchdog:
     """Ends this process, and with it the job, when ranks wait for one another for too long.
 
     Works while the interpreter lock is held, as it is while MPI starts; a sentence that says what
@@ -49,12 +49,12 @@ class Fuse:
         self._who = who
         self._warning: threading.Timer | None = None
 
-        self.lit_since: float | None = None
-        """Monotonic seconds; None while it is out."""
+        self.running_since: float | None = None
+        """Monotonic seconds; None while it is stopped."""
 
-    def light(self) -> None:
+    def start(self) -> None:
         """Begin to count, anew if it has begun already."""
-        self.lit_since = time.monotonic()
+        self.running_since = time.monotonic()
         self._call_off()
         if self._seconds is not None:
             ahead = min(WARNING_SECONDS, self._seconds / 4)
@@ -63,9 +63,9 @@ class Fuse:
             self._warning.start()
             faulthandler.dump_traceback_later(self._seconds, exit=True)
 
-    def put_out(self) -> None:
+    def stop(self) -> None:
         """All is well."""
-        self.lit_since = None
+        self.running_since = None
         self._call_off()
         if self._seconds is not None:
             faulthandler.cancel_dump_traceback_later()

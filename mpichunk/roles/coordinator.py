@@ -298,9 +298,11 @@ class Coordinator:
             return 0.0
 
     def _release(self, rank: int, lease: Lease) -> None:
-        """Let another rank write a block that this one will not."""
+        """Let another rank write a block that this one will not; what it promised ends, too."""
         if self._writers.get(lease.block) == rank:
             del self._writers[lease.block]
+        if self._contested.get(lease.block, ())[:2] == (rank, lease):
+            del self._contested[lease.block]
 
     def _finish(self, rank: int, done: Done) -> None:
         """Note a block that is done; of one that was done already, only whether it is the same."""

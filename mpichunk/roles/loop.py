@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from mpichunk.errors import ExitCode, RankLost
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.crash import crash
-from mpichunk.ranks.recovery import Fuse, StartOver, regroup
+from mpichunk.ranks.recovery import StartOver, Watchdog, regroup
 from mpichunk.roles.drain import Watch
-from mpichunk.roles.sentry import Lead, Lookout, MustEnd, note_beat
+from mpichunk.roles.monitor import Lead, Monitor, MustEnd, note_beat
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.messages import (
     FINISHED,
@@ -107,7 +107,7 @@ class Loop:
     wake: threading.Event
     """Set by the pipeline's threads when there is a record."""
 
-    lookout: Lookout
+    monitor: Monitor
     """Watches the others."""
 
     watch: Watch | None = None
@@ -119,8 +119,8 @@ class Loop:
     conclude: Callable[[Lead], int] = lambda _: ExitCode.UNEXPECTED
     """Returns the exit code, when the job must then be ended by force."""
 
-    fuse: Fuse = field(default_factory=Fuse)
-    """Burns while ranks wait for one another; lit when `serve` returns."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Runs while ranks wait for one another; running when `serve` returns."""
 
     clock: Callable[[], float] = time.monotonic
     """Monotonic seconds."""
@@ -144,10 +144,10 @@ class Loop:
                     if not is_met:
                         self._rejoin()
                         is_met = True
-                    self.fuse.put_out()
+                    self.watchdog.stop()
                     self._work()
                 except RankLost:
-                    self.fuse.light()
+                    self.watchdog.start()
                     is_met = False
                     if not regroup(comm, is_computing=True):
                         raise StartOver from None
@@ -157,7 +157,7 @@ class Loop:
             if comm.size == 1 and not comm.is_fault_tolerant:
                 raise
             crash(comm, error)
-        self.fuse.light()
+        self.watchdog.start()
         return self.lead
 
     def _work(self) -> None:
@@ -189,7 +189,7 @@ class Loop:
         comm, worker = self.comm, self.worker
         holdings: dict[int, Holding] = dict(comm.allgather((comm.rank, worker.rejoin())))
         self.pulse.again()
-        self.lookout.again()
+        self.monitor.again()
         if not comm.is_coordinator:
             return
         if self.lead is None:
@@ -203,7 +203,7 @@ class Loop:
         now = self.clock()
         self.lead.coordinator.regroup(held, now, writing=writing, ending=early, idle=idle)
         self.lead.attendance.regroup(comm.alive)
-        self.lead.vigil.regroup(comm.alive, now)
+        self.lead.detector.regroup(comm.alive, now)
 
     def _turn(self, now: float) -> bool:
         """Do all that can be done without waiting; return whether there was anything."""
@@ -219,7 +219,7 @@ class Loop:
         if lead is not None:
             outgoing += lead.coordinator.assign(now)
             outgoing += lead.coordinator.commit(now)
-        outgoing += self.lookout.step(lead, now, is_asked_to_end=self._is_asked_to_end)
+        outgoing += self.monitor.step(lead, now, is_asked_to_end=self._is_asked_to_end)
         num_sent = _send(comm, outgoing)
         waits_for = comm.unreceived_by() if lead is None else self._unreceived(lead)
         is_ended = self.worker.is_ended and not waits_for
@@ -251,10 +251,10 @@ class Loop:
                 self.pulse.is_over = True
                 self.pulse.abort_code = code
             case Heard():
-                self.lookout.hear(now)
+                self.monitor.hear(now)
                 self.worker.handle(message)
             case Kill(rank=rank):
-                self.lookout.kill(rank)
+                self.monitor.kill(rank)
             case _ if isinstance(message, ToWorker):
                 self.worker.handle(message)
             case _:
@@ -267,7 +267,7 @@ class Loop:
             case Beat():
                 note_beat(lead, source, message, now)
             case Gone(rank=rank):
-                lead.vigil.condemn(rank)
+                lead.detector.condemn(rank)
             case Ask(lease=lease):
                 may_write = lead.coordinator.may_write(source, lease)
                 _send(self.comm, [(source, Verdict(lease=lease, may_write=may_write))])

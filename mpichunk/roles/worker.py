@@ -7,7 +7,7 @@ nothing of how a block is computed.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from mpichunk.schedule.messages import (
     ToWorker,
     Verdict,
 )
+from mpichunk.schedule.ownrun import OwnRun, Standstill
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 
@@ -101,7 +102,9 @@ class Worker:
         self._records = records
         self._counters = counters
         self._depth = depth
-        self._own: Iterator[int] = iter(own_blocks)
+        self._own = OwnRun(own_blocks)
+        self._standstill = Standstill()
+        self._refused: set[int] = set()
         self._permits = permits or Permits(threading.Event())
         self._clock = clock
         self._lookahead = Lookahead()
@@ -146,7 +149,7 @@ class Worker:
                     self.unacknowledged.pop(lease, None)
             case Stop():
                 self._stop = message
-                self._own = iter(())
+                self._own.drop()
                 if message.reason != FINISHED:
                     self._give_back()
                 else:
@@ -162,6 +165,10 @@ class Worker:
                     self._contested.append(lease)
             case Verdict(lease=lease, may_write=may_write):
                 self._permits.answer(lease, may_write)
+                if not may_write:
+                    # A block of the own run is refused only to a rank that was given up.
+                    self._own.drop()
+                    self._refused.add(lease.block)
             case Heard(lease_seconds=seconds):
                 self._permits.lease_seconds = seconds
 
@@ -171,7 +178,9 @@ class Worker:
         The pipeline goes on. What the coordinator of before has promised or was asked for is void;
         blocks that were not begun are handed out like any others.
         """
-        self._own = iter(())
+        self._own.drop()
+        self._standstill.forget()
+        self._refused.clear()
         self._num_asked = 0
         self._take_waiting(len(self._waiting))
         self._given_back.clear()
@@ -201,7 +210,8 @@ class Worker:
         self._given_back += self._take_waiting(self._lookahead.num_excess(len(self._waiting), now))
         requests = self._request(now)
         messages: list[ToCoordinator] = [*self._report(now)]
-        messages += [Contested(lease=lease) for lease in self._contested]
+        # A promise ends with the lease: what is given back may be leased to this rank again.
+        messages += [Contested(lease=lease) for lease in self._contested if lease in self.held]
         self._contested.clear()
         messages += [Ask(lease=lease) for lease in self._permits.questions()]
         if self._given_back:
@@ -222,7 +232,7 @@ class Worker:
         """Ask for more leases once enough are missing to be worth a message."""
         num_wanted = self._lookahead.num_wanted(now) if self._depth else 0
         num_missing = self._depth + num_wanted - len(self.held) - self._num_asked
-        if num_missing <= num_wanted // 2 or self.is_stopped:
+        if num_missing <= num_wanted // 2 or self.is_stopped or not self._own.is_over:
             return []
         self._num_asked += num_missing
         # What was finished goes along.
@@ -269,17 +279,29 @@ class Worker:
 
     def _fill(self) -> None:
         """Submit what waits, and blocks of the static run, as far as there is room."""
-        while self._waiting and self._num_submitted < self._depth:
-            self._pipeline.submit(self._waiting.popleft())
+        now = self._clock()
+        self._look_for_standstill(now)
         # Bounded also while nobody acknowledges: what is lost with the job is what is in flight.
-        most = self._depth + self._lookahead.num_wanted(self._clock())
-        while len(self.held) < self._depth and len(self.unacknowledged) <= most:
-            block = next(self._own, None)
+        most = self._depth + self._lookahead.num_wanted(now)
+        while True:
+            while self._waiting and self._num_submitted < self._depth:
+                self._pipeline.submit(self._waiting.popleft())
+            if len(self.held) >= self._depth or len(self.unacknowledged) > most:
+                return
+            block = self._own.take()
             if block is None:
                 return
-            # Plain numbers only: what comes out of an array could not go into the journal.
-            self._take(Lease(block=int(block), attempt=1))
-            self._pipeline.submit(self._waiting.popleft())
+            lease = Lease(block=block, attempt=1)
+            self._take(lease)
+            if self._standstill.has_been:
+                self._permits.contest(lease)
+
+    def _look_for_standstill(self, now: float) -> None:
+        """Let all that is held ask before it is written, if this rank may have been given up."""
+        steps, seconds = self._pipeline.num_steps, self._permits.lease_seconds
+        if self._standstill.look(steps, now, seconds, is_idle=not self.held):
+            for lease in self.held:
+                self._permits.contest(lease)
 
     def _give_back(self) -> None:
         """Drop what has only been read: soon done again, and time may be short."""
@@ -303,6 +325,9 @@ class Worker:
         self.held.add(lease)
         # From now on: a rank that is stopped for long must ask also for what it has not begun.
         self._permits.begin(lease)
+        if lease.block in self._refused:
+            # That it was given back may reach the coordinator only after it was leased again.
+            self._permits.contest(lease)
         self._waiting.append(lease)
 
     def _take_waiting(self, num_leases: int) -> list[Lease]:

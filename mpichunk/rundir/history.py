@@ -16,64 +16,72 @@ from mpichunk.geometry.box import Box, triple
 from mpichunk.rundir.journal import whole_lines
 from mpichunk.schedule.messages import RANK_LOST, Failure, State
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Events:
-    """The lines that are not about a block."""
-
-    starts: tuple[dict[str, Any], ...]
-    """What was noted at each start of the run, the last one last."""
-
-    last_beat: dict[str, Any]
-    """What was noted at the last sign of life, {} if there was none."""
-
-    end: dict[str, Any]
-    """What was noted at the end of the latest start, {} if it still runs or was lost."""
+_EVENT = b'":{"time":'
+_FAILED = b',"state":"failed",'
 
 
-def read_events(path: Path) -> Events:
-    """Return all events of a run; one pass over the file, as a large one takes seconds to read."""
-    starts: list[dict[str, Any]] = []
-    last_beat: dict[str, Any] = {}
-    end: dict[str, Any] = {}
-    for line in _lines_with(path, b'":{"time":'):
-        match json.loads(line):
+class History:
+    """What the lines that were read so far tell; `follow` reads those that have come since."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, Any]] = []
+        """What was noted at each start of the run, the last one last."""
+
+        self.last_beat: dict[str, Any] = {}
+        """What was noted at the last sign of life, {} if there was none."""
+
+        self.end: dict[str, Any] = {}
+        """What was noted at the end of the latest start, {} if it still runs or was lost."""
+
+        self._num_read = 0
+        # By block the number of starts before its last failure, and the line.
+        self._failures: dict[int, tuple[int, dict[str, Any]]] = {}
+
+    def follow(self, path: Path) -> None:
+        """Read what is new; one pass, as a large journal takes seconds to read."""
+        with path.open("rb") as file:
+            file.seek(self._num_read)
+            for lines in whole_lines(file):
+                self._num_read += len(lines)
+                told = [*_marked(lines, _EVENT), *_marked(lines, _FAILED)]
+                for _, line in sorted(told):
+                    self._take_in(json.loads(line))
+
+    def failures(
+        self, states: npt.NDArray[np.uint8], *, of_latest_start: bool = False
+    ) -> list[Failure]:
+        """Return the blocks that `states` calls failed, with causes, in plan order.
+
+        Args:
+            states: (num_blocks,) the `State` of each block.
+            of_latest_start: Leave out what has failed before it.
+        """
+        least = len(self.starts) if of_latest_start else 0
+        return [
+            _failure(found)
+            for block, (num_starts, found) in sorted(self._failures.items())
+            if states[block] == State.FAILED and num_starts >= least
+        ]
+
+    def _take_in(self, found: dict[str, Any]) -> None:
+        """Take in one line."""
+        match found:
             case {"start": start}:
-                starts.append(start)
-                end = {}
+                self.starts.append(start)
+                self.end = {}
             case {"beat": beat}:
-                last_beat = beat
+                self.last_beat = beat
             case {"end": facts}:
-                end = facts
-    return Events(starts=tuple(starts), last_beat=last_beat, end=end)
+                self.end = facts
+            case {"block": block}:
+                self._failures[block] = len(self.starts), found
 
 
-def read_starts(path: Path) -> list[dict[str, Any]]:
-    """Return what was noted at each start of the run, the last one last."""
-    return list(read_events(path).starts)
-
-
-def read_failures(
-    path: Path, states: npt.NDArray[np.uint8], *, of_latest_start: bool = False
-) -> list[Failure]:
-    """Return the blocks that `states` calls failed, with causes, in plan order.
-
-    Args:
-        path: The journal.
-        states: (num_blocks,) the `State` of each block.
-        of_latest_start: Leave out what has failed before it.
-    """
-    failures: dict[int, Failure] = {}
-    begin = _latest_start(path) if of_latest_start else 0
-    for line in _lines_with(path, b',"state":"failed",', begin):
-        found = json.loads(line)
-        block = found["block"]
-        if states[block] == State.FAILED:
-            start, stop = found["core"]
-            core = Box(start=triple(start), stop=triple(stop))
-            names = ("rank", "host", "attempt", "error", "message")
-            failures[block] = Failure(block=block, core=core, **{n: found[n] for n in names})
-    return [failures[block] for block in sorted(failures)]
+def read_history(path: Path) -> History:
+    """Return what a whole journal tells."""
+    history = History()
+    history.follow(path)
+    return history
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +107,7 @@ def read_tries(path: Path) -> Tries:
         found = json.loads(line)
         kind = died_on if found["error"] == RANK_LOST else failed_on
         kind.setdefault(found["block"], []).append(found["rank"])
-    lines = map(json.loads, _lines_with(path, b',"state":"failed",', begin))
+    lines = map(json.loads, _lines_with(path, _FAILED, begin))
     given_up = [line["block"] for line in lines]
     return Tries(failed_on=failed_on, died_on=died_on, given_up=given_up)
 
@@ -110,6 +118,14 @@ def read_checksum(path: Path, block: int) -> str | None:
     for line in _lines_with(path, b'"block":%d,"state":"done",' % block):
         checksum = json.loads(line)["checksum"]
     return checksum
+
+
+def _failure(line: dict[str, Any]) -> Failure:
+    """Return what a line tells of a block that failed."""
+    start, stop = line["core"]
+    core = Box(start=triple(start), stop=triple(stop))
+    names = ("rank", "host", "attempt", "error", "message")
+    return Failure(block=line["block"], core=core, **{name: line[name] for name in names})
 
 
 def _latest_start(path: Path) -> int:
@@ -130,14 +146,20 @@ def _latest_start(path: Path) -> int:
 
 
 def _lines_with(path: Path, marker: bytes, begin: int = 0) -> Iterator[bytes]:
-    """Yield the lines from byte `begin` on that contain `marker`, without parsing the others."""
+    """Yield the lines from byte `begin` on that contain `marker`."""
     with path.open("rb") as file:
         file.seek(begin)
         for lines in whole_lines(file):
-            at = lines.find(marker)
-            while at >= 0:
-                end = lines.index(b"\n", at)
-                line = lines[lines.rfind(b"\n", 0, at) + 1 : end]
-                if line.endswith(b"}"):
-                    yield line
-                at = lines.find(marker, end)
+            for _, line in _marked(lines, marker):
+                yield line
+
+
+def _marked(lines: bytes, marker: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield place and text of each line that contains `marker`, without parsing the others."""
+    at = lines.find(marker)
+    while at >= 0:
+        begin, end = lines.rfind(b"\n", 0, at) + 1, lines.index(b"\n", at)
+        line = lines[begin:end]
+        if line.endswith(b"}"):
+            yield begin, line
+        at = lines.find(marker, end)

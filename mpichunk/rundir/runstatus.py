@@ -17,6 +17,9 @@ from mpichunk.schedule.messages import FAILURES, Failure, State
 MOST_FAILURES_SHOWN = 20
 """Failed blocks that the text lists; JSON lists all."""
 
+_TAIL_NBYTES = 256
+"""By so much of the end of what was read it is known again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
@@ -81,48 +84,89 @@ def is_started(run_dir: Path) -> bool:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """Read the journal of a run directory, and whether a job holds it.
+    """Return the status of a run directory; see `StatusReader`."""
+    return StatusReader(run_dir).read()
 
-    Raises:
-        JournalError: there is no journal, or the file is none.
+
+class StatusReader:
+    """Reads the journal of a run directory, and again what has come since.
+
+    Args:
+        run_dir: The run directory.
     """
-    path = run_dir / journal.NAME
-    header = journal.read_header(path)
-    if header is None:
-        raise JournalError(
-            f"{path} does not exist: this config has not been run yet; start it with "
-            "`python -m mpichunk run`",
-            key="run_dir",
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._path = run_dir / journal.NAME
+        self._states = np.zeros(0, np.uint8)
+        self._history = history.History()
+        self._num_read = 0
+        self._last = b""
+
+    def read(self) -> RunStatus:
+        """Return the status as it is now.
+
+        Raises:
+            JournalError: there is no journal, or the file is none.
+        """
+        path = self._path
+        header = journal.read_header(path)
+        if header is None:
+            raise JournalError(
+                f"{path} does not exist: this config has not been run yet; start it with "
+                "`python -m mpichunk run`",
+                key="run_dir",
+            )
+        num_blocks = header["num_blocks"]
+        if len(self._states) != num_blocks or self._read_end() != self._last:
+            self._begin_anew(num_blocks)
+        self._num_read = journal.scan(path, self._states, self._num_read)
+        self._last = self._read_end()
+        self._history.follow(path)
+        last_time = max(path.stat().st_mtime, self._history.last_beat.get("time", 0.0))
+        is_complete = bool((self._states == State.DONE).all())
+        is_alive = not is_complete and not self._history.end and is_held(self._run_dir)
+        return self._status(last_time, is_alive)
+
+    def _begin_anew(self, num_blocks: int) -> None:
+        """Forget everything: there is another journal, or its last lines were taken back."""
+        self._states = np.zeros(num_blocks, np.uint8)
+        self._history = history.History()
+        self._num_read = 0
+        self._last = b""
+
+    def _read_end(self) -> bytes:
+        """Return the last bytes of what was read, as they are in the file now."""
+        begin = max(0, self._num_read - _TAIL_NBYTES)
+        with self._path.open("rb") as file:
+            file.seek(begin)
+            return file.read(self._num_read - begin)
+
+    def _status(self, last_time: float, is_alive: bool) -> RunStatus:
+        """Return what was read, put together."""
+        states, told = self._states, self._history
+        num_done = int(np.count_nonzero(states == State.DONE))
+        start, end = told.starts[-1] if told.starts else {}, told.end
+        # A job that runs tries again what has failed before it started.
+        failures = told.failures(states, of_latest_start=is_alive)
+        num_left = len(states) - num_done
+        num_held = told.last_beat.get("num_held", 0) if is_alive else 0
+        pace = _pace(start, num_done, last_time)
+        return RunStatus(
+            run_dir=str(self._run_dir),
+            num_blocks=len(states),
+            num_done=num_done,
+            num_running=min(num_held, num_left - len(failures)),
+            num_failed=len(failures),
+            num_ranks=int(start.get("num_ranks", 0)),
+            slurm=start.get("slurm"),
+            is_alive=is_alive,
+            blocks_per_second=pace,
+            seconds_left=num_left / pace if pace and is_alive else None,
+            end_reason=end.get("reason"),
+            end_why=end.get("why", ""),
+            failures=tuple(failures),
         )
-    states = np.zeros(header["num_blocks"], np.uint8)
-    journal.scan(path, states)
-    num_done = int(np.count_nonzero(states == State.DONE))
-    events = history.read_events(path)
-    start = events.starts[-1] if events.starts else {}
-    beat, end = events.last_beat, events.end
-    last_time = max(path.stat().st_mtime, beat.get("time", 0.0))
-    is_complete = num_done == header["num_blocks"]
-    is_alive = not is_complete and not end and is_held(run_dir)
-    # A job that runs tries again what has failed before it started.
-    failures = history.read_failures(path, states, of_latest_start=is_alive)
-    num_failed = len(failures)
-    num_running = min(beat.get("num_held", 0), header["num_blocks"] - num_done - num_failed)
-    pace = _pace(start, num_done, last_time)
-    return RunStatus(
-        run_dir=str(run_dir),
-        num_blocks=header["num_blocks"],
-        num_done=num_done,
-        num_running=num_running if is_alive else 0,
-        num_failed=num_failed,
-        num_ranks=int(start.get("num_ranks", 0)),
-        slurm=start.get("slurm"),
-        is_alive=is_alive,
-        blocks_per_second=pace,
-        seconds_left=(header["num_blocks"] - num_done) / pace if pace and is_alive else None,
-        end_reason=end.get("reason"),
-        end_why=end.get("why", ""),
-        failures=tuple(failures),
-    )
 
 
 def _pace(start: dict[str, Any], num_done: int, last_time: float) -> float | None:

@@ -77,7 +77,7 @@ class _Sign:
     since: float
 
 
-class Vigil:
+class HangDetector:
     """When each rank has moved last, by the steps that its signs of life tell.
 
     Args:

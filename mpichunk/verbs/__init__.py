@@ -1,1 +1,1 @@
-"""One module per verb of the command line."""
+"""One module per verb of the command line; `onranks` has what those on many ranks share."""

@@ -11,9 +11,7 @@ journal of a run; what it writes goes to a temporary place.
 
 import json
 import logging
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -50,9 +48,7 @@ from mpichunk.processmemory import trim, use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
-from mpichunk.ranks.crash import crash_guard
-from mpichunk.ranks.launcher import check_world_size
-from mpichunk.rundir.logs import close_logs, log_to_terminal
+from mpichunk.verbs.onranks import on_ranks
 from mpichunk.words import duration
 
 T = TypeVar("T")
@@ -63,7 +59,7 @@ MOST_BLOCKS_SEEN = 10_000
 FEWEST_BLOCKS, MOST_BLOCKS, PASS_SECONDS = 4, 12, 30.0
 """Blocks per rank and repeat: as many as fill this time, within these bounds."""
 
-SETTLING_FORWARDS = 4
+SETTLING_FORWARDS = 12
 """Forwards until their peak of memory has settled: blocks run many."""
 
 FAREWELL_SECONDS = 1.0
@@ -113,28 +109,23 @@ def bench_on(
     options: Options | None = None,
 ) -> int:
     """Do what `bench` does, on the ranks given. Only rank 0 prints."""
-    options = options or Options()
-    log_to_terminal(comm.rank)
-    with crash_guard(comm):
+    asked = options or Options()
+
+    def body() -> int:
         try:
-            check_world_size(comm.size, os.environ)
             loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
             with loaded.locating():
-                found = _bench(comm, loaded, options)
+                found = _bench(comm, loaded, asked)
             if comm.is_coordinator:
-                text = json.dumps(bench_json(found), indent=2) if options.as_json else None
+                text = json.dumps(bench_json(found), indent=2) if asked.as_json else None
                 print(text or render_bench(found), flush=True)
             return ExitCode.ALL_DONE
         except KeyboardInterrupt:
             # The first rank to end takes the others with it: let them tidy up, too.
             time.sleep(FAREWELL_SECONDS if comm.size > 1 else 0)
             raise
-        except UserError as error:
-            if comm.is_coordinator:
-                print(f"mpichunk: {error}", file=sys.stderr)
-            return ExitCode.USER_ERROR
-        finally:
-            close_logs()
+
+    return on_ranks(comm, body)
 
 
 def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:

@@ -18,7 +18,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,9 +30,9 @@ from mpichunk.backends.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
 from mpichunk.block.pipeline import Pipeline, Source
-from mpichunk.config.file import LoadedConfig, load_config
+from mpichunk.config.file import LoadedConfig, load_config, load_plain_config
 from mpichunk.config.schema import Schedule
-from mpichunk.errors import ExitCode, UserError
+from mpichunk.errors import UserError
 from mpichunk.job.assembly import (
     bind_ranks,
     engine_request,
@@ -64,21 +63,21 @@ from mpichunk.processmemory import use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
-from mpichunk.ranks.crash import crash_guard
-from mpichunk.ranks.launcher import check_world_size, name_of
+from mpichunk.ranks.launcher import name_of
 from mpichunk.ranks.neighbours import Neighbours
-from mpichunk.ranks.recovery import Fuse, survive
+from mpichunk.ranks.recovery import Watchdog, survive
 from mpichunk.ranks.slurm import Allocation, describe
 from mpichunk.roles.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
 from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.sentry import Lead, Lookout, watch_stopped
+from mpichunk.roles.monitor import Lead, Monitor, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.lock import this_process
-from mpichunk.rundir.logs import close_logs, lead_terminal, log_to_file, log_to_terminal
+from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
+from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
 
 PROGRESS_SECONDS = 5.0
@@ -94,8 +93,8 @@ class Life:
     outside: Outside
     """Signals, and the end of the allocation."""
 
-    fuse: Fuse
-    """Burns while ranks wait for one another."""
+    watchdog: Watchdog
+    """Runs while ranks wait for one another."""
 
     allocation: Allocation = field(default_factory=lambda: Allocation({}))
     """Slurm's job, if there is one."""
@@ -144,16 +143,16 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
     """
     use_one_arena()
     who = name_of(os.environ, socket.gethostname())
-    fuse = Fuse(_start_timeout(config_path, overrides), who=who)
-    fuse.light()
+    watchdog = Watchdog(_start_timeout(config_path, overrides), who=who)
+    watchdog.start()
     comm = start_mpi()
     if comm.size == 1:
-        fuse.put_out()
-        fuse = Fuse()
+        watchdog.stop()
+        watchdog = Watchdog()
     with Signals() as signals:
         allocation = Allocation(os.environ)
         outside = Outside(signals=signals, end_time=allocation.end_time)
-        life = Life(outside=outside, fuse=fuse, allocation=allocation)
+        life = Life(outside=outside, watchdog=watchdog, allocation=allocation)
         code = run_on(comm, config_path, overrides, fresh=fresh, life=life)
     comm.leave(code)
     return code
@@ -168,27 +167,21 @@ def run_on(
     life: Life | None = None,
 ) -> int:
     """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
-    life = life or Life(outside=Outside(), fuse=Fuse())
-    log_to_terminal(comm.rank)
-    with crash_guard(comm):
-        try:
-            check_world_size(comm.size, os.environ)
-            code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, life))
-            if life.is_abandoning:
-                comm.leave(code, at_once=True)
-            return code
-        except UserError as error:
-            if comm.is_coordinator:
-                print(f"mpichunk: {error}", file=sys.stderr)
-            return ExitCode.USER_ERROR
-        finally:
-            close_logs()
+    own_life = life or Life(outside=Outside(), watchdog=Watchdog())
+
+    def body() -> int:
+        code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, own_life))
+        if own_life.is_abandoning:
+            comm.leave(code, at_once=True)
+        return code
+
+    return on_ranks(comm, body)
 
 
 def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
     """Return how long the start may take, before there are other ranks to read the config."""
     try:
-        loaded = load_config(config_path, overrides, read_packages=False)
+        loaded = load_plain_config(config_path, overrides)
         return loaded.config.schedule.start_timeout_seconds
     except (UserError, OSError):
         # It is told in good order once the ranks know one another.
@@ -214,7 +207,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
     if comm.size > 1 and not life.is_watching:
         life.is_watching = True
         patience = job.config.schedule.min_lease_seconds
-        watch_stopped(neighbours, life.fuse, seconds=patience, rank=comm.rank)
+        watch_stopped(neighbours, life.watchdog, seconds=patience, rank=comm.rank)
     found = on_rank_0(comm, lambda: find_todo(job, bindings, fresh=fresh))
     todo = found.unpack(len(job.plan))
     ending: Stop | None = None
@@ -349,11 +342,11 @@ def _compute(
         lead=leading.begin(keeper.journal) if keeper.journal is not None else None,
         pulse=Pulse(counters, interval=interval),
         wake=wake,
-        lookout=Lookout(comm, part.neighbours, silence_seconds=silence, interval=interval),
+        monitor=Monitor(comm, part.neighbours, silence_seconds=silence, interval=interval),
         watch=_watch(job, life.outside),
         take_over=take_over,
         conclude=lambda lead: conclude(job.run_dir, end(lead), num_blocks=len(job.plan)),
-        fuse=life.fuse,
+        watchdog=life.watchdog,
     )
     with pipeline:
         try:

@@ -10,13 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpichunk.config.file import load_config
+from mpichunk.config.file import load_plain_config, load_run_config
 from mpichunk.config.schema import Config
-from mpichunk.errors import ExitCode, JournalError
+from mpichunk.errors import ExitCode, JournalError, NotStartedError
 from mpichunk.plan.fingerprint import differing_keys
 from mpichunk.ranks.slurm import describe
 from mpichunk.roles import drain
-from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, is_started, read_status
+from mpichunk.rundir.runstatus import (
+    MOST_FAILURES_SHOWN,
+    RunStatus,
+    StatusReader,
+    is_started,
+    read_status,
+)
 from mpichunk.schedule.messages import DRAINED, FAILURES
 from mpichunk.words import duration
 
@@ -35,23 +41,30 @@ def status(
         UserError: the config cannot be read, its run has never been started, or it was started
             with another config.
     """
-    loaded = load_config(config_path, overrides)
+    try:
+        loaded = load_run_config(config_path, overrides)
+    except NotStartedError as error:
+        if not check:
+            raise
+        print(_not_started(error.run_dir, as_json=as_json), flush=True)
+        return ExitCode.DRAINED
     run_dir = Path(loaded.config.run_dir)
     with loaded.locating():
         _check_same_config(loaded.config, run_dir)
         if check and not is_started(run_dir):
             print(_not_started(run_dir, as_json=as_json), flush=True)
             return ExitCode.DRAINED
+    reader = StatusReader(run_dir)
     while True:
         with loaded.locating():
-            found = read_status(run_dir)
+            found = reader.read()
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
         if not watch or not found.is_alive:
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
 
 
-def _not_started(run_dir: Path, *, as_json: bool) -> str:
+def _not_started(run_dir: Path | None, *, as_json: bool) -> str:
     """Return the status of a run that has no journal."""
     if as_json:
         nothing = {"num_done": 0, "end_reason": None, "exit_code": int(ExitCode.DRAINED)}
@@ -67,7 +80,7 @@ def _check_same_config(config: Config, run_dir: Path) -> None:
     path = run_dir / "config.yaml"
     if not path.exists():
         return
-    differing = differing_keys(load_config(path).config, config)
+    differing = differing_keys(load_plain_config(path).config, config)
     if differing:
         raise JournalError(
             f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; take that "
@@ -83,7 +96,7 @@ def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
         UserError: the config cannot be read, the run has never been started, or its directory
             cannot be written.
     """
-    loaded = load_config(config_path, overrides)
+    loaded = load_run_config(config_path, overrides)
     run_dir = Path(loaded.config.run_dir)
     with loaded.locating():
         found = read_status(run_dir)

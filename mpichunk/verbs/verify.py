@@ -14,7 +14,6 @@ with `--repair` marks in the journal what the next `run` must compute again.
 import json
 import logging
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,23 +26,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.config.file import LoadedConfig, load_config
-from mpichunk.errors import BlockError, ExitCode, JournalError, UserError
+from mpichunk.config.file import LoadedConfig, load_run_config
+from mpichunk.errors import BlockError, ExitCode, JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.job.startup import Job, library_versions, prepare
 from mpichunk.plan.fingerprint import make_fingerprint
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import Communicator, SerialCommunicator, start_mpi
-from mpichunk.ranks.crash import crash_guard
-from mpichunk.ranks.launcher import check_world_size, is_launched
+from mpichunk.ranks.launcher import is_launched
 from mpichunk.rundir import journal
 from mpichunk.rundir.checksum import digest_of
 from mpichunk.rundir.digests import Digests, read_digests
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.lock import RunLock
-from mpichunk.rundir.logs import close_logs, log_to_terminal
 from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN
 from mpichunk.schedule.messages import Failed, Lease, State
+from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import check_output, open_output
 
 MISSING, DIFFERENT, UNREADABLE, EXTRA = KINDS = ("missing", "different", "unreadable", "extra")
@@ -120,24 +118,16 @@ class Verdict:
 def verify(config_path: Path, overrides: Sequence[str], *, repair: bool, as_json: bool) -> int:
     """Verify the output of a config; return the exit code. To be called by every rank."""
     comm = start_mpi() if is_launched(os.environ) else SerialCommunicator()
-    log_to_terminal(comm.rank)
-    with crash_guard(comm):
-        try:
-            return _verify(comm, config_path, overrides, repair=repair, as_json=as_json)
-        except UserError as error:
-            if comm.rank == 0:
-                print(f"mpichunk: {error}", file=sys.stderr)
-            return ExitCode.USER_ERROR
-        finally:
-            close_logs()
+    return on_ranks(
+        comm, lambda: _verify(comm, config_path, overrides, repair=repair, as_json=as_json)
+    )
 
 
 def _verify(
     comm: Communicator, config_path: Path, overrides: Sequence[str], *, repair: bool, as_json: bool
 ) -> int:
     """Do what `verify` does, or raise the same UserError on every rank."""
-    check_world_size(comm.size, os.environ)
-    loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
+    loaded = on_rank_0(comm, lambda: load_run_config(config_path, overrides))
     with ExitStack() as stack:
 
         def open_run() -> Case:

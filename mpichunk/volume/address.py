@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from mpichunk.config.formats import format_by_word
 from mpichunk.errors import VolumeError
 
 PRECOMPUTED = "neuroglancer_precomputed"
@@ -28,15 +29,9 @@ FORMAT_NAMES: Mapping[str, str] = {
 }
 """What the user calls each TensorStore driver, and HDF5."""
 
-_DRIVERS: Mapping[str, str | None] = {
-    "precomputed": PRECOMPUTED,
-    "neuroglancer-precomputed": PRECOMPUTED,
-    "zarr": ZARR2,
-    "zarr2": ZARR2,
-    "zarr3": ZARR3,
-    "n5": N5,
-    "auto": None,
-}
+DRIVERS: Mapping[str, str] = {name: driver for driver, name in FORMAT_NAMES.items()}
+"""The other way round."""
+
 _STORES = ("file", "gs", "s3", "http", "https")
 _KNOWN = (
     "known are precomputed, zarr2, zarr3, n5 and auto; an HDF5 file is given by its path alone, "
@@ -132,10 +127,12 @@ def _parse_spec(spec: dict[str, Any]) -> Address:
 
 def _driver(name: str, volume: object) -> str | None:
     """Return the TensorStore driver of that name, None for `auto`."""
-    word = name.strip().lower().replace("_", "-")
-    if word not in _DRIVERS:
+    if name.strip().lower() == "auto":
+        return None
+    found = format_by_word(name)
+    if found is None:
         raise VolumeError(f"{volume}: unknown format {name!r}; {_KNOWN}")
-    return _DRIVERS[word]
+    return DRIVERS[found]
 
 
 def _store(base: str, volume: object) -> str | dict[str, Any]:

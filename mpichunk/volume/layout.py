@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mpichunk.config.formats import dtype_mistake, shard_mistake
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple, ceil_div
 from mpichunk.volume.address import FORMAT_NAMES, PRECOMPUTED, ZARR2, ZARR3
@@ -74,13 +75,10 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     if driver not in WRITABLE:
         known = ", ".join(FORMAT_NAMES[d] for d in WRITABLE)
         raise VolumeError(f"{spec.volume}: {name} is not written; expected one of {known}")
-    if driver == PRECOMPUTED and spec.dtype == np.float16:
-        raise VolumeError("precomputed has no float16; use float32, or write zarr3", key="dtype")
-    if spec.shard_shape is not None and driver != ZARR3:
-        raise VolumeError(
-            f"{name} is written without shards; remove shard_shape, or write zarr3",
-            key="shard_shape",
-        )
+    if mistake := dtype_mistake(spec.dtype.name, name):
+        raise VolumeError(mistake, key="dtype")
+    if spec.shard_shape is not None and (mistake := shard_mistake(spec.shard_shape, name)):
+        raise VolumeError(mistake, key="shard_shape")
     if spec.shard_shape is not None and any(
         s % c for s, c in zip(spec.shard_shape, spec.chunk_shape, strict=True)
     ):

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpichunk.config.formats import format_by_suffix
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Triple, triple
-from mpichunk.volume.address import FORMAT_NAMES, HDF5, N5, PRECOMPUTED, ZARR2, ZARR3, Address
+from mpichunk.volume.address import (
+    DRIVERS,
+    FORMAT_NAMES,
+    HDF5,
+    N5,
+    PRECOMPUTED,
+    ZARR2,
+    ZARR3,
+    Address,
+)
 from mpichunk.volume.source import VoxelSize
 from mpichunk.volume.tensor import read_json, read_key
 
@@ -46,7 +56,8 @@ def detect(address: Address) -> str | None:
 
 def format_by_name(place: str) -> str | None:
     """Return the driver that the ending of a name tells, for a volume that is not there yet."""
-    return {".zarr": ZARR3, ".n5": N5, ".h5": HDF5, ".hdf5": HDF5}.get(Path(place).suffix.lower())
+    name = format_by_suffix(place)
+    return None if name is None else DRIVERS[name]
 
 
 def find_driver(address: Address) -> str:

@@ -30,11 +30,11 @@ from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.sentry import Lead, Lookout
+from mpichunk.roles.monitor import Lead, Monitor
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import NAME, Journal, scan
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import Done, Lease, Records, State
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters, NullDisplay
@@ -89,8 +89,8 @@ def lead_of(comm: Communicator, journal: Journal, num_blocks: int) -> Lead:
         tempo=tempo,
     )
     attendance = Attendance(comm.alive, NullDisplay(), num_done=lambda: scheduler.num_done)
-    vigil = Vigil(comm.alive, tempo, time.monotonic())
-    return Lead(coordinator=coordinator, attendance=attendance, vigil=vigil)
+    detector = HangDetector(comm.alive, tempo, time.monotonic())
+    return Lead(coordinator=coordinator, attendance=attendance, detector=detector)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def dispatch(comm: Communicator, num_blocks: int, run_dir: Path, profile: str | 
         lead=None if journal is None else lead_of(comm, journal, num_blocks),
         pulse=Pulse(counters, interval=5.0),
         wake=wake,
-        lookout=Lookout(comm),
+        monitor=Monitor(comm),
     )
     comm.barrier()
     started, cpu_started = time.perf_counter(), time.process_time()

@@ -24,7 +24,7 @@ from mpichunk.block.pipeline import Pipeline
 from mpichunk.errors import BlockError
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
-from mpichunk.schedule import hang as vigil
+from mpichunk.schedule import hang
 from mpichunk.schedule.messages import Done
 from mpichunk.volume import Writer
 
@@ -54,11 +54,11 @@ class Faults:
         self.seconds_per_block = float(told["seconds_per_block"])
         self.bad_blocks = set(told["nan_blocks"])
         self.deadly_blocks = set(told.get("deadly_blocks", ()))
-        vigil.LEAST_SLOW_SECONDS = told.get("least_slow_seconds", vigil.LEAST_SLOW_SECONDS)
+        hang.LEAST_SLOW_SECONDS = told.get("least_slow_seconds", hang.LEAST_SLOW_SECONDS)
         self.is_bad = RANK in told["bad_ranks"]
 
     def install(self) -> None:
-        """Put a lookout at each point."""
+        """Watch each point."""
         for point, (owner, name) in POINTS.items():
             setattr(owner, name, self._watched(point, getattr(owner, name)))
         for fault in self._waiting:

@@ -17,7 +17,7 @@ import pytest
 
 from mpichunk import cli
 from mpichunk.errors import ExitCode
-from mpichunk.ranks.recovery import Fuse
+from mpichunk.ranks.recovery import Watchdog
 from mpichunk.schedule.scheduler import MOST_DEATHS
 from tests.endtoend import assert_same_files, kill_tree, wait_until_done
 from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
@@ -287,11 +287,11 @@ def test_a_start_that_does_not_complete_ends_by_itself(bench):
     assert "Timeout" in job.log.read_text()
 
 
-def test_the_fuse_burns_only_while_it_is_lit():
+def test_the_watchdog_ends_a_process_only_while_it_runs():
     script = (
-        "import time; from mpichunk.ranks.recovery import Fuse; f = Fuse(0.5);"
-        "f.light(); f.put_out();"
-        "time.sleep(1); print('here', flush=True); f.light(); time.sleep(60)"
+        "import time; from mpichunk.ranks.recovery import Watchdog; w = Watchdog(0.5);"
+        "w.start(); w.stop();"
+        "time.sleep(1); print('here', flush=True); w.start(); time.sleep(60)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -304,4 +304,4 @@ def test_the_fuse_burns_only_while_it_is_lit():
     assert done.returncode == 1
     assert done.stdout == "here\n"
     assert "Timeout" in done.stderr
-    Fuse().light()
+    Watchdog().start()

@@ -25,10 +25,15 @@ _FORMATS = {
 """What each backend takes, what runs no code of the package first."""
 
 
+def is_description(path: Path) -> bool:
+    """Return whether a path has the name of a package's description."""
+    return path.name.endswith(_NAMES)
+
+
 def find_package(path: Path) -> Path | None:
     """Return the description of a package: the file itself, or that in the folder; else None."""
     if path.is_file():
-        return path if path.name.endswith(_NAMES) else None
+        return path if is_description(path) else None
     if not path.is_dir():
         return None
     for name in _NAMES:

@@ -16,7 +16,8 @@ _LABELS = "output.reduce", "output.threshold"
 """Of these the user's choice of one is a choice against the other."""
 
 _PLAIN_NORMALIZE = {"subtract": 0.0, "divide": 1.0, "clip": None}
-_ABSENT = object()
+ABSENT = object()
+"""Stands for a key that is not there; None is a value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ def merge(values: Mapping[str, Any], findings: Findings) -> Merged:
     warnings: list[Problem] = []
     taken = []
     for key, value in findings.settings.items():
-        written = _get(values, key)
+        written = value_at(values, key)
         if key == "model.arguments" and isinstance(written, Mapping):
             # One by one: what the description cannot tell is often a single one of them.
             _put(merged, key, {**value, **written})
@@ -60,7 +61,7 @@ def merge(values: Mapping[str, Any], findings: Findings) -> Merged:
         elif key != _SHAPE and not _is_same(key, written, value):
             warnings.append(_overruled(key, written, value, findings.origin))
     for obstacle in findings.obstacles:
-        told = [key for key in obstacle.keys if _get(values, key) is not _ABSENT]
+        told = [key for key in obstacle.keys if value_at(values, key) is not ABSENT]
         (warnings if told else problems).append(_of_obstacle(obstacle, told, findings.origin))
     for remark in findings.remarks:
         warnings.append(Problem(key="model.path", message=f"{findings.origin} {remark}"))
@@ -68,12 +69,12 @@ def merge(values: Mapping[str, Any], findings: Findings) -> Merged:
     return Merged(values=merged, problems=tuple(problems), warnings=tuple(warnings), notes=notes)
 
 
-def _get(values: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a dotted key, `_ABSENT` where there is none."""
+def value_at(values: Any, key: str) -> Any:
+    """Return the value of a dotted key, `ABSENT` where there is none."""
     found: Any = values
     for name in key.split("."):
         if not isinstance(found, Mapping) or name not in found:
-            return _ABSENT
+            return ABSENT
         found = found[name]
     return found
 
@@ -81,7 +82,7 @@ def _get(values: Mapping[str, Any], key: str) -> Any:
 def _is_written(values: Mapping[str, Any], key: str) -> bool:
     """Return whether the user has decided about a key."""
     keys = _LABELS if key in _LABELS else (key,)
-    return any(_get(values, key) is not _ABSENT for key in keys)
+    return any(value_at(values, key) is not ABSENT for key in keys)
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -107,7 +108,7 @@ def _contradiction(key: str, written: Any, value: Any, origin: str) -> Problem:
 
 
 def _overruled(key: str, written: Any, value: Any, origin: str) -> Problem:
-    if written is _ABSENT:
+    if written is ABSENT:
         message = f"is left out, since output.reduce or output.threshold is set; {origin} says"
         return Problem(key=key, message=f"{message} {_shown(value)}")
     return Problem(
@@ -127,7 +128,7 @@ def _of_obstacle(obstacle: Obstacle, told: Sequence[str], origin: str) -> Proble
 
 def _size_problems(values: Mapping[str, Any], findings: Findings) -> Sequence[Problem]:
     """Return what is wrong with the patch's shape, with the nearest that fits."""
-    shape = _get(values, _SHAPE)
+    shape = value_at(values, _SHAPE)
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int for n in shape):
         return ()
     nearest = [

@@ -71,7 +71,7 @@ def read_bundle(folder: Path, backend: str, *, as_code: bool) -> Findings:
         origin=origin,
         settings=settings,
         obstacles=tuple(obstacles),
-        remarks=undone,
+        remarks=(*undone, *_remarks(roi)),
         sizes=_sizes(image),
         notes=(form, *advice),
     )
@@ -248,3 +248,17 @@ def _inferer(inferer: Any) -> tuple[list[int] | None, list[str]]:
         isinstance(roi, list) and len(roi) == 3 and all(type(n) is int and n > 0 for n in roi)
     )
     return roi if is_shape else None, advice
+
+
+def _remarks(roi: list[int] | None) -> tuple[str, ...]:
+    """Return what to see to where the axes of the patch are not all alike.
+
+    A bundle does not say which of its axes is which; its readers give those of the file.
+    """
+    if roi is None or len(set(roi)) == 1:
+        return ()
+    return (
+        f"has the roi_size {roi} along its own axes, which are x, y, z where it reads NIfTI; it is "
+        "taken as z, y, x: store the volume so that its z, y and x axes are the network's first, "
+        "second and third",
+    )

@@ -3,13 +3,14 @@
 Knows what each transform computes; imports none. Geometry is told, not done.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mpichunk.config.described.findings import Obstacle
-from mpichunk.config.described.monai_values import code_in
+from mpichunk.config.described.monai_values import Code, code_in
 from mpichunk.config.described.scaling import Scale
 
 _NO_VALUES = frozenset(
@@ -19,7 +20,13 @@ _NO_VALUES = frozenset(
         *("Invert", "SaveImage"),
     )
 )
-"""What changes no value, or undoes what was not done."""
+"""What changes no value, unless to another type, or undoes what was not done."""
+
+_CASTS = frozenset(("EnsureType", "ToTensor", "CastToType"))
+"""What of it may change the type."""
+
+_FLOAT = re.compile(r"(?:\$?(?:torch|np|numpy)\.)?(?:b?float\d*|double|half)")
+"""Types, by name or as code, that values keep their fractions in."""
 
 _PADDING = frozenset(("SpatialPad", "BorderPad", "DivisiblePad", "CropForeground"))
 """What a sliding window over all the volume has no need of."""
@@ -40,6 +47,7 @@ _NORMALIZE = (
     "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
 )
 _AFTER = "model.activation", "output.reduce", "output.threshold"
+_LABELS = frozenset(_AFTER[1:])
 
 Steps = list[Mapping[str, Any]]
 
@@ -55,7 +63,11 @@ def first_steps(preprocessing: Any) -> tuple[Scale | Obstacle, tuple[str, ...]]:
         if name in _GEOMETRY:
             if name not in _PADDING:
                 undone.append(_shown(step))
-        elif name not in _NO_VALUES:
+        elif name in _NO_VALUES:
+            # Before the first step this is the type of the volume.
+            if scale != Scale() and not _keeps_fractions(name, step):
+                return _obstacle_before(_shown(step)), _remarks(undone)
+        else:
             try:
                 scale = _scaled(scale, name, step)
             except (ValueError, TypeError, KeyError):
@@ -71,7 +83,8 @@ def last_steps(postprocessing: Any) -> tuple[dict[str, Any], list[Obstacle]]:
         return settings, [_obstacle_after(f"the postprocessing {steps}")]
     for step in steps:
         name = _name(step)
-        if name in _NO_VALUES:
+        # The type of labels is the output's own affair.
+        if name in _NO_VALUES and (_LABELS & settings.keys() or _keeps_fractions(name, step)):
             continue
         found = _activation(step) if name == "Activations" and not settings else None
         if name == "AsDiscrete" and not settings.keys() - {"model.activation"}:
@@ -103,6 +116,15 @@ def _name(step: Mapping[str, Any]) -> str:
         if name in (known, f"{known}d", f"{known}D", f"{known}Dict"):
             return known
     return name
+
+
+def _keeps_fractions(name: str, step: Mapping[str, Any]) -> bool:
+    """Return whether a step leaves values as they are: in a floating type, or the one they have."""
+    dtypes = step.get("dtype") if name in _CASTS else None
+    return all(
+        dtype is None or (isinstance(dtype, str | Code) and bool(_FLOAT.fullmatch(str(dtype))))
+        for dtype in (dtypes if isinstance(dtypes, list) else [dtypes])
+    )
 
 
 def _scaled(scale: Scale, name: str, step: Mapping[str, Any]) -> Scale:
@@ -156,7 +178,8 @@ def _labels(step: Mapping[str, Any]) -> dict[str, Any] | None:
     wanted = {
         key: step[key]
         for key in ("argmax", "threshold", "rounding", "to_onehot")
-        if step.get(key) not in (None, False)
+        # By identity: 0 is a threshold, though it equals False.
+        if step.get(key) is not None and step[key] is not False
     }
     if not wanted:
         return {}
@@ -165,7 +188,8 @@ def _labels(step: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if key == "argmax" and value is True:
         return {"output.reduce": "argmax"}
-    if key == "threshold" and isinstance(value, int | float) and value > 0:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "threshold" and is_number and value > 0:
         # MONAI counts what equals the threshold, mpichunk only what is above: so the float before.
         return {"output.threshold": float(np.nextafter(np.float32(value), np.float32(0)))}
     return None

@@ -4,6 +4,7 @@ Writes nothing outside that folder, whatever the archive says. Knows nothing of 
 """
 
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -11,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from mpichunk.errors import ModelError
 from mpichunk.filehash import file_hash
+
+_UNPACKED = re.compile(r".*/(model-[0-9a-f]{16}/.+)")
 
 
 def unpack(archive: Path, run_dir: Path) -> Path:
@@ -46,6 +49,15 @@ def unpack(archive: Path, run_dir: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def path_in_archive(path: str) -> str | None:
+    """Return the path of what `unpack` wrote from its folder on, None for any other path.
+
+    The folder's name tells which archive it is, wherever the run directory lies.
+    """
+    match = _UNPACKED.fullmatch(path)
+    return match and match[1]
 
 
 def _refuse_escape(member: zipfile.ZipInfo, archive: Path) -> None:

@@ -1,11 +1,11 @@
-"""What the coordinator's lookout says, with a clock that the test sets."""
+"""What the coordinator's monitor says, with a clock that the test sets."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.roles.sentry import Lead, Lookout, MustEnd, note_beat
-from mpichunk.schedule.hang import Tempo, Vigil
+from mpichunk.roles.monitor import Lead, Monitor, MustEnd, note_beat
+from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import Beat, Heard
 from mpichunk.schedule.progress import Counters
 
@@ -47,18 +47,18 @@ def start(size=3, *, is_fault_tolerant=False, interval=5.0):
     lead = Lead(
         coordinator=FakeCoordinator(),
         attendance=FakeAttendance(),
-        vigil=Vigil(comm.alive, tempo, 0.0),
+        detector=HangDetector(comm.alive, tempo, 0.0),
     )
-    return Lookout(comm, interval=interval), lead
+    return Monitor(comm, interval=interval), lead
 
 
-def look(lookout, lead, *, until, begin=0.0, moving=()):
+def look(monitor, lead, *, until, begin=0.0, moving=()):
     """Take turns every quarter of a second; return what is said, each with its time."""
     said, now = [], begin
     while now <= until:
         for rank in moving:
-            lead.vigil.note(rank, now, now, is_idle=False)
-        said += [(now, *m) for m in lookout.step(lead, now, is_asked_to_end=False)]
+            lead.detector.note(rank, now, now, is_idle=False)
+        said += [(now, *m) for m in monitor.step(lead, now, is_asked_to_end=False)]
         now += 0.25
     return said
 
@@ -71,42 +71,42 @@ def beat(lead, rank, now, **counters):
 
 
 def test_a_standstill_is_told_once_and_then_ends_the_job(caplog):
-    lookout, lead = start()
-    look(lookout, lead, until=3.0)
+    monitor, lead = start()
+    look(monitor, lead, until=3.0)
     told = [r for r in caplog.messages if "no rank has moved for" in r]
     assert len(told) == 1
     with pytest.raises(MustEnd, match="no rank has moved for 4 s"):
-        look(lookout, lead, begin=3.25, until=9.0)
+        look(monitor, lead, begin=3.25, until=9.0)
     assert lead.coordinator.calls == []
 
 
 def test_once_the_run_ends_a_rank_that_does_not_is_given_up_though_no_other_moves():
-    lookout, lead = start(2)
+    monitor, lead = start(2)
     lead.coordinator.ending = "all blocks are done"
-    lead.vigil.excuse(0)
-    look(lookout, lead, until=9.0)
+    lead.detector.excuse(0)
+    look(monitor, lead, until=9.0)
     assert lead.attendance.excused == {1}
 
 
 def test_a_standstill_that_passes_may_be_told_again(caplog):
-    lookout, lead = start()
-    look(lookout, lead, until=2.0)
-    look(lookout, lead, begin=2.25, until=3.5, moving=(0, 1, 2))
-    look(lookout, lead, begin=3.75, until=6.0)
+    monitor, lead = start()
+    look(monitor, lead, until=2.0)
+    look(monitor, lead, begin=2.25, until=3.5, moving=(0, 1, 2))
+    look(monitor, lead, begin=3.75, until=6.0)
     assert sum("no rank has moved for" in r for r in caplog.messages) == 2
 
 
 def test_who_has_slept_blames_nobody():
-    lookout, lead = start()
-    look(lookout, lead, until=0.5, moving=(0, 1, 2))
-    assert lookout.step(lead, 1000.0, is_asked_to_end=False) == []
-    look(lookout, lead, begin=1000.25, until=1001.5, moving=(0,))
+    monitor, lead = start()
+    look(monitor, lead, until=0.5, moving=(0, 1, 2))
+    assert monitor.step(lead, 1000.0, is_asked_to_end=False) == []
+    look(monitor, lead, begin=1000.25, until=1001.5, moving=(0,))
     assert lead.coordinator.calls == []
 
 
 def test_a_rank_that_does_not_move_is_given_up_and_welcomed_back(caplog):
-    lookout, lead = start()
-    look(lookout, lead, until=3.0, moving=(0, 2))
+    monitor, lead = start()
+    look(monitor, lead, until=3.0, moving=(0, 2))
     assert lead.coordinator.calls == [("give_up_rank", 1)]
     assert lead.attendance.excused == {1}
     assert "rank 1 on node cannot be left behind" in caplog.text
@@ -115,23 +115,23 @@ def test_a_rank_that_does_not_move_is_given_up_and_welcomed_back(caplog):
     assert lead.attendance.excused == set()
 
 
-def test_the_others_hear_once_in_an_interval_unless_much_has_changed():
-    lookout, lead = start(interval=20.0)
-    said = look(lookout, lead, until=4.0, moving=(0, 1, 2))
-    assert said == [(0.0, rank, Heard(lease_seconds=1.0)) for rank in (1, 2)]
+def test_all_hear_once_in_an_interval_unless_much_has_changed():
+    monitor, lead = start(interval=20.0)
+    said = look(monitor, lead, until=4.0, moving=(0, 1, 2))
+    assert said == [(0.0, rank, Heard(lease_seconds=1.0)) for rank in (0, 1, 2)]
     for seconds in (0.01, 0.01, 0.55):
-        lead.vigil.tempo.note(seconds)  # 1.1 s now
-    assert look(lookout, lead, begin=4.25, until=19.0, moving=(0, 1, 2)) == []
-    said = look(lookout, lead, begin=19.25, until=38.0, moving=(0, 1, 2))
+        lead.detector.tempo.note(seconds)  # 1.1 s now
+    assert look(monitor, lead, begin=4.25, until=19.0, moving=(0, 1, 2)) == []
+    said = look(monitor, lead, begin=19.25, until=38.0, moving=(0, 1, 2))
     assert {now for now, *_ in said} == {20.0}
-    lead.vigil.tempo.note(2.0)
-    said = look(lookout, lead, begin=38.25, until=39.5, moving=(0, 1, 2))
-    assert [message.lease_seconds for _, _, message in said] == [4.0, 4.0]
+    lead.detector.tempo.note(2.0)
+    said = look(monitor, lead, begin=38.25, until=39.5, moving=(0, 1, 2))
+    assert [message.lease_seconds for _, _, message in said] == [4.0, 4.0, 4.0]
 
 
 def test_a_rank_that_has_ended_is_waited_for_no_more():
-    lookout, lead = start()
+    monitor, lead = start()
     beat(lead, 1, 0.0, ended=1)
     assert lead.coordinator.calls == [("note_end", 1)]
-    look(lookout, lead, until=5.0, moving=(0, 2))
+    look(monitor, lead, until=5.0, moving=(0, 2))
     assert lead.coordinator.calls == [("note_end", 1)]

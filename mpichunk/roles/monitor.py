@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from mpichunk.errors import ExitCode, MpichunkError
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.neighbours import Neighbours
-from mpichunk.ranks.recovery import Fuse
+from mpichunk.ranks.recovery import Watchdog
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import KILL_SECONDS, Vigil
+from mpichunk.schedule.hang import KILL_SECONDS, HangDetector
 from mpichunk.schedule.messages import Beat, Gone, Heard, Kill, Message
 from mpichunk.schedule.progress import totals
 
@@ -57,11 +57,11 @@ class Lead:
     attendance: Attendance
     """Knows when all have ended."""
 
-    vigil: Vigil
+    detector: HangDetector
     """Knows who moves."""
 
 
-class Lookout:
+class Monitor:
     """What every rank watches.
 
     Args:
@@ -124,7 +124,7 @@ class Lookout:
             self._blind_until = now + LOOK_SECONDS
             self.again()
             if lead is not None:
-                lead.vigil.forgive(now)
+                lead.detector.forgive(now)
         # A launcher that loses a rank asks the others to end and kills them a moment later: look
         # now, or nobody is left to say which rank has died.
         if now < self._blind_until or (now < self._next_look and not is_asked_to_end):
@@ -186,16 +186,16 @@ class Lookout:
             )
 
     def _look_after(self, lead: Lead, now: float) -> list[tuple[int, Message]]:
-        """Find the ranks that hang, and let the others hear of this one."""
+        """Find the ranks that hang, and let all hear what a lease may take."""
         comm, outgoing = self._comm, list[tuple[int, Message]]()
         is_ending = lead.coordinator.ending is not None
         if not is_ending:
             self._look_at_all(lead, now)
-        for rank in lead.vigil.new_hung(now, is_ending=is_ending):
-            self._tell_hung(rank, lead.vigil.tempo.lease_seconds)
+        for rank in lead.detector.new_hung(now, is_ending=is_ending):
+            self._tell_hung(rank, lead.detector.tempo.lease_seconds)
             if comm.is_fault_tolerant and comm.size > 1:
                 outgoing += [(killer, Kill(rank=rank)) for killer in self._killers(rank, lead)]
-        for rank in lead.vigil.new_given_up(now, can_die=comm.is_fault_tolerant):
+        for rank in lead.detector.new_given_up(now, can_die=comm.is_fault_tolerant):
             log.error(
                 "%s cannot be left behind; the others compute its blocks, and then the job is "
                 "ended by force",
@@ -203,18 +203,18 @@ class Lookout:
             )
             lead.coordinator.give_up_rank(rank)
             lead.attendance.excuse(rank)
-        word = Heard(lease_seconds=lead.vigil.tempo.lease_seconds)
+        word = Heard(lease_seconds=lead.detector.tempo.lease_seconds)
         change = abs(word.lease_seconds - self._lease_seconds)
         if now >= self._next_word or change > CHANGE * word.lease_seconds:
             self._next_word = now + self._interval
             self._lease_seconds = word.lease_seconds
-            others = set(comm.alive) - lead.vigil.given_up - {comm.rank}
-            outgoing += [(rank, word) for rank in sorted(others)]
+            # This rank, too: its pipeline may stand still while its main thread takes turns.
+            outgoing += [(rank, word) for rank in sorted(set(comm.alive) - lead.detector.given_up)]
         return outgoing
 
     def _look_at_all(self, lead: Lead, now: float) -> None:
         """Tell when no rank moves, and end the job when that goes on."""
-        seconds, limit = lead.vigil.standstill_seconds(now), lead.vigil.tempo.lease_seconds
+        seconds, limit = lead.detector.standstill_seconds(now), lead.detector.tempo.lease_seconds
         if seconds <= limit:
             self._has_told_standstill = False
             return
@@ -234,7 +234,7 @@ class Lookout:
 
     def _killers(self, rank: int, lead: Lead) -> list[int]:
         """Return who is to end a rank: one on its machine, and itself should it be able to."""
-        hung = lead.vigil.hung
+        hung = lead.detector.hung
         beside = [] if self._neighbours is None else self._neighbours.of(rank)
         able = [r for r in beside if r in self._comm.alive and r not in hung]
         return [*able[:1], rank]
@@ -250,7 +250,7 @@ class Lookout:
 
 
 def watch_stopped(
-    neighbours: Neighbours, fuse: Fuse, *, seconds: float, rank: int
+    neighbours: Neighbours, watchdog: Watchdog, *, seconds: float, rank: int
 ) -> threading.Thread:
     """Kill ranks of this machine that a signal has stopped while others wait for them for long.
 
@@ -258,7 +258,7 @@ def watch_stopped(
 
     Args:
         neighbours: The processes.
-        fuse: Lit while ranks wait for one another.
+        watchdog: Runs while ranks wait for one another.
         seconds: What is long.
         rank: This rank.
     """
@@ -267,7 +267,7 @@ def watch_stopped(
         suspects: set[int] = set()
         while True:
             time.sleep(min(LOOK_SECONDS, seconds / 2))
-            since = fuse.lit_since
+            since = watchdog.running_since
             if since is None or time.monotonic() - since < seconds:
                 suspects = set()
                 continue
@@ -288,10 +288,10 @@ def note_beat(lead: Lead, rank: int, beat: Beat, now: float) -> None:
     lead.attendance.note(rank, beat, now)
     counters = totals(beat.counters)
     if counters["ended"]:
-        lead.vigil.excuse(rank)
+        lead.detector.excuse(rank)
         lead.coordinator.note_end(rank)
         return
-    if lead.vigil.note(rank, counters["steps"], now, is_idle=not counters["held"]):
+    if lead.detector.note(rank, counters["steps"], now, is_idle=not counters["held"]):
         log.warning("rank %d moves again", rank)
         lead.coordinator.welcome_back(rank)
         lead.attendance.readmit(rank)

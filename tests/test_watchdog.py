@@ -6,15 +6,15 @@ import sys
 import pytest
 
 from mpichunk.ranks.launcher import name_of
-from mpichunk.ranks.recovery import Fuse
+from mpichunk.ranks.recovery import Watchdog
 from tests.launch import REPOSITORY
 
 
-def burn(script):
-    """Run a script with a fuse of 0.8 s."""
+def watched(script):
+    """Run a script with a watchdog of 0.8 s."""
     start = (
-        "import time; from mpichunk.ranks.recovery import Fuse\n"
-        "f = Fuse(0.8, who='rank 3 on node7')"
+        "import time; from mpichunk.ranks.recovery import Watchdog\n"
+        "w = Watchdog(0.8, who='rank 3 on node7')"
     )
     return subprocess.run(
         [sys.executable, "-c", f"{start}\n{script}"],
@@ -26,8 +26,8 @@ def burn(script):
     )
 
 
-def test_what_the_fuse_ends_is_told_before_the_stacks():
-    done = burn("f.light(); f.light(); time.sleep(60)")
+def test_what_the_watchdog_ends_is_told_before_the_stacks():
+    done = watched("w.start(); w.start(); time.sleep(60)")
     assert done.returncode == 1
     told, *rest = done.stderr.splitlines()
     assert told == (
@@ -37,18 +37,18 @@ def test_what_the_fuse_ends_is_told_before_the_stacks():
     assert rest[0].startswith("Timeout")
 
 
-@pytest.mark.parametrize("script", ["f.light(); f.put_out(); time.sleep(1.2)", "f.light()"])
-def test_nothing_is_told_of_a_fuse_that_does_not_burn_down(script):
-    done = burn(script)
+@pytest.mark.parametrize("script", ["w.start(); w.stop(); time.sleep(1.2)", "w.start()"])
+def test_nothing_is_told_of_a_watchdog_that_is_stopped_in_time(script):
+    done = watched(script)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_default_fuse_never_ends_anything():
-    fuse = Fuse()
-    fuse.light()
-    assert fuse.lit_since is not None
-    fuse.put_out()
-    assert fuse.lit_since is None
+def test_the_default_watchdog_never_ends_anything():
+    watchdog = Watchdog()
+    watchdog.start()
+    assert watchdog.running_since is not None
+    watchdog.stop()
+    assert watchdog.running_since is None
 
 
 @pytest.mark.parametrize(
