@@ -59,8 +59,8 @@ class MaskGrid:
         if volume.voxel_size is None and not mask.domain.contains(volume.domain):
             raise UserError(
                 f"the mask covers {mask.domain} and the input {volume.domain}, and neither says "
-                "how large its voxels are; give input.voxel_size and mask.voxel_size: [z, y, x] in nm "
-                "(the same for both if the mask is as fine as the input)",
+                "how large its voxels are; give input.voxel_size and mask.voxel_size, [z, y, x] in "
+                "nm (the same for both if the mask is as fine as the input)",
                 key="mask.volume",
             )
         size = volume.voxel_size or (1.0, 1.0, 1.0)
