@@ -32,14 +32,17 @@ def size(nbytes: int | None) -> str:
 def parse_size(text: str) -> int:
     """Return the bytes that a text such as `16GB`, `1.5 TiB` or `500M` means.
 
-    GB are powers of 1000, GiB of 1024; so is a bare G, as Slurm has it.
+    GB are powers of 1000, GiB of 1024; so is a bare G, as Slurm has it. A number without a unit is
+    refused: 16 would be bytes, and is meant as GB.
 
     Raises:
         ValueError: it is no such text.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?B)?|B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is no size; expected a number and a unit, e.g. 16GB")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?B)?|B)", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ValueError(
+            f"{text!r} is no size; expected a number above zero and its unit, e.g. 16GB"
+        )
     number, letter, suffix = match.groups()
     power = 0 if letter is None else "KMGTP".index(letter.upper()) + 1
     base = 1000 if (suffix or "").upper() == "B" else 1024

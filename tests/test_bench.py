@@ -22,7 +22,7 @@ from mpichunk.config.file import load_config
 from mpichunk.config.schema import Config
 from mpichunk.errors import UserError, VolumeError
 from mpichunk.geometry.box import Box
-from mpichunk.job.probing import read_probe, write_probe
+from mpichunk.job.probing import read_probe, warm_seconds, write_probe
 from mpichunk.job.startup import prepare
 from mpichunk.plan.prediction import forecast
 from mpichunk.plan.probe import Probe
@@ -72,6 +72,14 @@ def test_the_slowest_rank_counts() -> None:
     assert found.bare.median == pytest.approx(2 / 3)
     assert found.efficiency.median == pytest.approx(3 / 4)
     assert found.num_patches == 16
+
+
+def test_shares_are_shares_also_where_noise_has_a_part_outlast_the_whole() -> None:
+    found = combine([rank([2.0], [2.4], accumulate=0.05)])
+    assert found.efficiency.median == pytest.approx(1.2)
+    assert (found.network, found.blending, found.waiting) == (1, 0, 0)
+    assert found.is_noise and found.bound_by == "the network"
+    assert not combine([rank([2.0], [2.02])]).is_noise
 
 
 @pytest.mark.parametrize("stages", [{}, {"read": 9.0}, {"write": 3.0, "accumulate": 1.0}])
@@ -453,3 +461,20 @@ def test_probe_that_is_damaged_is_none(tmp_path: Path) -> None:
     assert read_probe(run_dir, config, files) is None
     (run_dir / "probe.json").write_text("{")
     assert read_probe(run_dir, config, files) is None
+
+
+@pytest.mark.parametrize(("seconds", "most_forwards"), [(0.001, 20), (0.3, 1)])
+def test_a_forward_is_timed_warm_and_a_long_one_is_not_repeated(
+    seconds: float, most_forwards: int
+) -> None:
+    calls: list[int] = []
+
+    def forward() -> None:
+        calls.append(1)
+        cold = 0.03 if len(calls) <= 2 and most_forwards > 1 else 0.0
+        time.sleep(seconds + cold)
+
+    found = warm_seconds(forward)
+    assert len(calls) <= most_forwards
+    assert seconds <= found
+    assert most_forwards == 1 or found < 0.03

@@ -482,7 +482,7 @@ def test_what_changes_bytes_enters_the_fingerprint_and_defaults_leave_it_as_it_w
     }
     assert parts(f"compute.{name}=false") == plain
     assert differences(plain, parts(f"compute.{name}=true")) == [
-        f"compute.{name}: null then, true now"
+        f"compute.{name}: default then, true now"
     ]
     assert differences(plain, parts("compute.precision=bfloat16")) == [
         'compute.precision: "float32" then, "bfloat16" now'

@@ -281,13 +281,16 @@ def test_the_table_is_for_people(
     assert main(["tune", str(path), "--repeats", "1", "--limit-seconds", "0.001"]) == 0
     text = capsys.readouterr().out
     assert "* pytorch float32, batch 1" in text
-    assert "refused: the time of --limit-seconds is over" in text
+    assert "not tried: the time of --limit-seconds is over" in text
     assert "The config runs the best there is: pytorch float32, batch 1." in text
     assert not (tmp_path / "config-tuned.yaml").exists()
 
 
 def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     onnx_maker.convolution(tmp_path / "net.onnx")
     path = tmp_path / "my.yaml"
@@ -319,6 +322,16 @@ def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
         assert written.model.path == str(tmp_path / "net.onnx")
         assert written.output.volume == load_config(path).config.output.volume
         assert "# my.yaml, tuned by `mpichunk tune` for cpu" in target.read_text()
+        # Only a run that has begun stands in the way of the new settings, and that is told.
+        journal = tmp_path / "runs/my/journal.jsonl"
+        printed = " ".join(capsys.readouterr().out.split())
+        cure = "another run_dir AND another output.volume"
+        comment = " ".join(target.read_text().replace("\n# ", " ").split())
+        assert cure in comment
+        assert (cure in printed) == journal.exists()
+        assert (f"The run in {journal.parent} has begun" in comment) == journal.exists()
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.touch()
     text = (tmp_path / "my-tuned.yaml").read_text()
     assert "# my own words\n" in text and "# and here\n" in text and "path: net.onnx" in text
 

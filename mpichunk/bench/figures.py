@@ -17,6 +17,9 @@ NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "wri
 """What a run can be bound by."""
 
 _BLENDING_STAGES = ("gather", "accumulate", "finalise")
+_NOISE = 1.02
+"""A run cannot be faster than its forwards alone; where it is by more, the repeats say nothing."""
+
 _WELL = 0.9
 """A run that computes so much of its time has nothing else to mend."""
 
@@ -105,6 +108,16 @@ class Figures:
     """Patches run per repeat."""
 
     @property
+    def network(self) -> float:
+        """Share of the time for forwards, which is all of it at most."""
+        return min(1.0, self.efficiency.median)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether a part took longer than the whole, so that nothing follows from its share."""
+        return self.efficiency.median > _NOISE
+
+    @property
     def io_share(self) -> float:
         """What input and output are of one block whose stages follow one another."""
         total = sum(self.stages.values())
@@ -177,7 +190,7 @@ def _blending_share(stages: Mapping[str, float], efficiency: float) -> float:
     """Return the share of time for blending: as it is to the forward in the block taken apart."""
     blending = sum(stages[name] for name in _BLENDING_STAGES)
     if stages["forward"] > 0 and efficiency > 0:
-        return min(1 - efficiency, efficiency * blending / stages["forward"])
+        return max(0.0, min(1 - efficiency, efficiency * blending / stages["forward"]))
     everything = sum(stages.values())
     return blending / everything if everything else 0.0
 
@@ -228,7 +241,7 @@ def _about_network(figures: Figures, config: Config, on_cpu: bool) -> Iterator[A
     """The device is busy with what it is there for."""
     yield Advice(
         key="model.backend",
-        message=f"{figures.efficiency.median:.0%} of the time is the network's own: only another "
+        message=f"{figures.network:.0%} of the time is the network's own: only another "
         "device or backend, fewer or larger patches, or more ranks make the run faster",
     )
     if on_cpu and config.model.backend == "pytorch":

@@ -80,7 +80,7 @@ def bench_json(bench: Bench) -> dict[str, Any]:
         "seconds_per_batch": figures.seconds_per_batch,
         "stages": dict(figures.stages),
         "shares": {
-            "network": figures.efficiency.median,
+            "network": figures.network,
             "blending": figures.blending,
             "waiting": figures.waiting,
         },
@@ -133,7 +133,11 @@ def _rate_lines(bench: Bench) -> list[str]:
     lines.append(_spread_row("bare forward", figures.bare, "nothing but the network"))
     lines.append(_spread_row("whole", figures.whole, "read to written"))
     lines.append(_spread_row("efficiency", figures.efficiency, "bare seconds / whole seconds"))
-    if figures.bare.most > _STEADY * figures.bare.least:
+    if figures.is_noise:
+        lines.append(
+            "  the repeats differ too much to tell; use more repeats on a quiet machine (--repeats)"
+        )
+    elif figures.bare.most > _STEADY * figures.bare.least:
         lines.append(
             "  the bare forward differs much from repeat to repeat: is something else running here?"
         )
@@ -169,7 +173,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         share = f"{seconds / total:.1%}" if total else "-"
         lines.append(f"  {name:<{_LABEL}}{1000 * seconds:>10.1f}{share:>10}   {words[name]}")
     lines.append(
-        f"  of the whole's time: {figures.efficiency.median:.1%} network, {figures.blending:.1%} "
+        f"  of the whole's time: {figures.network:.1%} network, {figures.blending:.1%} "
         f"blending, {figures.waiting:.1%} waiting for input and output"
     )
     lines.append(f"  bound by {figures.bound_by}")

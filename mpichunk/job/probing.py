@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
@@ -24,6 +25,9 @@ PEAK_NAME = "peak.json"
 
 SHORT_SECONDS = 2.0
 """A forward that takes longer is not run again only to know its time better."""
+
+WARM_SECONDS, MOST_FORWARDS = 0.2, 20
+"""Short forwards are repeated for so long, at most so often: the first ones are far slower."""
 
 _WITHOUT_EFFECT = ("activation", "augment", "affinity_channels", "skip_blank")
 
@@ -96,16 +100,14 @@ def forward_nbytes(engine: Engine, request: EngineRequest, num_forwards: int = 1
 def probe_engine(engine: Engine, request: EngineRequest) -> Probe:
     """Return what a forward takes, of an engine that has run one before.
 
-    One forward more, and a second one only if it is short: the first touches memory anew.
+    One forward more, and others only if it is short: the first touches memory anew.
     """
     batch_nczyx = texture_batch(engine, request)
     started = time.perf_counter()
     nbytes = _peak_nbytes(engine, request, batch_nczyx, 1)
     seconds = time.perf_counter() - started
     if seconds < SHORT_SECONDS:
-        started = time.perf_counter()
-        _forward(engine, batch_nczyx)
-        seconds = time.perf_counter() - started
+        seconds = warm_seconds(lambda: _forward(engine, batch_nczyx))
     return Probe(seconds=seconds, nbytes=nbytes, device=device_words(engine))
 
 
@@ -206,6 +208,17 @@ def _stamp(path: Path) -> list[int]:
     """Return size and time of a file: enough to see that it is another one."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+def warm_seconds(forward: Callable[[], None]) -> float:
+    """Return what a forward takes once caches and thread pools are warm."""
+    found: list[float] = []
+    ends = time.perf_counter() + WARM_SECONDS
+    while len(found) < MOST_FORWARDS and (not found or time.perf_counter() < ends):
+        started = time.perf_counter()
+        forward()
+        found.append(time.perf_counter() - started)
+    return median(found)
 
 
 def _forward(engine: Engine, batch_nczyx: DeviceArray) -> None:

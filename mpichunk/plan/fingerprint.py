@@ -70,7 +70,7 @@ def make_fingerprint(
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line for each key in which two fingerprints differ, sorted by key."""
     return [
-        f"{key}: {_short(old.get(key))} then, {_short(new.get(key))} now"
+        f"{key}: {_value_words(old, key)} then, {_value_words(new, key)} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -131,6 +131,13 @@ def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     for key, inner in value.items():
         leaves += _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
     return leaves
+
+
+def _value_words(parts: Mapping[str, Any], key: str) -> str:
+    """Return a value in words; fingerprints leave out what `compute` has at its default."""
+    if key not in parts and key.startswith("compute."):
+        return "default"
+    return _short(parts.get(key))
 
 
 def _short(value: Any) -> str:

@@ -68,7 +68,7 @@ def render_suggestions(
         command = f"      {' '.join(options_for(item))}"
         lines += ["", _row(f"{number}", item, found), *_wrapped(reasons, indent="      "), command]
     if not found.rows:
-        lines += ["", *_wrapped(_nothing_words(found, room, host_room))]
+        lines += ["", *_wrapped(nothing_words(found, room, host_room))]
     elif not any(item.forecast.seconds < found.now.forecast.seconds for item in found.rows):
         lines += ["", *_wrapped("nothing here is faster than the block as it is")]
     return "\n".join([*lines, "", *_legend(), ""])
@@ -107,6 +107,7 @@ def suggestions_json(
         "host_limit": None if host_room is None else host_room.words,
         "basis": found.now.forecast.basis,
         "now": values(found.now),
+        "smallest_nbytes": found.smallest_nbytes,
         "suggestions": [
             {
                 **values(item),
@@ -200,8 +201,8 @@ def _host_lines(found: Suggestions, host_room: Room | None) -> list[str]:
     return _wrapped(f"{_MEMORIES['host']}: {now}; {host_room.words}")
 
 
-def _nothing_words(found: Suggestions, room: Room, host_room: Room | None) -> str:
-    """Return what to do if nothing fits."""
+def nothing_words(found: Suggestions, room: Room, host_room: Room | None) -> str:
+    """Return what to do if nothing fits, with the smallest need."""
     limit, least, option = room.nbytes, found.smallest_nbytes, "--memory"
     if host_room is not None and least <= limit:
         limit, least, option = host_room.nbytes, found.smallest_host_nbytes, "--host-memory"

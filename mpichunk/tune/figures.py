@@ -37,6 +37,9 @@ class Row:
     refused: str = ""
     """Why it was not measured; empty if it was."""
 
+    is_tried: bool = True
+    """False if there was no time for it, which says nothing about it."""
+
     seconds: Spread | None = None
     """Of one patch."""
 
@@ -73,7 +76,7 @@ def is_better(row: Row, best: Row, tolerance: float) -> bool:
 def verdict(row: Row, best: Row, tolerance: float) -> str:
     """Return in a few words what speaks for or against a variant."""
     if row.refused:
-        return f"refused: {row.refused}"
+        return f"refused: {row.refused}" if row.is_tried else f"not tried: {row.refused}"
     assert row.speedup is not None and row.difference is not None and best.speedup is not None
     if row is best:
         return "the best"

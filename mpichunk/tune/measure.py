@@ -117,7 +117,7 @@ class Meter:
         if self._baseline is None:
             return self._measure_baseline(variant)
         row = self._measure_other(variant)
-        told = row.refused or (
+        told = (row.refused if row.is_tried else f"not tried: {row.refused}") or (
             f"{row.speedup.median:.2f} times the baseline's speed" if row.speedup else ""
         )
         log.info("%s: %s", variant.name, told)
@@ -147,7 +147,8 @@ class Meter:
 
     def _measure_other(self, variant: Variant) -> Row:
         if perf_counter() > self._deadline:
-            return Row(variant=variant, refused="the time of --limit-seconds is over")
+            words = "the time of --limit-seconds is over"
+            return Row(variant=variant, refused=words, is_tried=False)
         if too_large := self._too_large(variant):
             return Row(variant=variant, refused=too_large)
         self.baseline.engine.arrays.release()

@@ -45,6 +45,9 @@ class Tuning:
     largest_batch: int | None
     """How many patches would fit; None where it is not known."""
 
+    begun: str | None = None
+    """Run directory of the config, if its run has begun."""
+
     written: str | None = None
     """The config that was written."""
 
@@ -61,6 +64,7 @@ def tuning_json(tuning: Tuning) -> dict[str, Any]:
         "rows": [_row_json(row, tuning) for row in tuning.rows],
         "best": tuning.best.variant.name,
         "changes": tuning.changes,
+        "begun": tuning.begun,
         "written": tuning.written,
     }
 
@@ -70,6 +74,7 @@ def _row_json(row: Row, tuning: Tuning) -> dict[str, Any]:
     return {
         "name": row.variant.name,
         "settings": row.variant.settings,
+        "is_tried": row.is_tried,
         "refused": row.refused or None,
         "seconds_per_patch": row.seconds and asdict(row.seconds),
         "speedup": row.speedup and asdict(row.speedup),
@@ -145,7 +150,17 @@ def _conclusion(tuning: Tuning) -> list[str]:
     lines += [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if tuning.written:
         lines.append(f"written to {tuning.written}")
+        if tuning.begun is not None:
+            lines += wrap(f"{_begun_words(tuning.begun)}.", WIDTH)
     return lines
+
+
+def _begun_words(run_dir: str) -> str:
+    """Return why the config that is written cannot run as it is, and what to change in it."""
+    return (
+        f"The run in {run_dir} has begun with the old settings and cannot go on with these: "
+        "before you run the new config, give it another run_dir AND another output.volume"
+    )
 
 
 def comment_of(tuning: Tuning, source: str) -> str:
@@ -161,6 +176,10 @@ def comment_of(tuning: Tuning, source: str) -> str:
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",
+        f"{_begun_words(tuning.begun)}."
+        if tuning.begun is not None
+        else f"Once a run of {source} has begun, this needs another run_dir AND another "
+        "output.volume.",
     ]
     lines = [line for part in text for line in wrap(part, 98)]
     return "".join(f"# {line}\n" for line in lines)

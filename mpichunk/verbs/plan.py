@@ -22,7 +22,7 @@ from mpichunk.plan.memory import Memory
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json, render_plan
 from mpichunk.plan.suggestion import runs_on_cpu, suggest
-from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json
+from mpichunk.plan.suggestionreport import nothing_words, render_suggestions, suggestions_json
 from mpichunk.volume import check_output
 
 MEMORY, HOST = "--memory", "--host-memory"
@@ -94,7 +94,7 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
     """Print which blocks would be better.
 
     Raises:
-        UserError: nobody knows how much memory there is.
+        UserError: nobody knows how much memory there is, or no shape fits it.
     """
     probe = job.probe()
     memory: Memory = "cpu" if runs_on_cpu(job.config, probe) else "device"
@@ -120,7 +120,9 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
         text = render_suggestions(
             job.plan, job.config, found, room=room, memory=memory, probe=probe, host_room=beside
         )
-    print(text)
+    print(text, flush=True)
+    if not found.rows:
+        raise UserError(nothing_words(found, room, beside))
 
 
 def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:

@@ -25,6 +25,7 @@ from mpichunk.job.startup import Job, prepare
 from mpichunk.processmemory import use_one_arena
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
+from mpichunk.rundir import journal
 from mpichunk.rundir.logs import close_logs, log_to_terminal
 from mpichunk.tune.figures import largest_batch
 from mpichunk.tune.measure import Meter, read_patches
@@ -106,6 +107,7 @@ def _tune(config: Config, options: Options) -> Tuning:
         changes=changed(config, best.variant.settings),
         available=meter.available,
         largest_batch=largest_batch(sizes, meter.available),
+        begun=str(job.run_dir) if (job.run_dir / journal.NAME).exists() else None,
     )
 
 
