@@ -153,6 +153,31 @@ def test_an_output_that_differs_is_refused_with_the_fields(attempt):
         assert field in said
 
 
+def test_an_output_that_another_run_has_written_is_refused(attempt, tmp_path):
+    assert attempt()[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*.*")}
+    code, told = attempt(run_dir="elsewhere")
+    assert code == 2 and ": output.volume: " in told
+    assert "holds what this run has not written" in told and "--fresh" in told
+    assert not (tmp_path / "elsewhere").exists()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*.*")}
+    # What was begun and has written nothing is nobody's.
+    for path in (tmp_path / "out.zarr" / "c").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert attempt(run_dir="elsewhere")[0] == 0
+
+
+def test_a_mask_of_unknown_scale_must_cover_the_input(attempt, tmp_path):
+    with h5py.File(tmp_path / "mask.h5", "w") as file:
+        file["mask"] = np.ones((4, 6, 6), np.uint8)
+    code, told = attempt(mask={"volume": "mask.h5"})
+    assert code == 2 and "give input.voxel_size and mask.voxel_size" in told
+    sizes = {"volume": "mask.h5", "voxel_size": [4, 4, 4]}
+    code, told = attempt(input={"voxel_size": [1, 1, 1]}, mask=sizes)
+    assert code == 0, told
+
+
 def test_an_output_that_is_gone_is_not_called_done(attempt, tmp_path):
     assert attempt()[0] == 0
     shutil.rmtree(tmp_path / "out.zarr")

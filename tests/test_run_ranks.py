@@ -15,7 +15,7 @@ from mpichunk import cli
 from mpichunk.config.file import load_config
 from mpichunk.errors import LaunchError
 from mpichunk.geometry.box import Box
-from mpichunk.job.startup import NONCE_NAME, SIGHT_SECONDS, check_sight
+from mpichunk.job.sight import NONCE_NAME, SIGHT_SECONDS, check_sight
 from mpichunk.plan.plan import Plan
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal

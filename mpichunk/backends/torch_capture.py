@@ -77,7 +77,8 @@ class CapturedForward:
                     output_nczyx = self._forward(static_nczyx)
             except Exception as error:
                 raise _cause(error) from None
-            self._nbytes = torch.cuda.memory_reserved() - before + static_nczyx.nbytes
+            pool_nbytes = max(0, torch.cuda.memory_reserved() - before)
+            self._nbytes = pool_nbytes + static_nczyx.nbytes
         self._graph, self._batch_nczyx, self._output_nczyx = graph, static_nczyx, output_nczyx
 
     def _warm_up(self, batch_nczyx: Tensor) -> None:

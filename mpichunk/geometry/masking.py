@@ -39,8 +39,9 @@ class MaskGrid:
         """Return how `mask` lies over the voxels of `volume`.
 
         Raises:
-            UserError: the mask has several channels, a voxel size is missing on one side, or one
-                size is not a whole multiple of the other.
+            UserError: the mask has several channels, a voxel size is missing on one side, or on
+                both though the mask does not cover the volume, or one size is not a whole multiple
+                of the other.
         """
         if mask.num_channels != 1:
             raise UserError(
@@ -54,6 +55,13 @@ class MaskGrid:
                 f"the voxel size of {which} is not known, so the two cannot be laid over each "
                 f"other; give {section}.voxel_size: [z, y, x] in nm",
                 key=f"{section}.volume",
+            )
+        if volume.voxel_size is None and not mask.domain.contains(volume.domain):
+            raise UserError(
+                f"the mask covers {mask.domain} and the input {volume.domain}, and neither says "
+                "how large its voxels are; give input.voxel_size and mask.voxel_size, [z, y, x] in "
+                "nm (the same for both if the mask is as fine as the input)",
+                key="mask.volume",
             )
         size = volume.voxel_size or (1.0, 1.0, 1.0)
         mask_size = mask.voxel_size or (1.0, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What rank 0 prepares before any block is leased, and how every rank proves that it sees it.
+"""What rank 0 prepares before any block is leased.
 
 Opens volumes, plans, writes the run directory. Knows no communicator: `run` says which rank calls
 what.
@@ -7,7 +7,6 @@ what.
 import json
 import platform
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +22,11 @@ from mpichunk.backends import get_backend
 from mpichunk.backends.binding import Bindings
 from mpichunk.config.file import dump_config
 from mpichunk.config.schema import Config, Input, Mask
-from mpichunk.errors import JournalError, LaunchError, ModelError
+from mpichunk.errors import JournalError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.job.probing import read_probe
+from mpichunk.job.sight import NONCE_NAME
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
@@ -36,13 +36,7 @@ from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import State
-from mpichunk.volume import OutputSpec, Reader, check_output, open_input
-
-NONCE_NAME = ".nonce"
-"""File in the run directory by which ranks prove that they see the same one."""
-
-SIGHT_SECONDS = 30.0
-"""How long a network file system may take to show a file to another host."""
+from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
 
 RECORDED_LIBRARIES = (
     "numpy",
@@ -239,13 +233,22 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
     """Return (blocks,) whether each is still to be computed; write nothing.
 
     Raises:
-        JournalError: the journal is of another run, or its output is gone.
+        JournalError: the journal is of another run, or its output is gone; or there is none, and
+            what the output holds is somebody else's.
         VolumeError: the output exists and differs, or cannot be created.
     """
     is_there = check_output(job.output, sources=job.sources)
     num_blocks = len(job.plan)
     if fresh:
         return np.ones(num_blocks, dtype=np.bool_)
+    path = job.run_dir / journal.NAME
+    if is_there and journal.read_header(path) is None and holds_chunks(job.output):
+        raise JournalError(
+            f"{job.config.output.volume} exists and holds what this run has not written: there is "
+            f"no {path}. Choose another output.volume, or the run_dir of the run that wrote it; "
+            "--fresh writes over it",
+            key="output.volume",
+        )
     states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:
@@ -349,44 +352,6 @@ def write_run_files(config: Config, job: Job, expected: Forecast | None = None) 
             key="run_dir",
         ) from error
     return nonce
-
-
-def check_sight(
-    run_dir: Path,
-    nonce: str,
-    *,
-    host: str,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Prove that this rank sees the run directory that rank 0 has just written.
-
-    Raises:
-        LaunchError: it does not, also after the time that a network file system may take.
-    """
-    path = run_dir / NONCE_NAME
-    end = clock() + SIGHT_SECONDS
-    while True:
-        seen = _read_if_there(path)
-        if seen == nonce:
-            return
-        if clock() > end:
-            found = "another one is there" if seen else "it is not there"
-            raise LaunchError(
-                f"host {host} does not see the run directory {run_dir} of rank 0: {found}. Every "
-                "rank needs it: choose a run_dir on a file system that all nodes share",
-                key="run_dir",
-            )
-        sleep(0.2)
-
-
-def _read_if_there(path: Path) -> str | None:
-    """Return what a file holds, None if it cannot be read (yet)."""
-    try:
-        # Listing the directory makes NFS look again.
-        return path.read_text() if path in list(path.parent.iterdir()) else None
-    except OSError:
-        return None
 
 
 def _replace(path: Path, text: str) -> None:

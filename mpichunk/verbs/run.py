@@ -46,10 +46,10 @@ from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.job.fitting import Crew, check_device, check_host, keep_probe, probe_ranks
 from mpichunk.job.leading import Keeper, Leading
 from mpichunk.job.probing import Loading
+from mpichunk.job.sight import check_sight
 from mpichunk.job.startup import (
     Job,
     changed_versions,
-    check_sight,
     find_todo,
     library_versions,
     prepare,

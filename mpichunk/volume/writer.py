@@ -35,6 +35,9 @@ from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
 from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
 
+METADATA = ("zarr.json", "attributes.json", "info", "provenance")
+"""Files of a volume that are no chunks; those of zarr 2 are hidden."""
+
 
 class Writer:
     """An existing output volume, opened for writing."""
@@ -84,6 +87,22 @@ def check_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> boo
     """
     with keyed("output"):
         return _check(_address(spec), spec, sources)
+
+
+def holds_chunks(spec: OutputSpec) -> bool:
+    """Return whether anything has been written to an existing output.
+
+    Looked for in files only; of other stores nobody says no without listing all of their keys.
+
+    Raises:
+        VolumeError: its notation is not understood.
+    """
+    with keyed("output"):
+        path = _address(spec).path
+    if path is None:
+        return False
+    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return any(file.name not in METADATA and not _is_passing(file.name) for file in files)
 
 
 def create_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> bool:
@@ -252,12 +271,17 @@ def _check_folder(path: Path) -> None:
 def _refuse_clutter(path: Path) -> None:
     """Refuse a folder of other files; an interrupted creation leaves .zattrs or a .__lock."""
     names = sorted(p.name for p in path.iterdir()) if path.exists() else []
-    others = [n for n in names if not n.startswith(".") and not n.endswith(".__lock")]
+    others = [name for name in names if not _is_passing(name)]
     if others:
         raise VolumeError(
             f"{path} is not a volume and holds {', '.join(others[:5])}"
             f"{' and more' if len(others) > 5 else ''}; choose a new or an empty folder"
         )
+
+
+def _is_passing(name: str) -> bool:
+    """Return whether a file is hidden, or one that TensorStore had not finished."""
+    return name.startswith(".") or name.endswith(".__lock")
 
 
 def _create(address: Address, spec: OutputSpec) -> None:
