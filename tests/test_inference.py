@@ -340,7 +340,7 @@ def test_small_slabs_change_nothing(monkeypatch):
     for name in ENGINES:
         inference = make_inference(plan, name)
         expected = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core()
-        monkeypatch.setattr(type(inference._engine.arrays), "slab_nbytes", 1000)
+        monkeypatch.setattr(type(inference._engine.arrays), "finish_nbytes", 1000)
         found = inference.run(block, source_czyx, mask, np.dtype(np.uint8)).core()
         np.testing.assert_array_equal(found, expected)
 

@@ -140,7 +140,7 @@ class Arrays(Protocol):
     """
 
     @property
-    def slab_nbytes(self) -> int:
+    def finish_nbytes(self) -> int:
         """Bytes of float32 that are finished at a time: on a CPU what its cache holds."""
 
     def upload(self, host_czyx: npt.NDArray[Any]) -> DeviceArray:

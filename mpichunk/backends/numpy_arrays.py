@@ -34,7 +34,7 @@ class Staged:
 class NumpyArrays:
     """Arrays are numpy arrays."""
 
-    slab_nbytes = 1 << 20
+    finish_nbytes = 1 << 20
     """About one core's second-level cache."""
 
     def __init__(self) -> None:

@@ -65,7 +65,7 @@ class TorchArrays:
         """What calls need and find there: no call that is weighed shows it."""
 
     @property
-    def slab_nbytes(self) -> int:
+    def finish_nbytes(self) -> int:
         """A core's second-level cache, or a small share of an accelerator's memory."""
         return 1 << 20 if self._device.type == "cpu" else FINISH_NBYTES
 

@@ -1,4 +1,4 @@
-"""From one block's raw voxels to its finished core: cut, predict, blend, divide, quantise.
+"""From one block's raw voxels to its finished core: cut, predict, blend, quantise.
 
 Knows no framework (an engine brings its arrays), no volumes and no ranks. What enters a batch
 depends on the block alone, so that the bytes do too.

@@ -116,7 +116,7 @@ class Slab:
         start, self._num_finished = self._num_finished, max(stop, self._num_finished)
         for in_ring, first, _ in self._pieces(start, self._num_finished):
             ring_czyx = self._ring_czyx[:, in_ring]
-            for part in parts(tuple(ring_czyx.shape), self._arrays.slab_nbytes):
+            for part in parts(tuple(ring_czyx.shape), self._arrays.finish_nbytes):
                 self._finish_part(ring_czyx[(slice(None), *part.slices())], part, first)
                 if first + part.start[0] + self._length < self._num_rows:
                     # Zero for the rows that come next, while it is still in the cache.
