@@ -18,6 +18,7 @@ from mpichunk.rundir import journal
 from mpichunk.rundir.lock import RunLock
 from mpichunk.verbs.bench import bench_on
 from mpichunk.verbs.run import run_on
+from mpichunk.words import size
 from tests.endtoend import files_of, write_config
 from tests.launch import Launch
 from tests.test_bench import SHORT
@@ -77,14 +78,15 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_network_loads(
 def test_a_forward_that_needs_too_much_is_refused_on_all_ranks(
     tmp_path: Path, python: Launch, mpirun: Launch, num_ranks: int
 ) -> None:
-    path = config_file(tmp_path, patch={"batch_size": 8}, model={"out_channels": 1})
+    path = config_file(tmp_path, patch={"batch_size": 32}, model={"out_channels": 1})
     (tmp_path / "net.py").write_text(GREEDY)
-    limit = slurm(500 * num_ranks)
+    # What Python and torch take differs from machine to machine; a patch takes 32 MiB.
+    limit = slurm(800 * num_ranks)
     launch = python if num_ranks == 1 else lambda *words, **how: mpirun(num_ranks, *words, **how)
     line = refused(launch(*RUN, path, env=limit), "patch.batch_size", tmp_path)
     assert "inside the network" in line and "Slurm grants" in line
     batch = int(line.partition("patch.batch_size ")[2].partition(",")[0].split()[0])
-    assert 1 <= batch < 8
+    assert 1 <= batch < 32
     assert "after `bench`, `plan` lists" in line
     if num_ranks > 1:
         return
@@ -176,7 +178,7 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert peak > 50 << 20
     assert main(["plan", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"measured, last run, largest rank {peak / 2**20:.0f} MiB" in text
+    assert f"measured, last run, largest rank {size(peak)}" in text
     assert "wall time" in text and "predicted for 1 rank" in text
     # Of another block nothing was measured.
     other = told(path, capsys, "--set", "block.shape=[12,16,16]")

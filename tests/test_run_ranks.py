@@ -348,7 +348,8 @@ def test_a_block_that_fails_is_listed_and_alone_computed_again(tmp_path, mpirun,
 
     whole = chunk.read_bytes()
     chunk.write_bytes(whole[: len(whole) // 2])
-    done = mpirun(3, *RUN, config)
+    # So many neighbours of one chunk may fail in a row: they fail sooner than others are written.
+    done = mpirun(3, *RUN, config, "--set", f"schedule.max_consecutive_failures={len(plan)}")
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     assert f"{len(victims)} of {len(plan)} blocks failed" in done.stderr
