@@ -51,8 +51,12 @@ def resident_nbytes() -> int | None:
 
 def peak_nbytes() -> int:
     """Return the most memory that this process ever held."""
-    # Linux counts in KiB.
-    return max(*_earlier_peaks_nbytes, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    try:
+        peak = _status_nbytes("VmHWM")
+    except (OSError, StopIteration):
+        # In KiB; also counts what the program held that this one was started from.
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(*_earlier_peaks_nbytes, peak)
 
 
 def rise_nbytes(call: Callable[[], None]) -> int | None:

@@ -79,3 +79,14 @@ def test_threads_share_one_arena() -> None:
     assert num_arenas("one") == 1
     # What the user has set holds.
     assert num_arenas("one", MALLOC_ARENA_MAX="2") == 2
+
+
+def test_the_peak_is_not_that_of_the_program_that_started_this_one(python):
+    """The kernel hands ru_maxrss down to what is executed."""
+    held = bytearray(600 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    words = "from mpichunk.processmemory import peak_nbytes; print(peak_nbytes())"
+    done = python("-c", words)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 300 << 20
+    del held
