@@ -13,7 +13,9 @@ import psutil
 import yaml
 
 from mpichunk.geometry.box import Box
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.rundir import history, journal
+from mpichunk.schedule.lookahead import LOOKAHEAD_SECONDS
 from mpichunk.volume import open_input
 
 
@@ -48,6 +50,15 @@ def assert_same_files(found: Path, expected: Path) -> None:
     assert sorted(files.keys() - wanted.keys()) == [], "files that should not be there"
     assert sorted(wanted.keys() - files.keys()) == [], "files that are missing"
     assert [name for name in sorted(wanted) if files[name] != wanted[name]] == []
+
+
+def most_redone(seconds_per_block: float) -> int:
+    """Return how many blocks of one rank a crash may repeat at most.
+
+    What its pipeline holds and one that is reported just now; and, where blocks are so short that
+    leases wait, as many as may wait, since they are reported together.
+    """
+    return BLOCKS_IN_FLIGHT + 1 + int(LOOKAHEAD_SECONDS / seconds_per_block)
 
 
 def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:

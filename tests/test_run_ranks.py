@@ -19,7 +19,6 @@ from mpichunk.job.sight import NONCE_NAME, SIGHT_SECONDS, check_sight
 from mpichunk.plan.plan import Plan
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
-from mpichunk.schedule.lookahead import LOOKAHEAD_SECONDS
 from mpichunk.volume import OutputSpec, create_output, open_output
 from tests.endtoend import (
     TRAPPED,
@@ -28,6 +27,7 @@ from tests.endtoend import (
     files_of,
     kill_one_rank,
     kill_tree,
+    most_redone,
     read_volume,
     start_lines,
     trap,
@@ -40,7 +40,6 @@ OFFSET = (-7, 100, 3)
 SHAPE = (42, 75, 94)
 DOMAIN = Box.from_shape(OFFSET, SHAPE)
 ROI = Box(start=(-4, 107, 9), stop=(31, 171, 90))
-DEPTH = 3
 """Blocks that a rank holds at the same time."""
 
 
@@ -245,10 +244,8 @@ def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, pyt
         num_written = sum(path.suffix == "" for path in output.glob("c/*/*/*/*"))
         print(f"{num_ranks} ranks: {num_journaled} blocks journaled, {num_written} written")
         assert num_done <= num_journaled < num_blocks
-        # While others wait, finished blocks are reported together: as many as may wait.
         shortest = min(sum(line["seconds"].values()) for line in block_lines(run_dir))
-        most = DEPTH + 1 + int(LOOKAHEAD_SECONDS / shortest)
-        assert 0 <= num_written - num_journaled <= most * num_ranks
+        assert 0 <= num_written - num_journaled <= most_redone(shortest) * num_ranks
     # What a kill leaves now and then.
     (output / "c/0/0/0/0_ec3970eed89698c6.__lock").write_bytes(b"half a chunk")
     done = mpirun(5, *RUN, config, "--set", "schedule.mode=static")

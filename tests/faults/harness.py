@@ -26,7 +26,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.rundir import journal
 from mpichunk.rundir.runstatus import RunStatus, read_status
 from mpichunk.volume import OutputSpec, create_output, open_output
-from tests.endtoend import assert_same_files, block_lines, kill_tree
+from tests.endtoend import assert_same_files, block_lines, kill_tree, most_redone
 from tests.faults.program import VARIABLE
 from tests.faults.scenario import MOST_RANKS, Attempt, Scenario
 from tests.launch import find_mpirun, launch_environment, mpirun_options
@@ -39,12 +39,7 @@ SCHEDULE = {"min_lease_seconds": 2, "start_timeout_seconds": 30}
 """What a config says so that ranks that hang are found soon."""
 
 TIMEOUT_SECONDS = 90
-DEPTH = 3
 """Blocks that a rank holds at the same time."""
-
-MOST_REDONE_PER_RANK = DEPTH + 12
-"""Held, or finished and not in the journal: reported together while others wait, which are ten for
-blocks of 25 ms, or in the last moments before the journal was synced."""
 
 MOST_STARTS = 8
 JOB_VARIABLE = "MPICHUNK_TEST_JOB"
@@ -129,15 +124,15 @@ class Run:
         codes: list[int] = []
         last = Attempt(num_ranks=2, mode="dynamic")
         planned = [*self._scenario.attempts, *[last] * MOST_STARTS]
-        most_redone = 0
+        most = 0
         while (found := self._status()) is None or found.exit_code != ExitCode.ALL_DONE:
             assert len(codes) < MOST_STARTS, f"not complete after {codes}"
             attempt = planned[len(codes)]
             codes.append(self._start(attempt, len(codes)))
             self._check_truth(codes[-1], attempt)
-            most_redone += MOST_REDONE_PER_RANK * attempt.num_ranks
+            most += most_redone(SECONDS_PER_BLOCK) * attempt.num_ranks
         num_redone = self._check_result()
-        assert num_redone <= most_redone, f"{num_redone} blocks redone"
+        assert num_redone <= most, f"{num_redone} blocks redone"
         met = tuple(self._lines("met"))
         disturbed = met or any(not a.is_undisturbed and not a.faults for a in planned[: len(codes)])
         word = "finished" if len(codes) == 1 else "resumed"
