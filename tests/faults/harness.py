@@ -39,7 +39,6 @@ SCHEDULE = {"min_lease_seconds": 2, "start_timeout_seconds": 30}
 """What a config says so that ranks that hang are found soon."""
 
 TIMEOUT_SECONDS = 90
-"""Blocks that a rank holds at the same time."""
 
 MOST_STARTS = 8
 JOB_VARIABLE = "MPICHUNK_TEST_JOB"
@@ -365,4 +364,4 @@ def _write_input(path: Path) -> None:
     open_output(spec).write(DOMAIN, voxels).result()
 
 
-assert MOST_RANKS * MOST_REDONE_PER_RANK < NUM_BLOCKS
+assert MOST_RANKS * most_redone(SECONDS_PER_BLOCK) < NUM_BLOCKS
