@@ -262,8 +262,6 @@ def test_a_probe_fills_in_what_only_a_forward_can_tell() -> None:
         (None, None, None, 3, 2),
         (1.0, None, None, 3, 2),
         (1e-9, None, None, 2, 1),
-        # One thread encodes no two blocks at the same time.
-        (1.0, 1, None, 3, 1),
         (None, 1, (16, 16, 16), 3, 4),
     ],
 )

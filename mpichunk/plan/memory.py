@@ -19,6 +19,7 @@ from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
+from mpichunk.volume.writing import most_under_way
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -179,16 +180,15 @@ def _most_written(config: Config, work: Work, probe: Probe | None) -> int:
     return 1 if is_quick else BLOCKS_IN_FLIGHT - 1
 
 
-def _num_encoded(config: Config, num_written: int) -> int:
-    """Return how many copies of a core the storage library holds, of so many being written.
+def _encoded_nbytes(config: Config, work: Work, num_channels: int, itemsize: int) -> int:
+    """Return what the storage library holds, at most, of a core that is being written.
 
-    Measured with TensorStore 0.1: with one thread 0.1 to 0.8 whether one is written or two, since
-    what is encoded goes to the disk meanwhile; with more up to 1.2 for each, where the disk is
-    slower; in shards as large as the core 1.9 for each, one as it is and one encoded.
+    Measured with TensorStore 0.1: of chunks what is under way, where the disk is slower than the
+    encoder; of a shard two, one as it is put together and one encoded.
     """
-    if config.output.shard_shape is not None:
-        return 2 * num_written
-    return min(1, num_written) if config.compute.threads == 1 else num_written
+    voxel_nbytes = num_channels * itemsize
+    num_copies = 1 if config.output.shard_shape is None else 2
+    return num_copies * most_under_way(work.core_shape, config.write_unit, voxel_nbytes)
 
 
 def _block_parts(
@@ -197,7 +197,8 @@ def _block_parts(
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    core = _nbytes(work.core_shape, Reduction.of(config).num_channels, itemsize)
+    num_channels = Reduction.of(config).num_channels
+    core = _nbytes(work.core_shape, num_channels, itemsize)
     # The peak: one block in the network, the others read, or being written if that takes more. A
     # block alone is written while its input is still there.
     most_written = min(most_written, max(1, in_flight - 1))
@@ -221,8 +222,8 @@ def _block_parts(
         host_nbytes=num_cores * _pinned(core),
         device_nbytes=0,
     )
-    encoded = _on_host("output being encoded", _num_encoded(config, num_written) * core)
-    yield replace(encoded, is_certain=False)
+    encoded = num_written * _encoded_nbytes(config, work, num_channels, itemsize)
+    yield replace(_on_host("output being encoded", encoded), is_certain=False)
 
 
 def _blending_parts(
