@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import mpichunk.backends.devices as devices
+import mpichunk.backends.devices.probing as devices
 from mpichunk.backends import get_backend
 from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.size_advice import size_advice
-from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.engine import TorchEngine, prepare_torch
+from mpichunk.backends.shapes.size_advice import size_advice
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpichunk.backends.engine import EngineRequest, Kernels
-from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
+from mpichunk.backends.pytorch.engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.errors import ModelError
 from mpichunk.job.probing import probe_engine
@@ -124,7 +124,7 @@ def test_engines_of_several_precisions_in_one_process_do_not_meet(batch):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_halves_act_on_torchscript_and_exported_programs(batch, expected, tmp_path, precision):
-    from mpichunk.backends.torch_exported import load_exported
+    from mpichunk.backends.pytorch.exported import load_exported
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ from torch import nn
 
 from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.identity import IdentityEngine
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import BlockInference, check_engine, is_blank, scaling_for
 from mpichunk.block.slab import parts
 from mpichunk.config.schema import Normalize

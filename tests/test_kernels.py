@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.engine import EngineRequest, Kernels
-from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.backends.torch_network import load_network
+from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.pytorch.network import load_network
 from mpichunk.block.inference import check_engine
 from mpichunk.config.checks import check
 from mpichunk.config.file import load_config
@@ -327,7 +327,7 @@ def test_a_network_that_does_not_run_is_explained_though_it_is_to_be_folded():
 COMPILE = """
 import sys, torch
 from torch import nn
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.errors import ModelError
 from tests.test_kernels import BATCH, request
 net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Sigmoid()).eval()

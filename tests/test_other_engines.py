@@ -17,7 +17,7 @@ from torch import nn
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.onnx_file import onnx_files
+from mpichunk.backends.files.onnx import onnx_files
 from mpichunk.block.inference import check_engine
 from mpichunk.config.rules import CPU_BACKENDS
 from mpichunk.config.schema import Model
@@ -466,7 +466,7 @@ def test_openvino_does_not_report_its_use():
     need("openvino")
     code = """
 import sys
-from mpichunk.backends.openvino_model import import_openvino
+from mpichunk.backends.openvino.model import import_openvino
 import_openvino()
 assert sys.modules["openvino_telemetry"] is None, "it would send events"
 import openvino

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpichunk.backends.numpy_arrays import NumpyArrays
+from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.backends.reduction import Reduction
-from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.config.schema import Config
 from tests.geometries import make_config
 

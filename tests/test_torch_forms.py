@@ -18,7 +18,7 @@ from torch import nn
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.exported_archive import strange_parts
+from mpichunk.backends.pytorch.exported_archive import strange_parts
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.backends.torch_transfer import NUM_BATCHES_AHEAD, Transfer
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.pytorch.transfer import NUM_BATCHES_AHEAD, Transfer
 from tests.test_inference import Mix, make_inference, make_plan, make_request, make_source
 
 

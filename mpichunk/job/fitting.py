@@ -9,7 +9,7 @@ Measures one forward and keeps what it tells. Knows no blocks, and decides nothi
 import logging
 from dataclasses import dataclass, replace
 
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.canary import FAILURES

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mpichunk import __version__
 from mpichunk.backends import get_backend
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.config.file import dump_config
 from mpichunk.config.schema import Config, Input, Mask
 from mpichunk.errors import JournalError, ModelError

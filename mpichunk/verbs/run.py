@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
 from mpichunk.block.pipeline import Pipeline, Source

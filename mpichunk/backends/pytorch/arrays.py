@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpichunk.backends.engine import FINISH_NBYTES, Scaling
-from mpichunk.backends.torch_transfer import Transfer, make_transfer
+from mpichunk.backends.pytorch.transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpichunk.backends.devices import accelerator_name
+from mpichunk.backends.devices.probing import accelerator_name
 from mpichunk.backends.engine import EngineInfo, EngineRequest
-from mpichunk.backends.network_output import failed_forward, find_cut
-from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.backends.torch_capture import CapturedForward
-from mpichunk.backends.torch_exported import ExportedNetwork
-from mpichunk.backends.torch_folding import fold_batch_norm
-from mpichunk.backends.torch_kernels import (
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.capture import CapturedForward
+from mpichunk.backends.pytorch.exported import ExportedNetwork
+from mpichunk.backends.pytorch.folding import fold_batch_norm
+from mpichunk.backends.pytorch.kernels import (
     HALVES,
     CompiledNetwork,
     computing,
@@ -29,7 +28,8 @@ from mpichunk.backends.torch_kernels import (
     refuse_device,
     refuse_without_halves,
 )
-from mpichunk.backends.torch_network import where_raised
+from mpichunk.backends.pytorch.network import where_raised
+from mpichunk.backends.shapes.network_output import failed_forward, find_cut
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple
 
