@@ -1,4 +1,4 @@
-"""A core on its way to the disk: parts of whole write units, a bounded number of bytes at a time."""
+"""A core on its way to the disk: in parts of whole write units, so many bytes at a time."""
 
 from math import prod
 
