@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid, Triple
-from mpichunk.volume import writing
+from mpichunk.geometry.parts import PART_NBYTES, most_under_way, write_parts
 from mpichunk.volume.future import BlockFuture
-from mpichunk.volume.writing import Writing, most_under_way, write_parts
+from mpichunk.volume.writing import Writing
 
 MIB = 1 << 20
 UNIT_SHAPES = st.tuples(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
@@ -40,15 +40,15 @@ def test_parts_are_whole_write_units_and_tile_the_core(
             is_whole = (part.stop[axis] - ORIGIN[axis]) % unit[axis] == 0
             assert is_whole or part.stop[axis] == core.stop[axis]
         is_one = all(n <= u for n, u in zip(part.shape, unit, strict=True))
-        assert is_one or part.num_voxels * voxel_nbytes <= writing.PART_NBYTES
+        assert is_one or part.num_voxels * voxel_nbytes <= PART_NBYTES
     assert (count == 1).all()
 
 
 def test_parts_are_not_smaller_than_they_need_be() -> None:
     core = Box.from_shape((0, 0, 0), (1024, 1024, 1024))
     parts = write_parts(core, (0, 0, 0), (8, 8, 8), 1)
-    assert max(part.num_voxels for part in parts) == writing.PART_NBYTES
-    assert len(parts) == core.num_voxels // writing.PART_NBYTES
+    assert max(part.num_voxels for part in parts) == PART_NBYTES
+    assert len(parts) == core.num_voxels // PART_NBYTES
 
 
 class Disk:
@@ -95,10 +95,10 @@ class DiskFuture:
 @pytest.mark.parametrize(
     ("core_shape", "unit", "voxel_nbytes", "expected"),
     [
-        ((256, 256, 256), (64, 64, 64), 12, 30 * MIB),  # rows of units: 6 MiB
+        ((256, 256, 256), (64, 64, 64), 12, 15 * MIB),  # units of 3 MiB
         ((256, 256, 256), (256, 256, 256), 12, 192 * MIB),
         ((16, 16, 16), (8, 8, 8), 4, 16 * 1024),
-        ((64, 1024, 1024), (64, 64, 64), 1, 32 * MIB),
+        ((64, 1024, 1024), (64, 64, 64), 1, 16 * MIB),
     ],
 )
 def test_bytes_under_way_are_bounded(

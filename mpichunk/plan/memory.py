@@ -14,12 +14,12 @@ from mpichunk.backends.engine import FINISH_NBYTES
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
+from mpichunk.geometry.parts import most_under_way
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
-from mpichunk.volume.writing import most_under_way
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -91,18 +91,14 @@ def least_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
     return total_nbytes([part for part in parts if part.is_certain], memory)
 
 
-def blocks_in_flight(num_blocks: int, num_ranks: int) -> int:
-    """Return how many blocks a rank holds at most, where so many are to do on so many ranks."""
-    return max(1, min(BLOCKS_IN_FLIGHT, ceil_div(num_blocks, num_ranks)))
-
-
 def memory_of(
     plan: Plan,
     config: Config,
     info: VolumeInfo,
     work: Work,
     *,
-    in_flight: int = BLOCKS_IN_FLIGHT,
+    num_ranks: int = 1,
+    num_blocks: int | None = None,
     model_nbytes: int | None = None,
     probe: Probe | None = None,
 ) -> tuple[MemoryPart, ...]:
@@ -111,15 +107,19 @@ def memory_of(
     Args:
         plan, config, info: as for `estimate`.
         work: what the plan computes.
-        in_flight: blocks that the rank holds; see `blocks_in_flight`.
+        num_ranks: ranks that share the blocks.
+        num_blocks: blocks that are still to do; default: all.
         model_nbytes: bytes of the model's files, which is about what its weights take.
         probe: what a forward of this config told.
     """
+    # In equal shares; who is given more has no more of them at the same time.
+    num_own = max(1, ceil_div(work.num_blocks if num_blocks is None else num_blocks, num_ranks))
+    in_flight = min(BLOCKS_IN_FLIGHT, num_own)
     parts = [
         *_block_parts(config, info, work, in_flight, _most_written(config, work, probe)),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         *_blending_parts(plan, config, info, work),
-        _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
+        _on_host("chunks of the input", _chunks_nbytes(plan, info, work, num_own)),
         *_program_parts(config, model_nbytes, probe),
     ]
     if config.model.backend != "identity":
@@ -266,8 +266,8 @@ def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
     return config.patch.batch_size * per_patch
 
 
-def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
-    """Return the bytes of decoded chunks: of one read, and of the cache."""
+def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work, num_own: int) -> int:
+    """Return the bytes of decoded chunks: of one read, and of the cache of all that are read."""
     chunk_shape = info.chunk_shape or (1, 1, 1)
     read = triple(
         [
@@ -277,8 +277,9 @@ def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
             )
         ]
     )
-    volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
-    return _nbytes(read, info.num_channels, info.dtype.itemsize) + min(CACHE_NBYTES, volume)
+    of_volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
+    of_read = _nbytes(read, info.num_channels, info.dtype.itemsize)
+    return of_read + min(CACHE_NBYTES, of_volume, num_own * of_read)
 
 
 def _on_host(name: str, nbytes: int) -> MemoryPart:

@@ -20,7 +20,7 @@ from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.memory import Memory, blocks_in_flight, memory_of, total_nbytes
+from mpichunk.plan.memory import Memory, memory_of, total_nbytes
 from mpichunk.plan.plan import MOST_BLOCKS, Plan
 from mpichunk.plan.prediction import Forecast, forecast, forecast_of
 from mpichunk.plan.probe import Probe
@@ -237,7 +237,7 @@ class _Search:
             config,
             self.info,
             work,
-            in_flight=blocks_in_flight(work.num_blocks, self.num_ranks),
+            num_ranks=self.num_ranks,
             model_nbytes=self.model_nbytes,
             probe=self.probe,
         )

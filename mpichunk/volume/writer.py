@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple
+from mpichunk.geometry.parts import write_parts
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
 from mpichunk.volume.cloud import has_suffixed_files
@@ -34,7 +35,7 @@ from mpichunk.volume.metadata import array_metadata, attributes_of, detect, form
 from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
 from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
-from mpichunk.volume.writing import Writing, write_parts
+from mpichunk.volume.writing import Writing
 
 METADATA = ("zarr.json", "attributes.json", "info", "provenance")
 """Files of a volume that are no chunks; those of zarr 2 are hidden."""
