@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.memory`: what `plan` says a rank needs, and what a run of it took.
+"""`python -m tests.benchmarks.memory`: what `plan` says of memory and time, and what a run took.
 
 Each config is benched once, so that the network's own need is known, planned, and run under mpirun;
 then the same with blocks ten times as long in z. On an accelerator, that one's memory too.
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpichunk.rundir.history import History
 from tests.benchmarks import common
 
 MIB = 2**20
@@ -53,11 +54,14 @@ def configure(
 
 
 def measure(config: Path, num_ranks: int) -> dict[str, Any]:
-    """Return bytes projected and measured, of the rank that took most."""
+    """Return bytes of the rank that took most, and seconds: projected and measured."""
     common.bench(config, blocks=1, num_ranks=num_ranks)
     text, _ = common.mpichunk("plan", config, "--json", "--ranks", num_ranks)
-    planned = json.loads(text)["memory"]
+    found = json.loads(text)
+    planned = found["memory"]
     ranks = run(config, num_ranks)
+    history = History()
+    history.follow(config.parent / "runs" / config.stem / "journal.jsonl")
     device = max(rank["device_nbytes"] for rank in ranks)
     return {
         "host": {
@@ -67,6 +71,10 @@ def measure(config: Path, num_ranks: int) -> dict[str, Any]:
         "device": {
             "projected": planned["device_nbytes"] if device else 0,
             "measured": device,
+        },
+        "seconds": {
+            "projected": found["prediction"]["seconds"],
+            "measured": history.end["time"] - history.starts[-1]["time"],
         },
         "parts": planned["parts"],
     }
@@ -104,16 +112,17 @@ def be_a_rank(config: Path) -> int:
 def render(found: Mapping[str, Any]) -> str:
     """Return projected and measured as a table."""
     rows: list[Sequence[object]] = []
+    units = {"host": ("host, MiB", MIB), "device": ("device, MiB", MIB), "seconds": ("seconds", 1)}
     for name, item in found["found"].items():
-        for where in ("host", "device"):
-            projected, measured = item[where]["projected"], item[where]["measured"]
+        for what, (words, unit) in units.items():
+            projected, measured = item[what]["projected"], item[what]["measured"]
             if measured:
-                numbers = projected / MIB, measured / MIB
+                numbers = projected / unit, measured / unit
                 rows.append(
-                    [name, where, *(f"{n:.0f}" for n in numbers), f"{projected / measured:.3f}"]
+                    [name, words, *(f"{n:.0f}" for n in numbers), f"{projected / measured:.3f}"]
                 )
     rows += [[name, f"not measured: {why}", "", "", ""] for name, why in found["missing"].items()]
-    header = "config", "memory", "projected, MiB", "measured, MiB", "projected / measured"
+    header = "config", "what", "projected", "measured", "projected / measured"
     where = common.machine_words(found["machine"])
     ranks = f"{found['num_ranks']} ranks, the one that took most; output {found['dtype']}"
     return f"{common.table(header, rows)}\n\n{ranks}. {where}"
