@@ -44,7 +44,7 @@ from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, se
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
-from mpichunk.processmemory import trim, use_one_arena
+from mpichunk.processmemory import settle_allocator, trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -93,7 +93,7 @@ def bench(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 
     To be called by every rank.
     """
-    use_one_arena()
+    settle_allocator()
     comm = start_mpi()
     # As Ctrl-C: so that the scratch output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

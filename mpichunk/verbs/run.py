@@ -59,7 +59,7 @@ from mpichunk.job.startup import (
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
-from mpichunk.processmemory import use_one_arena
+from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -141,7 +141,7 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
 
     To be called by every rank.
     """
-    use_one_arena()
+    settle_allocator()
     who = name_of(os.environ, socket.gethostname())
     watchdog = Watchdog(_start_timeout(config_path, overrides), who=who)
     watchdog.start()

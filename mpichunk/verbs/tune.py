@@ -22,7 +22,7 @@ from mpichunk.config.text import parse
 from mpichunk.errors import ExitCode, LaunchError, UserError
 from mpichunk.job.assembly import bind_ranks
 from mpichunk.job.startup import Job, prepare
-from mpichunk.processmemory import use_one_arena
+from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
 from mpichunk.rundir import journal
@@ -60,7 +60,7 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
     Raises:
         UserError: the config cannot be run as it is in float32, or the target cannot be written.
     """
-    use_one_arena()
+    settle_allocator()
     log_to_terminal(0)
     try:
         _refuse_ranks(os.environ)

@@ -91,11 +91,11 @@ def run(config: Path, num_ranks: int) -> list[dict[str, Any]]:
 
 def be_a_rank(config: Path) -> int:
     """Run a config as the `run` verb does, and print the peaks of this process."""
-    from mpichunk.processmemory import peak_nbytes, use_one_arena
+    from mpichunk.processmemory import peak_nbytes, settle_allocator
     from mpichunk.ranks.comm import start_mpi
     from mpichunk.verbs.run import run_on
 
-    use_one_arena()
+    settle_allocator()
     comm = start_mpi()
     code = run_on(comm, config, fresh=True)
     device_nbytes = 0
