@@ -149,7 +149,7 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=_positive_number,
         default=1e-3,
         metavar="SHARE",
-        help="largest difference from float32, as a share of the range of the network's output "
+        help="largest difference from float32, as a share of the range of the activated values "
         "(default: 0.001)",
     )
     tune.add_argument(

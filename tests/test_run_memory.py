@@ -1,6 +1,7 @@
 """Whole runs: refused before the first block where memory is short, else compared with plans."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mpichunk.rundir import journal
 from mpichunk.rundir.lock import RunLock
 from mpichunk.verbs.bench import bench_on
 from mpichunk.verbs.run import run_on
-from mpichunk.words import size
+from mpichunk.words import duration, size
 from tests.endtoend import files_of, write_config
 from tests.launch import Launch
 from tests.test_bench import SHORT
@@ -152,6 +153,9 @@ def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[
 
 def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path)
+    # So that a forward takes as long, however busy this machine is.
+    slow = "def forward(self, x):\n        __import__('time').sleep(0.01)"
+    (tmp_path / "net.py").write_text(NET.replace("def forward(self, x):", slow))
     assert told(path, capsys)["prediction"] is None
     assert bench_on(SerialCommunicator(), path, [], SHORT) == 0
     found = told(path, capsys)
@@ -168,7 +172,9 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run_on(SerialCommunicator(), path) == 0
     log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
     (line,) = [line for line in log.splitlines() if "predicted" in line]
-    assert "(8 blocks, 1 rank), took" in line and "times as long" in line and "alone" not in line
+    assert f"predicted {duration(alone)} (8 blocks, 1 rank), took" in line and "alone" not in line
+    ratio = re.search(r"took .*: ([0-9.]+) times as long", line)
+    assert ratio and 0.2 < float(ratio[1]) < 5
     kept = json.loads((tmp_path / "runs/config/plan.json").read_text())
     assert kept["prediction"] == expected
     # What `bench` has found is more than a run's own forward, and stays.

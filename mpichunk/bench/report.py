@@ -83,6 +83,7 @@ def bench_json(bench: Bench) -> dict[str, Any]:
             "network": figures.network,
             "blending": figures.blending,
             "waiting": figures.waiting,
+            "host": figures.host,
         },
         "bound_by": figures.bound_by,
         "seconds_of_run": bench.seconds_of_run,
@@ -166,6 +167,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         "forward": "the network",
         "accumulate": "activation, window, sum",
         "finalise": "checked, reduced, quantised",
+        "host": "work between these, in Python",
         "write": "encoded and durably written",
     }
     for name in STAGES:
@@ -174,7 +176,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         lines.append(f"  {name:<{_LABEL}}{1000 * seconds:>10.1f}{share:>10}   {words[name]}")
     lines.append(
         f"  of the whole's time: {figures.network:.1%} network, {figures.blending:.1%} "
-        f"blending, {figures.waiting:.1%} waiting for input and output"
+        f"blending, {figures.waiting:.1%} waiting for input and output, {figures.host:.1%} host"
     )
     lines.append(f"  bound by {figures.bound_by}")
     return lines

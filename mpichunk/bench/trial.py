@@ -91,6 +91,9 @@ class Trial:
             num_batches=inference.num_batches,
             nbytes_read=sum(item.nbytes_read for item in done),
             nbytes_written=sum(item.nbytes_written for item in done),
+            num_blocks=len(done),
+            read_seconds=sum(item.seconds["read"] for item in done),
+            write_seconds=sum(item.seconds["write"] for item in done),
         )
 
     def bare(self, num_batches: int) -> float:
@@ -122,8 +125,12 @@ class Trial:
         started = perf_counter()
         source_czyx = inference.hold(loaded.source_czyx)
         clock.seconds["read"] += perf_counter() - started
+        before = sum(clock.seconds.values())
+        started = perf_counter()
         inferred = inference.run(block, source_czyx, loaded.mask_zyx, self.output.dtype)
         core_czyx = inferred.core()
+        seconds = perf_counter() - started
+        clock.seconds["host"] = seconds - (sum(clock.seconds.values()) - before)
         started = perf_counter()
         written = self.writer.write(block.core, core_czyx)
         checksum_of(core_czyx)

@@ -43,6 +43,9 @@ MOST_PATCHES_SEEN = 64
 TURN_SECONDS = 0.5
 """How long one variant is measured before it is the other's turn."""
 
+NUM_WEIGHED = 3
+"""What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
+
 FAILURES = (MpichunkError, RuntimeError, OSError, MemoryError, ImportError)
 """What makes a variant one that does not run here; anything else is a bug."""
 
@@ -197,16 +200,43 @@ class Meter:
         )
 
     def _outputs(self, loaded: Loaded) -> Outputs:
-        """Return the network's output for each of the patches, on the host."""
+        """Return what would be blended for each of the patches, on the host: activated."""
         found: list[Any] = []
-        step = loaded.variant.batch_size
+        arrays, step = loaded.engine.arrays, loaded.variant.batch_size
         for start in range(0, len(self._patches_nczyx), step):
             part = self._patches_nczyx[start : start + step]
             host = np.stack(list(islice(cycle(part), step)))
-            output = loaded.engine.infer(loaded.engine.arrays.upload(host))
+            output = loaded.engine.infer(arrays.upload(host))
+            written = arrays.activate(output, loaded.job.config.model.activation)
             # A copy: the next forward may overwrite it.
-            found += list(np.array(loaded.engine.arrays.download(output))[: len(part)])
+            found += list(np.array(arrays.download(written))[: len(part)])
         return np.stack(found)
+
+    def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
+        """Run forwards of a batch that should fit; return whether it does.
+
+        None if there is no time, or nobody knows what they took.
+
+        Args:
+            variant: what is to be run.
+            seconds: what one forward is expected to take.
+        """
+        if self.available is None or perf_counter() + NUM_WEIGHED * seconds > self._deadline:
+            return None
+        self.baseline.engine.arrays.release()
+        loaded = None
+        logging.disable(logging.INFO)
+        try:
+            loaded = self._load(variant)
+            nbytes = self._nbytes(loaded, seconds)
+            return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
+        except FAILURES as error:
+            log.debug("%s: %s", variant.name, _reason(error))
+            return False
+        finally:
+            logging.disable(logging.NOTSET)
+            if loaded is not None:
+                loaded.engine.arrays.release()
 
     def _nbytes(self, loaded: Loaded, seconds: float) -> int | None:
         """Return what a rank takes where the network computes, its forward measured."""
