@@ -4,11 +4,15 @@ Knows Linux and glibc; does nothing where there is neither. Knows nothing of blo
 """
 
 import ctypes
+import mmap
 import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 """Of glibc's mallopt(3)."""
@@ -48,6 +52,17 @@ def settle_allocator() -> None:
                 mallopt(_M_MMAP_MAX, 0)
             # Never by itself.
             mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def own_pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return new memory that is no part of the allocator's, nor ever will be.
+
+    For what is kept long: among what comes and goes it would lie in the way.
+
+    Raises:
+        OSError: there is no memory for it.
+    """
+    return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8, count=nbytes)
 
 
 def trim() -> None:

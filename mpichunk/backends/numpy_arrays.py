@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mpichunk.backends.engine import Scaling
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.processmemory import own_pages
 
 Array = npt.NDArray[np.float32]
 Window = tuple[Array, Array]
@@ -207,7 +208,7 @@ class NumpyArrays:
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory."""
-        return np.empty(nbytes, np.uint8)
+        return own_pages(nbytes)
 
     def outgoing(self, host_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the part itself."""

@@ -19,6 +19,7 @@ from mpichunk.backends.engine import FINISH_NBYTES, Scaling
 from mpichunk.backends.pytorch.transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.processmemory import own_pages
 
 
 @dataclass(slots=True)
@@ -250,7 +251,7 @@ class TorchArrays:
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""
         if self._transfer is None:
-            return np.empty(nbytes, np.uint8)
+            return own_pages(nbytes)
         host: npt.NDArray[np.uint8] = self._transfer.host_bytes(nbytes).numpy()
         return host
 
