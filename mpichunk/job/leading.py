@@ -157,13 +157,13 @@ class Leading:
             write_peak(self.job.run_dir, self.job.config, self.job.model_files(), nbytes)
 
     def _lead(self, journal: Journal, scheduler: Scheduler) -> Lead:
-        comm, schedule = self.comm, self.job.config.schedule
+        comm, schedule, num_before = self.comm, self.job.config.schedule, self.num_before
         tempo = Tempo(schedule.min_lease_seconds)
         display = get_display(
             rank=0,
             size=comm.size,
             num_blocks=len(self.todo),
-            num_before=self.num_before,
+            num_before=num_before,
             start=self.started,
             stream=sys.stderr,
         )
@@ -183,6 +183,7 @@ class Leading:
             attendance=Attendance(
                 comm.alive,
                 Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),
-                num_done=lambda: scheduler.num_done - self.num_before,
+                # Asked again and again: a difference of numbers, not a count of all blocks.
+                num_done=lambda: scheduler.num_done - num_before,
             ),
         )
