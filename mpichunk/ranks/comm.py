@@ -225,9 +225,11 @@ class MpiCommunicator(Ranks):
         if self.rank != root:
             result: T = self._take(place)
             return result
+        # Pickled once for all: received as what `send` has sent.
+        parcel = [self._mpi.pickle.dumps(value), self._mpi.BYTE]
         for dest in range(self.size):
             if dest != place:
-                self._comm.send(value, dest=dest, tag=_COLLECTIVE)
+                self._comm.Send(parcel, dest=dest, tag=_COLLECTIVE)
         return value
 
     def _take(self, source: int) -> Any:
