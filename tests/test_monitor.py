@@ -131,8 +131,8 @@ def test_all_hear_once_in_an_interval_unless_much_has_changed():
 
 def test_who_is_asked_to_end_looks_beside_in_every_turn_and_after_all_ranks_as_ever():
     monitor, lead = start()
-    looks, monitor._neighbours = [], SimpleNamespace(next_is_gone=lambda ranks: looks.append(ranks))
-    signs = []
+    looks, signs = [], []
+    monitor._neighbours = SimpleNamespace(next_is_gone=looks.append)
     lead.detector.new_hung = lambda now, **_: signs.append(now) or []
     for turn in range(10):
         lead.detector.note(0, turn, 0.25 * turn, is_idle=False)
