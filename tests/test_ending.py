@@ -181,6 +181,21 @@ def test_a_new_start_forgets_how_the_last_one_ended(journal):
     assert found.exit_code == ExitCode.DRAINED
 
 
+def test_a_job_that_has_noted_no_start_yet_is_starting(journal):
+    run_dir = journal.path.parent
+    with RunLock.acquire(run_dir) as lock:
+        end(journal, Stop(reason=DRAINED, why="as asked"), num_blocks=NUM_BLOCKS)
+        ended = read_history(journal.path).end["time"]
+        # The job that has just ended holds the lock a moment longer.
+        for seconds, is_starting in ((-1, False), (1, True)):
+            os.utime(lock.path, (ended + seconds, ended + seconds))
+            found = read_status(run_dir)
+            assert bool(found.starting) == is_starting
+            assert not found.is_alive
+            assert found.exit_code == ExitCode.DRAINED
+    assert read_status(run_dir).starting is None
+
+
 def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
     now = itertools.count(1)  # seconds
     names = {"num_blocks": NUM_BLOCKS, "fingerprint": {}, "versions": {}}

@@ -16,8 +16,8 @@ from mpichunk.rundir.lock import (
     Claim,
     Process,
     RunLock,
+    find_holder,
     is_dead,
-    is_held,
     read_claims,
     start_time,
     this_process,
@@ -94,11 +94,11 @@ def test_a_stopped_job_of_this_machine_keeps_its_lock_however_old(tmp_path):
         write_claim(tmp_path, machine=HERE.machine, processes=[process], age=1000)
         with pytest.raises(JournalError, match="in use"):
             RunLock.acquire(tmp_path, sleep=no_sleep)
-        assert is_held(tmp_path)
+        assert find_holder(tmp_path)
     finally:
         job.kill()
         job.wait()
-    assert not is_held(tmp_path)
+    assert find_holder(tmp_path) is None
     RunLock.acquire(tmp_path, sleep=no_sleep).release()
 
 

@@ -129,6 +129,18 @@ def test_all_hear_once_in_an_interval_unless_much_has_changed():
     assert [message.lease_seconds for _, _, message in said] == [4.0, 4.0, 4.0]
 
 
+def test_who_is_asked_to_end_looks_beside_in_every_turn_and_after_all_ranks_as_ever():
+    monitor, lead = start()
+    looks, signs = [], []
+    monitor._neighbours = SimpleNamespace(next_is_gone=looks.append)
+    lead.detector.new_hung = lambda now, **_: signs.append(now) or []
+    for turn in range(10):
+        lead.detector.note(0, turn, 0.25 * turn, is_idle=False)
+        monitor.step(lead, 0.25 * turn, is_asked_to_end=True)
+    assert len(looks) == 10
+    assert signs == [0.0, 1.0, 2.0]
+
+
 def test_a_rank_that_has_ended_is_waited_for_no_more():
     monitor, lead = start()
     beat(lead, 1, 0.0, ended=1)

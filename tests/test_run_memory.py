@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.job.fitting import keep_probe
@@ -182,6 +183,7 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert after["probe"]["pace"] == pace
     peak = after["memory"]["measured_nbytes"]
     assert peak > 50 << 20
+    assert after["memory"]["measured_device_nbytes"] is None and "on device" not in log
     assert main(["plan", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"measured, last run, largest rank {size(peak)}" in text
@@ -189,6 +191,25 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # Of another block nothing was measured.
     other = told(path, capsys, "--set", "block.shape=[12,16,16]")
     assert other["memory"]["measured_nbytes"] is None
+
+
+def test_the_peak_of_an_accelerator_is_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file(tmp_path, model={"backend": "identity"})
+    monkeypatch.setattr(NumpyArrays, "most_nbytes", lambda self: 5 << 30)
+    assert run_on(SerialCommunicator(), path) == 0
+    log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
+    (line,) = [line for line in log.splitlines() if "peak on device, MiB" in line]
+    assert line.split()[-1] == "5120.0"
+    assert told(path, capsys)["memory"]["measured_device_nbytes"] == 5 << 30
+    # A file of before knows only the host.
+    kept = json.loads((tmp_path / "runs/config/peak.json").read_text())
+    del kept["device_peak_nbytes"]
+    (tmp_path / "runs/config/peak.json").write_text(json.dumps(kept))
+    memory = told(path, capsys)["memory"]
+    assert memory["measured_nbytes"] == kept["peak_nbytes"] > 0
+    assert memory["measured_device_nbytes"] is None
 
 
 def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ what forgets to wait computes with old bytes. What torch does outside the copies
 if the computing stream were always ahead: the worst case for copies.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -157,3 +159,12 @@ def test_the_host_runs_at_most_two_batches_ahead():
         module.computing.tasks.append(begin)
         assert num_begun >= number - NUM_BATCHES_AHEAD
     assert num_begun < 10
+
+
+def test_the_peak_is_that_of_the_accelerators_own_allocator(monkeypatch):
+    device = torch.device("meta")
+    arrays = TorchArrays(device, lagging_arrays()._transfer)
+    modules = iter([SimpleNamespace(max_memory_allocated={device: 7}.get), SimpleNamespace()])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: next(modules))
+    assert [arrays.most_nbytes(), arrays.most_nbytes()] == [7, None]
+    assert lagging_arrays().most_nbytes() is None

@@ -279,6 +279,27 @@ def test_what_was_refused_once_asks_when_it_is_leased_again():
     assert not asked_for(worker, permits, leases(1)[0])
 
 
+@pytest.mark.parametrize("end", ["given back", "failed"])
+@pytest.mark.parametrize("seconds", [4.0, 6.0])
+def test_what_ended_undone_after_a_standstill_asks_when_it_is_leased_again(end, seconds):
+    """The rank may have been given up and welcomed back meanwhile."""
+    permits = Permits(threading.Event())
+    fast = Fast(permits=permits)
+    worker, (lease,) = fast.worker, leases(4)
+    worker.handle(Heard(lease_seconds=10.0))
+    fast.give(2)
+    fast.finish(*([1] if end == "failed" else []))
+    worker.step()
+    assert (lease in fast.pipeline.submitted) == (end == "failed")
+    fast.now = seconds
+    if end == "failed":
+        fast.pipeline.records.put(Failed(lease=lease, error="OSError", message=""))
+    worker.step()
+    assert lease not in worker.held
+    worker.handle(Assign(leases=(lease,)))
+    assert asked_for(worker, permits, lease) == (seconds > 5.0)
+
+
 def test_nothing_is_promised_of_a_lease_that_is_given_back():
     fast = Fast(permits=Permits(threading.Event()))
     fast.give(100)

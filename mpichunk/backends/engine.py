@@ -285,6 +285,13 @@ class Arrays(Protocol):
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
         """Return the device memory that a call takes at its peak; None for a host's memory."""
 
+    def most_nbytes(self) -> int | None:
+        """Return the most device memory that was ever taken, the network's included.
+
+        Since the last `peak_nbytes`; None for a host's memory, or if nobody says. Any thread may
+        ask.
+        """
+
     def device_nbytes(self) -> tuple[int, int] | None:
         """Return what nobody holds of the device's memory, and what this process holds.
 

@@ -228,6 +228,10 @@ class NumpyArrays:
         """Return None: it is the host's memory."""
         return None
 
+    def most_nbytes(self) -> int | None:
+        """Return None: it is the host's memory."""
+        return None
+
     def device_nbytes(self) -> tuple[int, int] | None:
         """Return None: it is the host's memory."""
         return None

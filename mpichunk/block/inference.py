@@ -142,6 +142,11 @@ class BlockInference:
         np.copyto(held_czyx, source_czyx)
         return held_czyx
 
+    @property
+    def device_peak_nbytes(self) -> int | None:
+        """The most device memory that blocks have taken; None on a CPU, or if nobody says."""
+        return self._engine.arrays.most_nbytes()
+
     def run(
         self,
         block: Block,

@@ -91,7 +91,12 @@ def check_device(
 
 
 def device_room(engine: Engine, num_sharing: int = 1) -> Room | None:
-    """Return what a rank may take of its accelerator's memory, None if nobody says."""
+    """Return what a rank may take of its accelerator's memory, None if nobody says.
+
+    With nothing off for gaps between arrays: where the allocator finds no place it gives back what
+    it keeps and tries again, and a batch that has no place then is halved. To refuse a run for that
+    would be a guess.
+    """
     found = engine.arrays.device_nbytes()
     if found is None:
         return None

@@ -17,7 +17,7 @@ from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.block.inference import texture_batch
 from mpichunk.config.schema import Config
 from mpichunk.plan.memory import FLOAT32_NBYTES
-from mpichunk.plan.probe import Pace, Probe
+from mpichunk.plan.probe import Pace, Peak, Probe
 from mpichunk.processmemory import peak_nbytes, resident_nbytes, rise_nbytes, trim
 
 NAME = "probe.json"
@@ -144,21 +144,25 @@ def read_probe(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Pr
         return None
 
 
-def write_peak(run_dir: Path, config: Config, model_files: Sequence[Path], nbytes: int) -> None:
-    """Keep how much memory of the host the largest rank of a run took.
+def write_peak(run_dir: Path, config: Config, model_files: Sequence[Path], peak: Peak) -> None:
+    """Keep how much memory the largest rank of a run took.
 
     Raises:
         OSError: the run directory cannot be written.
     """
-    _write(run_dir, PEAK_NAME, {"of": _cause_of_peak(config, model_files), "peak_nbytes": nbytes})
+    facts = {"peak_nbytes": peak.nbytes, "device_peak_nbytes": peak.device_nbytes}
+    _write(run_dir, PEAK_NAME, {"of": _cause_of_peak(config, model_files), **facts})
 
 
-def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> int | None:
+def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Peak | None:
     """Return how much memory the largest rank of the last run took; None as of `read_probe`."""
     try:
         kept = json.loads((run_dir / PEAK_NAME).read_text(encoding="utf-8"))
         is_same = kept["of"] == _cause_of_peak(config, model_files)
-        return int(kept["peak_nbytes"]) if is_same else None
+        if not is_same:
+            return None
+        # Files of before say nothing of a device.
+        return Peak(nbytes=int(kept["peak_nbytes"]), device_nbytes=kept.get("device_peak_nbytes"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

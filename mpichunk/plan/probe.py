@@ -65,6 +65,17 @@ class Probe:
         return replace(self, seconds=self.seconds * new_size / old_size, nbytes=nbytes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """How much memory the largest rank of a run took."""
+
+    nbytes: int
+    """Of its host."""
+
+    device_nbytes: int | None = None
+    """Of its accelerator; None on a CPU, or if nobody says."""
+
+
 def better_probe(earlier: Probe | None, latest: Probe | None) -> Probe | None:
     """Return what tells more: the latest, unless only the earlier one of its device has a pace."""
     if latest is None or earlier is None:

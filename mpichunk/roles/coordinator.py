@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mpichunk.geometry.box import Box
-from mpichunk.rundir.history import read_checksum
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.demand import Demand
@@ -90,7 +89,7 @@ class Coordinator:
         self._next_back_up = float("-inf")
         self._contested: dict[int, tuple[int, Lease, bool]] = {}
         self._writers: dict[int, int] = {}
-        self._doubtful: set[int] = set()
+        self._is_in_doubt = False
         self._excluded: set[int] = set()
         self._newly_excluded: list[int] = []
         self._retries: dict[int, tuple[int, Failed]] = {}
@@ -198,8 +197,9 @@ class Coordinator:
         return self._writers.setdefault(lease.block, rank) == rank
 
     def give_up_rank(self, rank: int) -> None:
-        """Lease what a rank holds to others."""
-        self._doubtful.add(rank)
+        """Lease what a rank holds to others: of what is done from now on, two may write a block."""
+        self._is_in_doubt = True
+        self._journal.places.begin()
         self._demand.park(rank)
         self._take_back(rank)
 
@@ -323,11 +323,11 @@ class Coordinator:
 
         Happens only when a rank was stopped while it wrote, given up, and came back.
         """
-        if not self._doubtful:
+        if not self._is_in_doubt:
             return
         self._sync()
         block = done.lease.block
-        if read_checksum(self._journal.path, block) in (done.checksum, None):
+        if self._journal.places.checksum(block) in (done.checksum, None):
             return
         why = f"rank {rank} has written other values over it; it is computed again"
         log.warning("block %d: %s", block, why)

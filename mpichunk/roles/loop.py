@@ -221,8 +221,8 @@ class Loop:
             outgoing += lead.coordinator.commit(now)
         outgoing += self.monitor.step(lead, now, is_asked_to_end=self._is_asked_to_end)
         num_sent = _send(comm, outgoing)
-        waits_for = comm.unreceived_by() if lead is None else self._unreceived(lead)
-        is_ended = self.worker.is_ended and not waits_for
+        # Only then looked at: of many ranks many messages are on their way.
+        is_ended = self.worker.is_ended and not self._unreceived(lead)
         beats = self.pulse.step(now, is_ended=is_ended)
         num_sent += _send(comm, ((comm.coordinator, beat) for beat in beats))
         if lead is not None and lead.attendance.is_over:
@@ -274,9 +274,10 @@ class Loop:
             case _:
                 lead.coordinator.handle(source, message)
 
-    def _unreceived(self, lead: Lead) -> set[int]:
+    def _unreceived(self, lead: Lead | None) -> set[int]:
         """Return who has not yet taken a message, of those who are waited for."""
-        return self.comm.unreceived_by() - lead.attendance.excused
+        unreceived = self.comm.unreceived_by()
+        return unreceived if lead is None else unreceived - lead.attendance.excused
 
     def _let_go(self, lead: Lead) -> None:
         """Let everybody leave: in good order, or by force when a rank can neither."""

@@ -127,12 +127,15 @@ class Monitor:
                 lead.detector.forgive(now)
         # A launcher that loses a rank asks the others to end and kills them a moment later: look
         # now, or nobody is left to say which rank has died.
-        if now < self._blind_until or (now < self._next_look and not is_asked_to_end):
+        is_due = now >= self._next_look
+        if now < self._blind_until or not (is_due or is_asked_to_end):
             return []
-        self._next_look = now + min(LOOK_SECONDS, self._interval)
         outgoing: list[tuple[int, Message]] = [
             (self._comm.coordinator, gone) for gone in self._look_beside(now)
         ]
+        if not is_due:
+            return outgoing
+        self._next_look = now + min(LOOK_SECONDS, self._interval)
         if lead is None:
             self._look_up(now)
         else:

@@ -217,15 +217,16 @@ def read_claims(run_dir: Path) -> list[Claim]:
     return claims
 
 
-def is_held(run_dir: Path) -> bool:
-    """Return whether a job that is not certainly dead holds the run directory; waits for nothing.
+def find_holder(run_dir: Path) -> Claim | None:
+    """Return who holds the run directory, None if all are certainly dead; waits for nothing.
 
     Takes this machine's clock for that of the file system: a shared one should agree to a second.
     """
-    machine = _machine()
-    return any(
-        not is_dead(claim, now=time.time(), machine=machine) for claim in read_claims(run_dir)
-    )
+    if not run_dir.is_dir():
+        return None
+    now, machine = time.time(), _machine()
+    live = [claim for claim in read_claims(run_dir) if not is_dead(claim, now=now, machine=machine)]
+    return live[-1] if live else None
 
 
 def is_dead(

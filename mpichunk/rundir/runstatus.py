@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk.errors import ExitCode, JournalError
+from mpichunk.errors import ExitCode, NotStartedError
 from mpichunk.rundir import history, journal
-from mpichunk.rundir.lock import is_held
+from mpichunk.rundir.lock import find_holder
 from mpichunk.schedule.messages import FAILURES, Failure, State
 
 MOST_FAILURES_SHOWN = 20
@@ -55,6 +55,9 @@ class RunStatus:
     seconds_left: float | None
     """What is left at that pace; None when it is not known or not running."""
 
+    starting: str | None
+    """The job that has taken the run directory and not begun yet, in words; None: there is none."""
+
     end_reason: str | None
     """How the latest start ended: `finished`, `drained`, `failures`; None: it runs or was lost."""
 
@@ -74,13 +77,28 @@ class RunStatus:
         return ExitCode.BLOCKS_FAILED if is_over or is_stopped else ExitCode.DRAINED
 
 
-def is_started(run_dir: Path) -> bool:
-    """Return whether there is a journal: False before the first start has come that far.
+def check_started(run_dir: Path) -> int:
+    """Return the number of blocks of the plan, once there is a journal that says so.
 
     Raises:
+        NotStartedError: there is none: the first start has not come that far.
         JournalError: the file is none, or cannot be read.
     """
-    return journal.read_header(run_dir / journal.NAME) is not None
+    path = run_dir / journal.NAME
+    header = journal.read_header(path)
+    if header is None:
+        raise NotStartedError(
+            f"{path} does not exist: this config has not been run yet; start it with "
+            "`python -m mpichunk run`",
+            run_dir=run_dir,
+        )
+    return int(header["num_blocks"])
+
+
+def find_starting(run_dir: Path) -> str | None:
+    """Return in words which job is about to start where nothing is noted yet, None if none is."""
+    holder = find_holder(run_dir)
+    return None if holder is None else str(holder)
 
 
 def read_status(run_dir: Path) -> RunStatus:
@@ -107,17 +125,9 @@ class StatusReader:
         """Return the status as it is now.
 
         Raises:
-            JournalError: there is no journal, or the file is none.
+            JournalError: there is no journal (a NotStartedError), or the file is none.
         """
-        path = self._path
-        header = journal.read_header(path)
-        if header is None:
-            raise JournalError(
-                f"{path} does not exist: this config has not been run yet; start it with "
-                "`python -m mpichunk run`",
-                key="run_dir",
-            )
-        num_blocks = header["num_blocks"]
+        path, num_blocks = self._path, check_started(self._run_dir)
         if len(self._states) != num_blocks or self._read_end() != self._last:
             self._begin_anew(num_blocks)
         self._num_read = journal.scan(path, self._states, self._num_read)
@@ -125,8 +135,12 @@ class StatusReader:
         self._history.follow(path)
         last_time = max(path.stat().st_mtime, self._history.last_beat.get("time", 0.0))
         is_complete = bool((self._states == State.DONE).all())
-        is_alive = not is_complete and not self._history.end and is_held(self._run_dir)
-        return self._status(last_time, is_alive)
+        holder = None if is_complete else find_holder(self._run_dir)
+        if holder is None or not self._history.end:
+            return self._status(last_time, is_alive=holder is not None)
+        # A job that has noted its end is about to leave; one that came later has noted nothing.
+        is_later = holder.renewed > self._history.end["time"]
+        return self._status(last_time, starting=str(holder) if is_later else None)
 
     def _begin_anew(self, num_blocks: int) -> None:
         """Forget everything: there is another journal, or its last lines were taken back."""
@@ -142,7 +156,9 @@ class StatusReader:
             file.seek(begin)
             return file.read(self._num_read - begin)
 
-    def _status(self, last_time: float, is_alive: bool) -> RunStatus:
+    def _status(
+        self, last_time: float, *, is_alive: bool = False, starting: str | None = None
+    ) -> RunStatus:
         """Return what was read, put together."""
         states, told = self._states, self._history
         num_done = int(np.count_nonzero(states == State.DONE))
@@ -163,6 +179,7 @@ class StatusReader:
             is_alive=is_alive,
             blocks_per_second=pace,
             seconds_left=num_left / pace if pace and is_alive else None,
+            starting=starting,
             end_reason=end.get("reason"),
             end_why=end.get("why", ""),
             failures=tuple(failures),

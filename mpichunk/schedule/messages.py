@@ -63,7 +63,18 @@ class State(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One block given to one rank; no two leases of a run are equal."""
+    """One block given to one rank, for one try.
+
+    Leases may be equal: only a try that fails is counted. What was given back, or taken from a rank
+    that hung or died, is leased under the same number again. Harmless, since
+
+    * whoever keeps leases of several ranks knows whose each one is;
+    * to a rank that holds it still, or again since it came back, it is the same lease;
+    * what the coordinator says of the first one arrives before the second one does;
+    * what a rank says of the first one may arrive after the second one was made only if it was
+      taken from that rank meanwhile, which then asks before it writes (`Worker`);
+    * when ranks are lost, what is on its way is lost, and each says what it holds.
+    """
 
     block: int
     """Index in the plan."""

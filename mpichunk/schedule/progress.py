@@ -27,7 +27,8 @@ COUNTERS = (
     "busy",  # 1 while the rank holds a block
     "held",  # blocks that the rank holds
     "ended",  # 1 once the rank has nothing more to do
-    "peak_bytes",  # of memory
+    "peak_bytes",  # of the host's memory
+    "device_peak_bytes",  # of the accelerator's; 0 on a CPU, or if nobody says
     "steps",  # changes whenever a block comes forward
     *STAGES,  # seconds
 )
@@ -37,9 +38,14 @@ log = logging.getLogger(__name__)
 
 
 class Counters:
-    """What one rank has done since the run started; `vector` is what the ranks sum."""
+    """What one rank has done since the run started; `vector` is what the ranks sum.
 
-    def __init__(self) -> None:
+    Args:
+        device_peak: Returns how much memory of its accelerator the rank has taken at most.
+    """
+
+    def __init__(self, device_peak: Callable[[], int | None] = lambda: None) -> None:
+        self._device_peak = device_peak
         # Plain floats: counting is part of what every block costs.
         self._values = dict.fromkeys(COUNTERS, 0.0)
 
@@ -58,6 +64,7 @@ class Counters:
     def measure_memory(self) -> None:
         """Note how much memory the process has taken at most."""
         self["peak_bytes"] = peak_nbytes()
+        self["device_peak_bytes"] = self._device_peak() or 0
 
     def count(self, record: Record) -> None:
         """Add a finished or failed block."""
@@ -266,6 +273,9 @@ def summarise(
     infer = vectors[:, COUNTERS.index("infer")]
     lines.append(_spread("busy inferring, %", infer / seconds * 100 if seconds else infer))
     lines.append(_spread("peak memory, MiB", vectors[:, COUNTERS.index("peak_bytes")] / 2**20))
+    on_device = vectors[:, COUNTERS.index("device_peak_bytes")]
+    if on_device.any():
+        lines.append(_spread("peak on device, MiB", on_device / 2**20))
     return "\n".join(lines)
 
 

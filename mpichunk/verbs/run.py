@@ -315,7 +315,7 @@ def _compute(
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, part, records, permits, wake)
-    counters = Counters()
+    counters = Counters(lambda: part.inference.device_peak_nbytes)
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
     own_blocks = leading.own_blocks

@@ -294,6 +294,15 @@ class TorchArrays:
         self.wait()
         return int(memory.max_memory_allocated(self._device)) - before
 
+    def most_nbytes(self) -> int | None:
+        """Ask the accelerator's allocator; see `Arrays.most_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        memory = torch.get_device_module(self._device)
+        if not hasattr(memory, "max_memory_allocated"):
+            return None
+        return int(memory.max_memory_allocated(self._device))
+
     def device_nbytes(self) -> tuple[int, int] | None:
         """Ask driver and allocator; see `Arrays.device_nbytes`."""
         if self._device.type == "cpu":
