@@ -10,9 +10,12 @@ import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 """Of glibc's mallopt(3)."""
@@ -89,21 +92,29 @@ def peak_nbytes() -> int:
     return max(*_earlier_peaks_nbytes, peak)
 
 
+def weigh(call: Callable[[], T]) -> tuple[T, int | None]:
+    """Return what a call returns, and the most memory that this process held during it.
+
+    The latter is None if the kernel is silent.
+    """
+    try:
+        _earlier_peaks_nbytes[0] = peak_nbytes()
+        # 5: begin to look for the peak anew (proc(5), clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return call(), None
+    return call(), _status_nbytes("VmHWM")
+
+
 def rise_nbytes(call: Callable[[], None]) -> int | None:
     """Return by how much this process's memory grows during a call; None if the kernel is silent.
 
     Memory that the allocator keeps for later is given back first: it would hide what is needed.
     """
     trim()
-    try:
-        _earlier_peaks_nbytes[0] = peak_nbytes()
-        # 5: begin to look for the peak anew (proc(5), clear_refs).
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_nbytes("VmRSS")
-        call()
-        return max(0, _status_nbytes("VmHWM") - before)
-    except (OSError, StopIteration):
-        return None
+    before = resident_nbytes()
+    _, peak = weigh(call)
+    return None if before is None or peak is None else max(0, peak - before)
 
 
 def _status_nbytes(name: str) -> int:

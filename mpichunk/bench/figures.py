@@ -42,6 +42,9 @@ class Pass:
     nbytes_read: int
     nbytes_written: int
 
+    peak_nbytes: int | None = None
+    """The most memory that the rank held meanwhile; None if nobody knows."""
+
     num_blocks: int
 
     read_seconds: float

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
@@ -20,6 +20,7 @@ from mpichunk.block.pipeline import Pipeline, Source, load_block
 from mpichunk.errors import UserError
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
+from mpichunk.processmemory import weigh
 from mpichunk.rundir.checksum import checksum_of
 from mpichunk.schedule.messages import Done, Failed, Lease, Records
 from mpichunk.volume import OutputSpec, Writer
@@ -51,6 +52,11 @@ class Trial:
         Raises:
             UserError: a block fails.
         """
+        found, peak_nbytes = weigh(lambda: self._whole(blocks))
+        return replace(found, peak_nbytes=peak_nbytes)
+
+    def _whole(self, blocks: Sequence[int]) -> Pass:
+        """Run blocks through the pipeline."""
         inference = self.make_inference(self.engine)
         records: Records = queue.SimpleQueue()
         waiting = iter(blocks)

@@ -56,6 +56,12 @@ class Probe:
     start_nbytes: int | None = None
     """The most that a rank held until its network was loaded: it may be more than blocks take."""
 
+    more_nbytes: int = 0
+    """What a rank of `bench` held at its peak beyond all that is known, on the host.
+
+    Such as holes between what comes and goes, which the allocator cannot fill.
+    """
+
     pace: Pace | None = None
     """What the rest of a block takes; None where only the forward was measured."""
 
