@@ -5,7 +5,7 @@ depends on the block alone, so that the bytes do too.
 
     source --stage, gather--> batch --infer, activate--> patches --> slab --finish--> core
 
-On an accelerator all of this is only asked for: the host prepares the batch after next while the
+On an accelerator all of this is only asked for: the host prepares batches that come later while the
 network runs, and whoever writes the core waits for it.
 """
 

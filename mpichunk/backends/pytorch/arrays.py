@@ -127,13 +127,13 @@ class TorchArrays:
     def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
         """Scale and pad; see `Arrays.gather`."""
         batch_nczyx, raw_nczyx = self._buffer("batch", staged.batch_shape), staged.patches_nczyx
-        num_patches = len(raw_nczyx)
+        size, num_patches = staged.batch_shape[0], len(raw_nczyx)
         # On a CPU one by one, so that a patch stays in the cache.
         step = num_patches if self._transfer is not None else 1
         for start in range(0, num_patches, step):
             part = slice(start, start + step)
             self._fill(batch_nczyx[part], raw_nczyx[part], scaling, turn)
-        if num_patches < len(batch_nczyx):
+        if num_patches < size:
             batch_nczyx[num_patches:] = 0
         return batch_nczyx
 
