@@ -28,7 +28,7 @@ from tests.endtoend import read_volume, start_lines, write_config
 from tests.test_inference import make_plan, make_request, make_source
 from tests.test_network_forms import EM_CODE, EM_WEIGHTS
 from tests.test_torch_forms import export
-from tests.test_transfer import raw_values
+from tests.test_transfer import RAW_DTYPES, raw_values
 
 if not torch.cuda.is_available():
     pytest.skip("no accelerator: torch sees no CUDA device", allow_module_level=True)
@@ -303,7 +303,7 @@ def test_a_block_is_only_asked_for(kernels, out_dtype):
     np.testing.assert_array_equal(found.core(), expected)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "int32", "float32"])
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
 def test_raw_values_become_what_they_are_on_a_cpu(dtype):
     source_czyx = raw_values((2, 8, 50, 60), dtype)
     for starts in ((0, 0), (0, 4)):  # of one layer, and of two
