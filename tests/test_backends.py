@@ -2,6 +2,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -138,8 +139,9 @@ def test_add_weighted(make):
     where = slice(1, 4), slice(0, 2), slice(3, 8)
     part = slice(1, 4), slice(3, 5), slice(0, 5)
     total = arrays.zeros((2, 5, 6, 9))
+    made = None
     for _ in range(2):
-        made = arrays.window(*(arrays.vector(vector) for vector in (z, y, x)))
+        made = arrays.window(*(arrays.vector(vector) for vector in (z, y, x)), made)
         arrays.add_weighted(total, where, arrays.upload(patch_czyx), part, made)
     weight_zyx = np.einsum("i,j,k->ijk", *(v.astype(np.float64) for v in (z, y, x)))
     expected = np.zeros((2, 5, 6, 9))
@@ -148,6 +150,66 @@ def test_add_weighted(make):
 
     again = arrays.zeros((1, 5, 6, 9))
     assert not arrays.download(again).any()
+
+
+def one_patch(arrays):
+    """Return what brings one patch through all that is done to patches, and its bytes."""
+    source_czyx = RNG.integers(0, 100, (1, 16, 64, 64)).astype(np.uint8)
+    whole = (slice(None), slice(None), slice(None))
+    total = arrays.zeros((1, 16, 64, 64))
+    ones = arrays.window(*(arrays.vector(np.ones(n, np.float32)) for n in (16, 64, 64)))
+
+    def patch():
+        staged = arrays.stage(
+            arrays.feed(source_czyx), [whole], patch_shape=(16, 64, 64), batch_size=2
+        )
+        batch = arrays.gather(staged, scaling=Scaling(clip=(1, 90), subtract=2, divide=7))
+        activated = arrays.activate(batch, "sigmoid")
+        arrays.add_weighted(total, whole, activated[0], whole, ones)
+
+    patch()
+    return patch, total.nbytes
+
+
+def test_numpy_makes_no_array_for_a_patch():
+    patch, nbytes = one_patch(NumpyArrays())
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            patch()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # numpy converts by way of a buffer of some thousand values.
+    assert peak < nbytes / 2
+
+
+def test_torch_makes_no_array_for_a_patch():
+    patch, nbytes = one_patch(TorchArrays(torch.device("cpu")))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        patch()
+    allocated = [event.self_cpu_memory_usage for event in profile.key_averages()]
+    assert sum(n for n in allocated if n > 0) < nbytes / 2
+
+
+def test_a_network_that_returns_its_own_weights():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(torch.ones(1, 1, 8, 12, 16))
+
+        def forward(self, x):
+            return self.values
+
+    engine = TorchEngine(Constant().eval(), make_request())
+    arrays = engine.arrays
+    output = engine.infer(torch.zeros(1, 1, 8, 12, 16))
+    assert not output.requires_grad
+    total = arrays.zeros((1, 8, 12, 16))
+    whole = (slice(None), slice(None), slice(None))
+    ones = arrays.window(*(torch.ones(n) for n in (8, 12, 16)))
+    arrays.add_weighted(total, whole, arrays.activate(output, "sigmoid")[0], whole, ones)
+    assert not total.requires_grad and float(total.min()) > 0.7
 
 
 @both_arrays

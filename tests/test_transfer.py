@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from mpichunk.backends.engine import Scaling
+from mpichunk.backends.pytorch import transfer
 from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.backends.pytorch.engine import TorchEngine
-from mpichunk.backends.pytorch.transfer import NUM_BATCHES_AHEAD, Transfer
+from mpichunk.backends.pytorch.transfer import (
+    ENOUGH_BATCHES_AHEAD,
+    MOST_BATCHES_AHEAD,
+    Transfer,
+)
+from mpichunk.block.inference import BlockInference
+from mpichunk.geometry.box import Box
 from tests.test_inference import Mix, make_inference, make_plan, make_request, make_source
 
 
@@ -101,7 +109,7 @@ def lagging_arrays():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
 def test_an_accelerator_that_lags_gives_the_same_bytes(dtype, batch_size):
     plan = make_plan()
     request = make_request(plan, batch_size=batch_size)
@@ -144,21 +152,113 @@ def test_the_test_sees_a_copy_that_nobody_waits_for(monkeypatch):
     assert not bool((staged.patches_nczyx[0] == 7).all())
 
 
-def test_the_host_runs_at_most_two_batches_ahead():
+@pytest.fixture
+def waiting():
+    """Return arrays whose device begins with nothing until somebody waits, and `ask`.
+
+    `ask` asks for one batch, and returns how many the device has not begun with.
+    """
     module = LaggingModule()
     module.computing = module.current = LaggingStream()
-    transfer = Transfer(torch.device("cpu"), module, LaggingEvent, is_pinned=False)
-    num_begun = 0
+    device = torch.device("cpu")
+    arrays = TorchArrays(device, Transfer(device, module, LaggingEvent, is_pinned=False))
+    feed = arrays.feed(np.zeros((1, 2, 2, 2), np.uint8))
+    num_asked = num_begun = 0
 
     def begin():
         nonlocal num_begun
         num_begun += 1
 
-    for number in range(10):
-        transfer.pace()
+    def ask():
+        nonlocal num_asked
+        num_asked += 1
+        whole = [(slice(None), slice(None), slice(None))]
+        arrays.stage(feed, whole, patch_shape=(2, 2, 2), batch_size=1)
         module.computing.tasks.append(begin)
-        assert num_begun >= number - NUM_BATCHES_AHEAD
-    assert num_begun < 10
+        return num_asked - num_begun
+
+    return ask
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the time as a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(transfer, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_host_runs_some_batches_ahead(waiting, clock):
+    found = [waiting() for _ in range(3 * MOST_BATCHES_AHEAD)]
+    # One more than the device has not begun with: that which it computes.
+    assert found[:MOST_BATCHES_AHEAD] == list(range(1, MOST_BATCHES_AHEAD + 1))
+    assert set(found[MOST_BATCHES_AHEAD:]) == {MOST_BATCHES_AHEAD + 1}
+
+
+def test_the_host_runs_few_batches_ahead_where_they_take_long(waiting, clock):
+    for _ in range(MOST_BATCHES_AHEAD):
+        waiting()
+    for _ in range(5):
+        clock[0] += 1
+        assert waiting() == ENOUGH_BATCHES_AHEAD + 1
+
+
+@pytest.mark.parametrize("num_layers", [3, 30])
+def test_buffers_do_not_grow_with_the_block(num_layers):
+    length = 2 + 3 * num_layers
+    domain = Box(start=(0, 0, 0), stop=(length, 22, 28))
+    plan = make_plan(
+        volume=domain, roi=domain, output_domain=domain, block_shape=(length, 16, 14), crop=(0,) * 3
+    )
+    request = make_request(plan)
+    engine = TorchEngine(Mix().eval(), request)
+    engine._arrays = arrays = lagging_arrays()
+    inference = BlockInference(
+        engine,
+        request,
+        scaling=Scaling(divide=255.0),
+        window_name="bump",
+        activation="none",
+        skip_blank=False,
+    )
+    block = plan[0]
+    assert len(block.starts[0]) == num_layers
+    inference.run(block, make_source(block), None, np.dtype(np.uint8)).core()
+    voxels = {name: buffer.numel() for name, buffer in arrays._buffers.items()}
+    q = 5
+    assert voxels["total"] == 3 * q * 16 * 14
+    assert voxels["batch"] == voxels["raw"] == 3 * 2 * q * 8 * 9
+    slots = [*arrays._transfer._in_slots, *arrays._transfer._out_slots]
+    assert max(slot.memory.numel() for slot in slots if slot.memory is not None) < 3 * q * 22 * 28
+
+
+def raw_values(shape, dtype):
+    """Return values of all sizes that the dtype has."""
+    rng = np.random.default_rng(0)
+    if np.dtype(dtype).kind == "f":
+        return (rng.normal(size=shape) * 1e4).astype(dtype)
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+
+
+RAW_DTYPES = [
+    *("uint8", "int8", "int16", "int32", "float32"),  # divided at once
+    *("uint16", "uint32", "float16", "float64"),
+]
+
+
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+@pytest.mark.parametrize("divide", [255.0, 65535.0, 33.3])
+def test_dividing_raw_values_at_once_is_the_same(dtype, divide):
+    source_czyx = raw_values((2, 4, 50, 60), dtype)
+    slices = [(slice(0, 4), slice(0, 50), slice(x, x + 40)) for x in (0, 7)]
+    found = []
+    for arrays in (lagging_arrays(), TorchArrays(torch.device("cpu"))):
+        staged = arrays.stage(
+            arrays.feed(source_czyx), slices, patch_shape=(4, 50, 40), batch_size=3
+        )
+        found.append(arrays.gather(staged, scaling=Scaling(divide=divide)).numpy())
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_peak_is_that_of_the_accelerators_own_allocator(monkeypatch):

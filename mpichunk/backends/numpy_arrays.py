@@ -124,9 +124,9 @@ class NumpyArrays:
         """Return the vector itself."""
         return host
 
-    def window(self, z: Array, y: Array, x: Array) -> Window:
+    def window(self, z: Array, y: Array, x: Array, used: Window | None = None) -> Window:
         """Return (z,) and the (y, x) plane: a product per slice costs less than reading volumes."""
-        return z, np.multiply.outer(y, x, out=self._buffer("window", (len(y), len(x))))
+        return z, np.multiply.outer(y, x, out=None if used is None else used[1])
 
     def add_weighted(
         self, total_czyx: Array, where: Slices, patch_czyx: Array, part: Slices, window: Window

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES
+from mpichunk.backends.engine import FINISH_NBYTES, most_windows
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
@@ -279,14 +279,15 @@ def _blending_parts(
         config.model.out_channels, np.dtype(config.output.dtype)
     )
     window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
+    num_windows = most_windows(plan.output_patch_shape, work.patches_per_block[1])
     yield _only_device(
         "raw patches, and the layers that they are cut from", raw + LAYERS_IN_FLIGHT * layer
     )
     yield MemoryPart(
-        name="blending: window, and a slab as high as a patch",
+        name="blending: windows, and a slab as high as a patch",
         cpu_nbytes=window + (0 if is_core else slab),
         host_nbytes=0,
-        device_nbytes=window + slab,
+        device_nbytes=num_windows * window + slab,
     )
     # Temporary values, and parts of the output on their way.
     yield _only_device("parts being finished", 4 * min(slab, FINISH_NBYTES))
