@@ -19,7 +19,7 @@ from mpichunk.backends import get_backend
 from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
-from mpichunk.errors import MpichunkError, UserError
+from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
 from mpichunk.job.fitting import device_room
@@ -42,9 +42,6 @@ MOST_PATCHES_SEEN = 64
 
 TURN_SECONDS = 0.5
 """How long one variant is measured before it is the other's turn."""
-
-FAILURES = (MpichunkError, RuntimeError, OSError, MemoryError, ImportError)
-"""What makes a variant one that does not run here; anything else is a bug."""
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +155,7 @@ class Meter:
         try:
             loaded = self._load(variant)
             return self._compare(loaded)
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             return Row(variant=variant, refused=_reason(error))
         finally:
             logging.disable(logging.NOTSET)
