@@ -17,6 +17,9 @@ from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 FINISH_NBYTES = 1 << 26
 """Bytes of float32 that are finished at a time on an accelerator: enough to fill it."""
 
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
+
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES
+from mpichunk.backends.engine import FINISH_NBYTES, LAYERS_IN_FLIGHT
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
@@ -19,6 +19,7 @@ from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
+from mpichunk.volume.tensor import CACHE_NBYTES
 from mpichunk.volume.writing import most_under_way
 
 Memory = Literal["cpu", "host", "device"]
@@ -29,9 +30,6 @@ FLOAT32_NBYTES = 4
 
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
-
-LAYERS_IN_FLIGHT = 2
-"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 QUICK = 3
 """Computing a block must take so many times as long as writing it, for one to be written at a time.
@@ -44,9 +42,6 @@ START_SPREAD = 10
 
 Measured with OpenVINO, which converts the network in memory: 960 to 1062 MiB.
 """
-
-CACHE_NBYTES = 64 * MIB
-"""Decoded chunks of the input that the storage library keeps at most."""
 
 PROGRAM_NBYTES = 95 * MIB
 """Resident memory of a rank before its first block, without torch (measured: 94 MiB)."""
