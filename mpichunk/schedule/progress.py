@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpichunk.processmemory import peak_nbytes
 from mpichunk.schedule.messages import STAGES, Done, Record
-from mpichunk.words import duration, size
+from mpichunk.words import count, duration, size
 
 COUNTERS = (
     "blocks",  # done by this rank since the run started
@@ -258,8 +258,8 @@ def summarise(
         f"patches  {int(summed['patches'])}",
         f"output   {summed['voxels'] / 1e6:.1f} Mvox in {duration(seconds)}: {rate:.2f} Mvox/s; "
         f"{size(int(summed['bytes_read']))} read, {size(int(summed['bytes_written']))} written",
-        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over {len(vectors)} "
-        f"rank{'s' if len(vectors) > 1 else ''}",
+        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over "
+        f"{count(len(vectors), 'rank')}",
     ]
     for stage in STAGES:
         lines.append(_spread(stage, vectors[:, COUNTERS.index(stage)]))

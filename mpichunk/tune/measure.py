@@ -4,7 +4,6 @@ Loads networks one after another in this process. Knows no order of trials and n
 """
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -16,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
+from mpichunk.backends.numpy_arrays import scale
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
 from mpichunk.errors import DEVICE_FAILURES, UserError
@@ -275,20 +275,11 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
                 break
     scaling = scaling_for(job.volume.dtype, job.config.input.normalize)
     if found:
-        return scaled(found, scaling), True
+        patches_nczyx = np.stack(found).astype(np.float32)
+        scale(patches_nczyx, scaling)
+        return patches_nczyx, True
     shape = NUM_PATCHES, job.volume.num_channels, *job.config.patch.shape
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
-
-
-def scaled(patches: Sequence[npt.NDArray[Any]], scaling: Scaling) -> npt.NDArray[np.float32]:
-    """Return raw patches as the network sees them."""
-    batch = np.stack(patches).astype(np.float32)
-    if scaling.clip is not None:
-        batch = np.clip(batch, np.float32(scaling.clip[0]), np.float32(scaling.clip[1]))
-    result: npt.NDArray[np.float32] = (batch - np.float32(scaling.subtract)) / np.float32(
-        scaling.divide
-    )
-    return result
 
 
 def _count(loaded: Loaded) -> int:

@@ -79,6 +79,7 @@ from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
+from mpichunk.words import count
 
 PROGRESS_SECONDS = 5.0
 """How often a rank tells what it has done."""
@@ -241,7 +242,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
     """Tell what is about to run."""
-    ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    ranks = count(comm.size, "rank")
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
