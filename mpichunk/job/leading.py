@@ -160,7 +160,6 @@ class Leading:
         comm, schedule = self.comm, self.job.config.schedule
         tempo = Tempo(schedule.min_lease_seconds)
         display = get_display(
-            rank=0,
             size=comm.size,
             num_blocks=len(self.todo),
             num_before=self.num_before,

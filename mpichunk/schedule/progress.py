@@ -89,16 +89,6 @@ class Display(Protocol):
         """Leave the terminal in order."""
 
 
-class NullDisplay:
-    """For the ranks that show nothing."""
-
-    def update(self, summed: Totals, now: float) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class Heartbeat:
     """Passes the sums on, and notes now and then that the run is alive.
 
@@ -220,11 +210,9 @@ class BarDisplay:
 
 
 def get_display(
-    *, rank: int, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
+    *, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
 ) -> Display:
-    """Return what shows the progress on this rank: nothing but on rank 0."""
-    if rank != 0:
-        return NullDisplay()
+    """Return what shows the progress: a bar on a terminal, else lines of the log."""
     pace = Pace(num_blocks=num_blocks, num_before=num_before, start=start)
     if stream.isatty():
         return BarDisplay(pace, size=size, stream=stream)
