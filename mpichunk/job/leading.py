@@ -17,12 +17,13 @@ from mpichunk.job.probing import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
 from mpichunk.plan.prediction import Forecast, outcome_words
+from mpichunk.process import Process
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.monitor import Lead
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
-from mpichunk.rundir.lock import Process, RunLock
+from mpichunk.rundir.lock import RunLock
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import HangDetector, Tempo

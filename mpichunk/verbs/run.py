@@ -59,6 +59,7 @@ from mpichunk.job.startup import (
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
+from mpichunk.process import this_process
 from mpichunk.processmemory import use_one_arena
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
@@ -72,7 +73,6 @@ from mpichunk.roles.loop import Loop, Pulse
 from mpichunk.roles.monitor import Lead, Monitor, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
-from mpichunk.rundir.lock import this_process
 from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
 from mpichunk.schedule.permits import Permits
