@@ -68,11 +68,12 @@ from mpichunk.ranks.launcher import name_of
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Watchdog, survive
 from mpichunk.ranks.slurm import Allocation, describe
-from mpichunk.roles.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
+from mpichunk.roles.drain import Outside, Signals, Watch, clear_stop
 from mpichunk.roles.loop import Loop, Pulse
 from mpichunk.roles.monitor import Lead, Monitor, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
+from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
 from mpichunk.schedule.permits import Permits
@@ -382,6 +383,6 @@ def _watch(job: Job, outside: Outside) -> Watch:
     """Return what says when the run should end early."""
     return Watch(
         outside,
-        stop_file=job.run_dir / STOP_NAME,
+        stop_file=job.run_dir / STOP,
         stop_before_seconds=job.config.schedule.stop_before_seconds,
     )
