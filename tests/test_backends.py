@@ -770,6 +770,24 @@ def test_threads_also_count_on_other_threads():
         torch.set_num_threads(before)
 
 
+def test_the_device_too_counts_on_other_threads(monkeypatch):
+    """CUDA has one current device per thread, the first unless it is told."""
+    engine = TorchEngine(nn.Identity().eval(), make_request())
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda i: seen.append((i, get())))
+    get, batch = threading.get_ident, torch.zeros(1, 1, 8, 12, 16)
+    engine._device = torch.device("cuda:1")
+    idents = []
+    for _ in range(2):
+        work = threading.Thread(
+            target=lambda: [idents.append(get()), engine.infer(batch), engine.infer(batch)]
+        )
+        work.start()
+        work.join()
+        engine._thread = 0
+    assert seen == [(1, ident) for ident in idents]
+
+
 def test_a_device_that_torch_cannot_use_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")

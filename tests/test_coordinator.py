@@ -239,6 +239,7 @@ class Network:
                 pipeline,
                 pipeline.records,
                 self.counters[rank],
+                depth=3,
                 own_blocks=() if todo is None else static_blocks(todo, size, rank),
             )
             for rank, pipeline in enumerate(self.pipelines)

@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 
 from mpichunk.errors import JournalError
+from mpichunk.process import Process, start_time, this_process
 from mpichunk.rundir import lock as locks
 from mpichunk.rundir.lock import (
     Claim,
-    Process,
     RunLock,
     find_holder,
     is_dead,
     read_claims,
-    start_time,
-    this_process,
 )
 
 HERE = this_process()

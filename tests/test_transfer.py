@@ -143,6 +143,39 @@ def test_an_accelerator_that_lags_gives_the_same_bytes(dtype, batch_size):
         np.testing.assert_array_equal(done.core(), wanted)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_no_copy_under_way(monkeypatch, error):
+    """Else the memory of its core would be written to when it is another block's."""
+    plan = make_plan(block_shape=(11, 22, 28))
+    block, request = plan[0], make_request(plan)
+    arrays = lagging_arrays()
+    streams = [arrays._transfer._inward, arrays._transfer._outward]
+    monkeypatch.setattr(arrays, "wait", lambda: [stream.run() for stream in streams])
+    engine = TorchEngine(Mix().eval(), request)
+    engine._arrays, infer, num_batches = arrays, engine.infer, 0
+
+    def fail(batch_nczyx):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == block.num_patches // request.batch_size:
+            assert any(stream.tasks for stream in streams)
+            raise error("misaligned address")
+        return infer(batch_nczyx)
+
+    engine.infer = fail
+    inference = type(make_inference(plan))(
+        engine,
+        request,
+        scaling=make_inference(plan)._scaling,
+        window_name="bump",
+        activation="none",
+        skip_blank=False,
+    )
+    with pytest.raises(error):
+        inference.run(block, make_source(block), None, np.dtype("uint8"))
+    assert not any(stream.tasks for stream in streams)
+
+
 def test_the_test_sees_a_copy_that_nobody_waits_for(monkeypatch):
     arrays = lagging_arrays()
     monkeypatch.setattr(ComputingStream, "wait_event", lambda self, event: None)

@@ -403,6 +403,28 @@ def test_a_damaged_chunk_of_the_output_is_found(tmp_path):
         writer.read(DOMAIN)
 
 
+@pytest.mark.parametrize("driver", ["zarr3", "zarr", "neuroglancer_precomputed"])
+def test_the_context_of_a_spec_is_there_for_metadata_too(tmp_path, driver):
+    """As credentials are: `name#own` is only known in the context that brings it."""
+    store = {
+        "driver": "file",
+        "path": f"{tmp_path}/v/",
+        "file_io_concurrency": "file_io_concurrency#own",
+    }
+    volume = {
+        "driver": driver,
+        "kvstore": store,
+        "context": {"file_io_concurrency#own": {"limit": 2}},
+    }
+    spec = replace(spec_of("v"), volume=volume)
+    assert create_output(spec)
+    assert not create_output(spec)
+    array_czyx = random_czyx(spec)
+    write_all(open_output(spec), array_czyx, spec)
+    with open_input(volume) as reader:
+        np.testing.assert_array_equal(reader.read(DOMAIN).result(), array_czyx)
+
+
 def test_the_number_of_files():
     spec = spec_of("v.zarr")
     assert spec.num_files == 3 * 3 * 4

@@ -64,10 +64,11 @@ def leases(*blocks):
     return tuple(Lease(block=block, attempt=1) for block in blocks)
 
 
-def start(**kwargs):
+def start(*, depth=3, **kwargs):
     pipeline = FakePipeline()
     counters = Counters()
-    return Worker(pipeline, pipeline.records, counters, **kwargs), pipeline, counters
+    worker = Worker(pipeline, pipeline.records, counters, depth=depth, **kwargs)
+    return worker, pipeline, counters
 
 
 def test_it_asks_for_as_many_blocks_as_the_pipeline_holds_and_no_more():

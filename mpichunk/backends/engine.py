@@ -24,6 +24,9 @@ WINDOWS_NBYTES = 1 << 28
 MOST_WINDOWS = 27
 """A patch is the first, the last, or neither, along each axis."""
 
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
+
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
 

@@ -78,7 +78,7 @@ class NumpyArrays:
                 seen = np.flip(raw_czyx, turn.flipped)
                 seen = seen.swapaxes(-2, -1) if turn.swaps_yx else seen
                 np.copyto(patch_czyx, seen, casting="unsafe")
-                _scale(patch_czyx, scaling)
+                scale(patch_czyx, scaling)
         batch_nczyx[len(staged.patches_czyx) :] = 0
         return batch_nczyx
 
@@ -249,8 +249,8 @@ class NumpyArrays:
         return buffer[:num_values].reshape(shape)
 
 
-def _scale(patch_czyx: Array, scaling: Scaling) -> None:
-    """Clip, subtract and divide in place."""
+def scale(patch_czyx: Array, scaling: Scaling) -> None:
+    """Clip, subtract and divide float32 in place."""
     if scaling.clip is not None:
         np.clip(patch_czyx, *scaling.clip, out=patch_czyx)
     if scaling.subtract != 0:

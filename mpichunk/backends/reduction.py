@@ -2,8 +2,8 @@
 
 Decides the order; an engine's arrays do the work. Knows no blocks and no networks.
 
-    total / sum(w) --gate--> channels --argmax, vote, threshold--> labels, as they are
-                                `-----> values, quantised
+    blended --gate--> channels --argmax, vote, threshold--> labels, as they are
+                         `-----> values, quantised
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,6 +11,7 @@ network runs, and whoever writes the core waits for it.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -170,9 +171,13 @@ class BlockInference:
         while True:
             try:
                 return self._run(block, source_czyx, mask_zyx, out_dtype)
-            except BlockError:
-                raise
-            except Exception as error:
+            except BaseException as error:
+                # Copies from the source and to the core may be under way, and their memory is about
+                # to be somebody else's. A device that is broken has none under way.
+                with suppress(RuntimeError):
+                    self._engine.arrays.wait()
+                if not isinstance(error, Exception) or isinstance(error, BlockError):
+                    raise
                 if not self._engine.is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

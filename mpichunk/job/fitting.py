@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
-from mpichunk.errors import UserError
-from mpichunk.job.canary import FAILURES
+from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
 from mpichunk.job.probing import Held, Loading, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
@@ -129,7 +128,7 @@ def probe_ranks(
         except SystemExit as error:
             # A network that calls sys.exit would end the run as if all were well.
             raise RuntimeError(f"the network called sys.exit({error.code})") from error
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             # What fails now and then is for the blocks to find out: they are tried elsewhere.
             log.warning("one forward more has failed, so its memory is not known: %s", error)
     trim()

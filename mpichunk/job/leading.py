@@ -18,12 +18,13 @@ from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
 from mpichunk.plan.prediction import Forecast, outcome_words
 from mpichunk.plan.probe import Peak
+from mpichunk.process import Process
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.monitor import Lead
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
-from mpichunk.rundir.lock import Process, RunLock
+from mpichunk.rundir.lock import RunLock
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import HangDetector, Tempo
@@ -163,7 +164,6 @@ class Leading:
         comm, schedule, num_before = self.comm, self.job.config.schedule, self.num_before
         tempo = Tempo(schedule.min_lease_seconds)
         display = get_display(
-            rank=0,
             size=comm.size,
             num_blocks=len(self.todo),
             num_before=num_before,

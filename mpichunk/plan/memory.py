@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES, most_windows
+from mpichunk.backends.engine import FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
@@ -20,6 +20,7 @@ from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
+from mpichunk.volume.tensor import CACHE_NBYTES
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -29,9 +30,6 @@ FLOAT32_NBYTES = 4
 
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
-
-LAYERS_IN_FLIGHT = 2
-"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 QUICK = 3
 """Computing a block must take so many times as long as writing it, for one to be written at a time.
@@ -47,9 +45,6 @@ Measured with OpenVINO, which converts the network in memory: 960 to 1062 MiB.
 
 PEAK_SPREAD = 20
 """One run may take a twentieth more than another of the same blocks (measured: 2 to 5 %)."""
-
-CACHE_NBYTES = 64 * MIB
-"""Decoded chunks of the input that the storage library keeps at most."""
 
 PROGRAM_NBYTES = 95 * MIB
 """Resident memory of a rank before its first block, without torch (measured: 94 MiB)."""

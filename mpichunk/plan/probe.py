@@ -16,7 +16,7 @@ class Pace:
     """Cutting out, activating and blending one patch."""
 
     finish_seconds: float
-    """Dividing, checking and quantising one voxel of a core."""
+    """Checking and quantising one voxel of a core."""
 
     read_seconds: float
     """Reading and decoding one voxel of a whole storage chunk of the input."""

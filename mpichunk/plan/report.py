@@ -5,7 +5,6 @@ Only turns numbers into words; knows no files and computes no geometry.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from textwrap import wrap
 from typing import Any
 
 from mpichunk.config.rules import CPU_BACKENDS
@@ -19,8 +18,8 @@ from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast_json
 from mpichunk.plan.probe import Peak
 from mpichunk.plan.suggestion import runs_on_cpu
-from mpichunk.plan.table import WIDTH, Row, count, table, value_rows
-from mpichunk.words import duration, size
+from mpichunk.plan.table import Row, bullets, table, value_rows
+from mpichunk.words import count, duration, size
 
 _ON_CPU, _DEVICE = "on a CPU", "accelerator"
 _Column = tuple[str, Sequence[int | None], int]
@@ -55,7 +54,7 @@ def render_plan(
         _work_lines(plan, config, info, estimate, num_masked, expected),
         _memory_lines(config, estimate, peak),
         _rank_lines(config, estimate, num_ranks, num_masked) if num_ranks > 1 else [],
-        _advice_lines(estimate),
+        bullets("Could be better", estimate.advice),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
@@ -375,15 +374,6 @@ def _rank_lines(
         ),
     ]
     return [f"With {num_ranks} ranks", *value_rows(rows)]
-
-
-def _advice_lines(estimate: Estimate) -> list[str]:
-    """Return what could be better, wrapped."""
-    lines = []
-    for advice in estimate.advice:
-        text = f"{advice.key}: {advice.message}"
-        lines += wrap(text, WIDTH, initial_indent="  * ", subsequent_indent="    ")
-    return ["Could be better", *lines] if lines else []
 
 
 def _is_complete(memory: Iterable[MemoryPart]) -> bool:

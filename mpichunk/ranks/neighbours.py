@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from mpichunk.rundir.lock import Process, start_time
+from mpichunk.process import Process, start_time
 
 
 class Neighbours:

@@ -93,7 +93,7 @@ class Worker:
         records: Records,
         counters: Counters,
         *,
-        depth: int = 3,
+        depth: int,
         own_blocks: Iterable[int] = (),
         permits: Permits | None = None,
         clock: Callable[[], float] = time.monotonic,

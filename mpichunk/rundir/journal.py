@@ -31,10 +31,11 @@ import numpy.typing as npt
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.fingerprint import differences
+from mpichunk.rundir.layout import JOURNAL
 from mpichunk.rundir.places import Places
 from mpichunk.schedule.messages import Done, Failed, Record, State
 
-NAME = "journal.jsonl"
+NAME = JOURNAL
 FORMAT = "mpichunk-journal-1"
 CHUNK_NBYTES = 16 << 20
 

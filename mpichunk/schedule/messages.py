@@ -9,7 +9,7 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | <-- Acknowledge(leases) -------------------- |   ... until it is in the journal
       | -- Drain(reason) --------------------------> |   this rank was asked to end early
       | <-- Stop(reason) --------------------------- |
-      | -- GiveBack(leases) -----------------------> |   what was not begun before an early stop
+      | -- GiveBack(leases) -----------------------> |   what this rank does not keep
       | -- Beat(counters) -------------------------> |   again and again; the last one at the end
       | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
       | <-- Contest(lease) ------------------------- |   another rank is to compute it, too
@@ -194,7 +194,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveBack:
-    """Leases that the worker had not begun to compute when it was told to stop early."""
+    """Leases that the worker does not keep: it must end early, has too many, or may not write."""
 
     leases: tuple[Lease, ...]
     """No record of them will come."""
@@ -280,7 +280,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """The answer to `Beat`."""
+    """What the coordinator lets ranks know now and then, and when it has changed."""
 
     lease_seconds: float
     """How long a lease may take by now."""

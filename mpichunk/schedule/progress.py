@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpichunk.processmemory import peak_nbytes
 from mpichunk.schedule.messages import STAGES, Done, Record
-from mpichunk.words import duration, size
+from mpichunk.words import count, duration, size
 
 COUNTERS = (
     "blocks",  # done by this rank since the run started
@@ -94,16 +94,6 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Leave the terminal in order."""
-
-
-class NullDisplay:
-    """For the ranks that show nothing."""
-
-    def update(self, summed: Totals, now: float) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class Heartbeat:
@@ -227,11 +217,9 @@ class BarDisplay:
 
 
 def get_display(
-    *, rank: int, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
+    *, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
 ) -> Display:
-    """Return what shows the progress on this rank: nothing but on rank 0."""
-    if rank != 0:
-        return NullDisplay()
+    """Return what shows the progress: a bar on a terminal, else lines of the log."""
     pace = Pace(num_blocks=num_blocks, num_before=num_before, start=start)
     if stream.isatty():
         return BarDisplay(pace, size=size, stream=stream)
@@ -265,8 +253,8 @@ def summarise(
         f"patches  {int(summed['patches'])}",
         f"output   {summed['voxels'] / 1e6:.1f} Mvox in {duration(seconds)}: {rate:.2f} Mvox/s; "
         f"{size(int(summed['bytes_read']))} read, {size(int(summed['bytes_written']))} written",
-        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over {len(vectors)} "
-        f"rank{'s' if len(vectors) > 1 else ''}",
+        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over "
+        f"{count(len(vectors), 'rank')}",
     ]
     for stage in STAGES:
         lines.append(_spread(stage, vectors[:, COUNTERS.index(stage)]))

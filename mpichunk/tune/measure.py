@@ -4,7 +4,6 @@ Loads networks one after another in this process. Knows no order of trials and n
 """
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -16,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
+from mpichunk.backends.numpy_arrays import scale
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
-from mpichunk.errors import MpichunkError, UserError
+from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
 from mpichunk.job.fitting import device_room
@@ -45,9 +45,6 @@ TURN_SECONDS = 0.5
 
 NUM_WEIGHED = 3
 """What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
-
-FAILURES = (MpichunkError, RuntimeError, OSError, MemoryError, ImportError)
-"""What makes a variant one that does not run here; anything else is a bug."""
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +158,7 @@ class Meter:
         try:
             loaded = self._load(variant)
             return self._compare(loaded)
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             return Row(variant=variant, refused=_reason(error))
         finally:
             logging.disable(logging.NOTSET)
@@ -230,7 +227,7 @@ class Meter:
             loaded = self._load(variant)
             nbytes = self._nbytes(loaded, seconds)
             return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             log.debug("%s: %s", variant.name, _reason(error))
             return False
         finally:
@@ -308,20 +305,11 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
                 break
     scaling = scaling_for(job.volume.dtype, job.config.input.normalize)
     if found:
-        return scaled(found, scaling), True
+        patches_nczyx = np.stack(found).astype(np.float32)
+        scale(patches_nczyx, scaling)
+        return patches_nczyx, True
     shape = NUM_PATCHES, job.volume.num_channels, *job.config.patch.shape
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
-
-
-def scaled(patches: Sequence[npt.NDArray[Any]], scaling: Scaling) -> npt.NDArray[np.float32]:
-    """Return raw patches as the network sees them."""
-    batch = np.stack(patches).astype(np.float32)
-    if scaling.clip is not None:
-        batch = np.clip(batch, np.float32(scaling.clip[0]), np.float32(scaling.clip[1]))
-    result: npt.NDArray[np.float32] = (batch - np.float32(scaling.subtract)) / np.float32(
-        scaling.divide
-    )
-    return result
 
 
 def _count(loaded: Loaded) -> int:

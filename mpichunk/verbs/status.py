@@ -16,6 +16,7 @@ from mpichunk.errors import ExitCode, JournalError, NotStartedError, UserError
 from mpichunk.plan.fingerprint import differing_keys
 from mpichunk.ranks.slurm import describe
 from mpichunk.roles import drain
+from mpichunk.rundir.layout import CONFIG
 from mpichunk.rundir.runstatus import (
     MOST_FAILURES_SHOWN,
     RunStatus,
@@ -107,7 +108,7 @@ def _not_started(run: _NotStarted, *, as_json: bool) -> str:
 
 def _check_same_config(config: Config, run_dir: Path) -> None:
     """Refuse to report on blocks that `run` would not take for those of this config."""
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG
     if not path.exists():
         return
     differing = differing_keys(load_plain_config(path).config, config)

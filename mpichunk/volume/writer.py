@@ -152,7 +152,7 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
                 f"{address} is not visible on {os.uname().nodename}, though it was created where "
                 "the run was started: put it on a file system that all hosts share"
             )
-        context = make_context(num_threads, extra=address.options.get("context"))
+        context = make_context(num_threads, extra=address.context)
         try:
             store = open_store(_spec_json(address), context, open=True, read=True, write=True)
         except VolumeError as error:
@@ -299,9 +299,10 @@ def _create(address: Address, spec: OutputSpec) -> None:
     """Create the output; what makes it a volume is written last."""
     if address.driver == ZARR2:
         attributes = attributes_json(spec) | {"_ARRAY_DIMENSIONS": list(AXES)}
-        write_key(address.store, ".zattrs", json.dumps(attributes, indent=1).encode())
+        text = json.dumps(attributes, indent=1).encode()
+        write_key(address.store, ".zattrs", text, address.context)
     creation = _spec_json(address) | creation_json(spec, str(address.driver))
-    open_store(creation, make_context(None, extra=address.options.get("context")), create=True)
+    open_store(creation, make_context(None, extra=address.context), create=True)
 
 
 def _spec_json(address: Address) -> dict[str, Any]:

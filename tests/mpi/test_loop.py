@@ -9,8 +9,7 @@ import pytest
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import NullDisplay
-from tests.fakeranks import run
+from tests.fakeranks import NullDisplay, run
 
 
 @pytest.fixture

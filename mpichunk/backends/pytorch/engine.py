@@ -187,10 +187,12 @@ class TorchEngine:
             return self._network(batch_nczyx.contiguous(memory_format=self._layout))
 
     def _use_threads(self) -> None:
-        """Give this thread its share of the cores; OpenMP keeps their number per thread."""
+        """Give this thread its cores and its device: OpenMP and CUDA keep them per thread."""
         if self._thread == threading.get_ident():
             return
         torch.set_num_threads(self._request.threads)
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device.index or 0)
         self._threads = torch.get_num_threads()
         self._thread = threading.get_ident()
 
