@@ -4,6 +4,7 @@ Knows the files of a run directory and the kernel's count of a process's memory;
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,9 +167,13 @@ def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> int
 def _write(run_dir: Path, name: str, facts: Mapping[str, Any]) -> None:
     """Write a file of JSON under a temporary name and rename it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{name}.tmp"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(run_dir / name)
+    # A name of its own: `bench` takes no lock, and a run may write at the same time.
+    temporary = run_dir / f"{name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(run_dir / name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _cause_of_pace(config: Config) -> dict[str, Any]:
