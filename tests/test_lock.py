@@ -155,6 +155,12 @@ def test_a_job_with_ranks_elsewhere_is_not_dead_because_those_here_are():
     assert not is_dead(alone, now=101.0, machine="other", started=lambda _: None)
 
 
+def test_a_lock_of_another_version_goes_by_age():
+    claim = Claim(path=Path("lock.1"), renewed=100.0, content={"machine": "m", "processes": []})
+    assert not is_dead(claim, now=150.0, machine="m", started=lambda _: None)
+    assert is_dead(claim, now=191.0, machine="m", started=lambda _: None)
+
+
 def test_of_many_jobs_that_start_at_once_at_most_one_gets_the_lock(tmp_path):
     write_claim(tmp_path, age=1000)
     script = (

@@ -250,5 +250,7 @@ def test_less_does_not_replace_more(tmp_path: Path) -> None:
     (job.run_dir / "probe.json").write_text(json.dumps(kept))
     assert job.probe() == replace(before, resident_nbytes=None, start_nbytes=None)
     elsewhere = Probe(seconds=9.0, nbytes=1, device="cuda:0 H200", free_nbytes=1 << 30)
+    # What another process is about to write is in nobody's way.
+    (job.run_dir / "probe.json.tmp").mkdir()
     keep_probe(job, elsewhere)
     assert job.probe() == elsewhere

@@ -46,6 +46,7 @@ UNTIMED = frozenset(
         "upload",
         "download",
         "peak_nbytes",
+        "most_nbytes",
         "device_nbytes",
         "release",
         # Once: the memory is used again.

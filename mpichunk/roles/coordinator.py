@@ -41,7 +41,7 @@ SYNC_SECONDS = 0.02
 """Least time between two syncs of the journal: with small blocks the disk would set the pace."""
 
 SYNC_SHARE = 0.2
-"""Of rank 0's main thread, at most, for a slow disk, unless that takes more than 0.2 s a sync."""
+"""Of rank 0's main thread, at most, for a slow disk; a second lies between syncs of over 0.25 s."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -261,8 +261,8 @@ class Coordinator:
         is_stop_due = self.ending is not None and not self._is_stopped
         if now < self._next_sync and not is_stop_due:
             return []
-        seconds = self._sync() / SYNC_SHARE
-        self._next_sync = now + max(SYNC_SECONDS, min(seconds, 50 * SYNC_SECONDS))
+        took = self._sync()
+        self._next_sync = now + max(SYNC_SECONDS, min(took / SYNC_SHARE, took + 50 * SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()

@@ -99,7 +99,7 @@ class Monitor:
         self._next_word = float("-inf")
 
     def hear(self, now: float) -> None:
-        """Take in the coordinator's sign of life."""
+        """Take in a sign of life of the coordinator: whatever it sends."""
         self._heard, self._has_killed = now, False
 
     def kill(self, rank: int) -> None:
@@ -110,15 +110,21 @@ class Monitor:
             self._neighbours.kill(rank)
 
     def step(
-        self, lead: Lead | None, now: float, *, is_asked_to_end: bool
+        self, lead: Lead | None, now: float, *, is_asked_to_end: bool, disk_seconds: float = 0.0
     ) -> list[tuple[int, Message]]:
         """Look after the others if it is time to; return what is to be sent.
+
+        Args:
+            lead: The second role, on the coordinator.
+            now: When this turn began, seconds.
+            is_asked_to_end: Whether this process was just asked to end.
+            disk_seconds: What the journal has taken of this turn: a slow disk is no sleep.
 
         Raises:
             MustEnd: the job cannot go on.
         """
         has_slept = now - self._last_turn > PAUSE_SECONDS
-        self._last_turn = now
+        self._last_turn = now + disk_seconds
         if has_slept:
             # What happened meanwhile is no longer this process's to judge.
             self._blind_until = now + LOOK_SECONDS

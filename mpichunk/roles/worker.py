@@ -310,7 +310,7 @@ class Worker:
         """Drop what has only been read: soon done again, and time may be short."""
         self._given_back += self._take_waiting(len(self._waiting))
         dropped = self._pipeline.drop_waiting()
-        self.held.difference_update(dropped)
+        self._forget(dropped)
         self._given_back += dropped
 
     def _leave_to_others(self) -> None:
@@ -342,8 +342,12 @@ class Worker:
     def _take_waiting(self, num_leases: int) -> list[Lease]:
         """Take back leases that wait, those that came last; return them."""
         leases = [self._waiting.pop() for _ in range(num_leases)]
+        self._forget(leases)
+        leases.reverse()
+        return leases
+
+    def _forget(self, leases: list[Lease]) -> None:
+        """Hold leases no more of which there will be no record."""
         self.held.difference_update(leases)
         for lease in leases:
             self._permits.end(lease)
-        leases.reverse()
-        return leases

@@ -4,6 +4,7 @@ Names only; who writes a file knows what is in it. The archives that `config.des
 there too, in `model-<hash>`, and locks in `lock.<number>`.
 """
 
+import secrets
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -37,6 +38,10 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    # A name of its own: `bench` takes no lock, and a run may write at the same time.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -215,7 +215,7 @@ def is_dead(
         return False
     if now - claim.renewed > STALE_SECONDS:
         return True
-    return claim.content.get("machine") == machine and not claim.content["num_elsewhere"]
+    return claim.content.get("machine") == machine and claim.content.get("num_elsewhere") == 0
 
 
 def is_alive_here(

@@ -12,7 +12,7 @@ import numpy as np
 from mpichunk.errors import ExitCode, NotStartedError
 from mpichunk.rundir import history, journal
 from mpichunk.rundir.lock import find_holder
-from mpichunk.schedule.messages import FAILURES, Failure, State
+from mpichunk.schedule.messages import FAILURES, FINISHED, Failure, State
 
 MOST_FAILURES_SHOWN = 20
 """Failed blocks that the text lists; JSON lists all."""
@@ -39,6 +39,9 @@ class RunStatus:
 
     num_failed: int
     """Blocks tried as often as allowed."""
+
+    num_failed_lately: int
+    """Those of them that failed in the latest start; what failed before is to be tried again."""
 
     num_ranks: int
     """Ranks of the latest start."""
@@ -72,7 +75,9 @@ class RunStatus:
         """What `--check` exits with."""
         if self.num_done == self.num_blocks:
             return ExitCode.ALL_DONE
-        is_over = self.num_done + self.num_failed == self.num_blocks
+        # A start that was drained or lost may not have come to what had failed before it.
+        num_over = self.num_failed if self.end_reason == FINISHED else self.num_failed_lately
+        is_over = self.num_done + num_over == self.num_blocks
         is_stopped = self.end_reason == FAILURES
         return ExitCode.BLOCKS_FAILED if is_over or is_stopped else ExitCode.DRAINED
 
@@ -127,6 +132,15 @@ class StatusReader:
         Raises:
             JournalError: there is no journal (a NotStartedError), or the file is none.
         """
+        try:
+            return self._read()
+        except FileNotFoundError:
+            # `run --fresh` has set the journal aside while it was read.
+            self._begin_anew(0)
+            return self._read()
+
+    def _read(self) -> RunStatus:
+        """Return the status, unless the journal is set aside meanwhile."""
         path, num_blocks = self._path, check_started(self._run_dir)
         if len(self._states) != num_blocks or self._read_end() != self._last:
             self._begin_anew(num_blocks)
@@ -163,8 +177,9 @@ class StatusReader:
         states, told = self._states, self._history
         num_done = int(np.count_nonzero(states == State.DONE))
         start, end = told.starts[-1] if told.starts else {}, told.end
+        lately = told.failures(states, of_latest_start=True)
         # A job that runs tries again what has failed before it started.
-        failures = told.failures(states, of_latest_start=is_alive)
+        failures = lately if is_alive else told.failures(states)
         num_left = len(states) - num_done
         num_held = told.last_beat.get("num_held", 0) if is_alive else 0
         pace = _pace(start, num_done, last_time)
@@ -174,6 +189,7 @@ class StatusReader:
             num_done=num_done,
             num_running=min(num_held, num_left - len(failures)),
             num_failed=len(failures),
+            num_failed_lately=len(lately),
             num_ranks=int(start.get("num_ranks", 0)),
             slurm=start.get("slurm"),
             is_alive=is_alive,
