@@ -25,8 +25,9 @@ from mpichunk.schedule.messages import (
     Request,
     Stop,
 )
-from mpichunk.schedule.progress import Counters, NullDisplay
+from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
+from tests.fakeranks import NullDisplay
 from tests.test_worker import FakePipeline
 
 NOTHING = Holding(leases=(), writing=(), stop=None)

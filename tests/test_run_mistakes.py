@@ -15,7 +15,7 @@ import yaml
 from mpichunk import cli
 from mpichunk.ranks import comm
 from mpichunk.ranks.comm import SerialCommunicator
-from mpichunk.roles.drain import STOP_NAME
+from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.lock import RunLock
 
 NETS = """
@@ -286,7 +286,7 @@ def test_status_and_stop_while_the_first_job_starts(attempt, tmp_path, capfd):
         assert json.loads(capfd.readouterr().out)["starting"].startswith("a job on")
         assert cli.main(["stop", config]) == 0
         assert "asked to finish" in capfd.readouterr().out
-    assert (tmp_path / "runs/config" / STOP_NAME).exists()
+    assert (tmp_path / "runs/config" / STOP).exists()
     assert cli.main(["status", config]) == 2
 
 
