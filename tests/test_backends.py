@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 import mpichunk.backends.devices as devices
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest, Scaling
+from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.size_advice import size_advice
 from mpichunk.backends.torch_arrays import TorchArrays
@@ -21,6 +22,7 @@ from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
+from tests import engines
 
 ARRAYS = [NumpyArrays, lambda: TorchArrays(torch.device("cpu"))]
 ARRAY_IDS = ["numpy", "torch"]
@@ -29,19 +31,7 @@ both_arrays = pytest.mark.parametrize("make", ARRAYS, ids=ARRAY_IDS)
 RNG = np.random.default_rng(7)
 
 
-def make_request(**changes):
-    values = {
-        "patch_shape": (8, 12, 16),
-        "crop": (0, 0, 0),
-        "batch_size": 1,
-        "in_channels": 1,
-        "out_channels": 1,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    return EngineRequest(**values | changes)
+make_request = partial(engines.make_request, patch_shape=(8, 12, 16), batch_size=1, out_channels=1)
 
 
 def pytorch(path, **changes):

@@ -17,13 +17,13 @@ from tests.described import (
     assert_same_runs,
     config_file,
     fingerprint,
-    need,
     plain_values,
     problems_of,
     run,
 )
 from tests.endtoend import read_volume, trap
 from tests.launch import Launch
+from tests.optional import need
 from tests.packages import (
     BY_255,
     METADATA,
@@ -33,22 +33,9 @@ from tests.packages import (
     write_bundle,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIGMOID = [{"_target_": "Activationsd", "sigmoid": True}]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def zoo() -> None:
-    need("bioimageio.spec", "bioimageio")
-
-
-@pytest.fixture
-def monai() -> None:
-    need("monai", "monai")
 
 
 def unet_bundle(folder: Path, **how: Any) -> Path:
@@ -386,7 +373,7 @@ def test_verbs_that_look_at_a_run_read_no_package(
     if form == "bundle":
         package = points_bundle(tmp_path / "net", inference={"postprocessing": SIGMOID})
     else:
-        need("bioimageio.spec", "bioimageio")
+        need("bioimageio.spec", extra="bioimageio")
         package = points_package(tmp_path / "net", before=BY_255, after=[{"id": "sigmoid"}])
         shutil.make_archive(str(tmp_path / "net"), "zip", package)
 

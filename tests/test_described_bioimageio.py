@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,12 +20,12 @@ from tests.described import (
     assert_same_runs,
     config_file,
     fingerprint,
-    need,
     plain_values,
     problems_of,
     run,
 )
 from tests.endtoend import read_volume
+from tests.optional import need
 from tests.packages import (
     BY_255,
     FLOAT,
@@ -36,15 +35,7 @@ from tests.packages import (
     write_package,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def zoo() -> None:
-    need("bioimageio.spec", "bioimageio")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("form", ["torchscript", "pytorch_state_dict"])
@@ -103,7 +94,7 @@ def test_network_that_loses_its_border(tmp_path: Path, zoo: None) -> None:
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_engines_take_what_they_can_of_a_package(tmp_path: Path, backend: str, zoo: None) -> None:
-    need(backend, backend)
+    need(backend)
     points_package(tmp_path / "net", before=BY_255, after=[{"id": "sigmoid"}])
     torch_path = run(config_file(tmp_path, {"path": "net"}, name="torch.yaml"))
     path = config_file(tmp_path, {"path": "net", "backend": backend})

@@ -7,6 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpichunk.backends.engine import EngineRequest, Kernels
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.errors import ModelError
@@ -23,6 +24,7 @@ from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
+from tests.engines import make_request
 from tests.test_network_forms import EM_CODE, EM_WEIGHTS
 from tests.test_torch_forms import export
 
@@ -39,20 +41,9 @@ TOLERANCES = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
 KERNELS = ["channels_last", "fold_batch_norm", "cuda_graphs"]
 
 
-def request(*kernels: str, precision: str = "float32", **changes: object) -> EngineRequest:
-    values = {
-        "patch_shape": SHAPE,
-        "crop": (0, 0, 0),
-        "batch_size": SIZE,
-        "in_channels": 1,
-        "out_channels": 3,
-        "threads": 1,
-        "precision": precision,
-        "device": DEVICE,
-        "deterministic": True,
-        "kernels": Kernels(**dict.fromkeys(kernels, True)),
-    }
-    return EngineRequest(**values | changes)
+def request(*kernels: str, **changes: Any) -> EngineRequest:
+    values = {"patch_shape": SHAPE, "batch_size": SIZE, "out_channels": 3, "device": DEVICE}
+    return make_request(kernels=kernels, **values | changes)
 
 
 def network() -> nn.Module:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends.engine import EngineRequest, Scaling
+from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.torch_engine import TorchEngine
 from mpichunk.block.inference import BlockInference, check_engine, is_blank, scaling_for
@@ -15,6 +15,7 @@ from mpichunk.errors import BlockError, ModelError, UserError
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box
 from mpichunk.plan.plan import Plan
+from tests import engines
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -36,18 +37,8 @@ def make_plan(**changes):
 
 
 def make_request(plan, **changes):
-    values = {
-        "patch_shape": plan.patch_shape,
-        "crop": plan.crop,
-        "batch_size": 3,
-        "in_channels": 2,
-        "out_channels": 3,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    return EngineRequest(**values | changes)
+    values = {"patch_shape": plan.patch_shape, "crop": plan.crop, "batch_size": 3}
+    return engines.make_request(**values | {"in_channels": 2, "out_channels": 3} | changes)
 
 
 class Mix(nn.Module):

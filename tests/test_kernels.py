@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest, Kernels
 from mpichunk.backends.torch_engine import TorchEngine
 from mpichunk.backends.torch_network import load_network
 from mpichunk.block.inference import check_engine
@@ -28,33 +27,15 @@ from mpichunk.plan.fingerprint import differences
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
+from tests.engines import make_request
 from tests.launch import REPOSITORY
 from tests.test_network_forms import EM_CODE, EM_WEIGHTS, NETS, PATCHES, network, scaled
 from tests.test_torch_forms import export, make_net
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALVES = {"bfloat16": 3e-2, "float16": 5e-3}
 """Largest difference allowed, of values in [0, 1]."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def request(**changes) -> EngineRequest:
-    values = {
-        "patch_shape": (4, 8, 8),
-        "crop": (0, 0, 0),
-        "batch_size": 2,
-        "in_channels": 1,
-        "out_channels": 2,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    kernels = Kernels(**dict.fromkeys(changes.pop("kernels", ()), True))
-    return EngineRequest(**values | changes, kernels=kernels)
 
 
 BATCH = torch.rand(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -69,7 +50,7 @@ def forms(folder: Path) -> dict[str, nn.Module]:
         # Through a file: what was scripted in one process shares its graph, which runs alter.
         torch.jit.script(nn.Sequential(*make_net().children())).save(folder / "net.ts")
         script = torch.jit.load(folder / "net.ts").eval()
-    return {"module": net, "script": script, "exported": load_network(model, request())}
+    return {"module": net, "script": script, "exported": load_network(model, make_request())}
 
 
 # ---- Precision -----------------------------------------------------------------------------------
@@ -80,7 +61,7 @@ def test_halves_act_on_every_form_and_come_out_as_float32(tmp_path, precision):
     with torch.no_grad():
         expected = make_net()(BATCH)
     for name, net in forms(tmp_path).items():
-        engine = TorchEngine(net, request(precision=precision))
+        engine = TorchEngine(net, make_request(precision=precision))
         found = engine.infer(BATCH)
         assert found.dtype == torch.float32, name
         assert not torch.equal(found, expected), name
@@ -94,13 +75,13 @@ def test_half_precision_without_effect_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([x, 2 * x], 1)
 
-    assert TorchEngine(Twice(), request()).info.precision == "float32"
+    assert TorchEngine(Twice(), make_request()).info.precision == "float32"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(make_net(), BATCH)
     for net, why in ((Twice(), "no convolution"), (traced, "made by tracing")):
         with pytest.raises(ModelError, match=f"computes in bfloat16 on cpu: .*{why}") as caught:
-            TorchEngine(net, request(precision="bfloat16"))
+            TorchEngine(net, make_request(precision="bfloat16"))
         assert caught.value.key == "compute.precision"
 
 
@@ -110,7 +91,7 @@ def test_values_that_float16_cannot_hold_are_told_as_such():
             return super().forward(x) * 0 + 1e6 * super().forward(x)
 
     net = Large(1, 2, 1).eval()
-    asked = request(precision="float16")
+    asked = make_request(precision="float16")
     with pytest.raises(ModelError, match="above 65504") as caught:
         check_engine(TorchEngine(net, asked), asked)
     assert caught.value.key == "compute.precision"
@@ -118,7 +99,7 @@ def test_values_that_float16_cannot_hold_are_told_as_such():
 
 def test_engines_of_two_precisions_in_one_process_do_not_meet():
     exact, half = (
-        TorchEngine(make_net(), request(precision=name)) for name in ("float32", "bfloat16")
+        TorchEngine(make_net(), make_request(precision=name)) for name in ("float32", "bfloat16")
     )
     first = exact.infer(BATCH).clone()
     half.infer(BATCH)
@@ -136,12 +117,12 @@ def test_what_only_nvidia_devices_have_is_refused_on_a_cpu(tmp_path, changes, ke
     path = export(make_net(), tmp_path / "net.pt2")
     model = Model(backend="pytorch", path=str(path), out_channels=2)
     with pytest.raises(DeviceError, match="NVIDIA") as caught:
-        get_backend("pytorch").load(model, request(**changes))
+        get_backend("pytorch").load(model, make_request(**changes))
     assert caught.value.key == key
 
 
 def test_threads_are_those_that_torch_has():
-    engine = TorchEngine(make_net(), request(threads=2))
+    engine = TorchEngine(make_net(), make_request(threads=2))
     torch.set_num_threads(1)
     assert engine.info.threads == 2
 
@@ -183,7 +164,7 @@ def test_a_run_in_half_precision(tmp_path):
 def test_channels_last_gives_the_same_values(tmp_path):
     with torch.no_grad():
         expected = make_net()(BATCH)
-    asked = request(kernels=("channels_last",))
+    asked = make_request(kernels=("channels_last",))
     for net in forms(tmp_path).values():
         engine = TorchEngine(net, asked)
         found = engine.infer(BATCH)
@@ -195,7 +176,7 @@ def test_channels_last_gives_the_same_values(tmp_path):
 
 def test_channels_last_without_effect_is_refused():
     with pytest.raises(ModelError, match="no 3D convolution") as caught:
-        TorchEngine(nn.Sequential(nn.ReLU()), request(kernels=("channels_last",)))
+        TorchEngine(nn.Sequential(nn.ReLU()), make_request(kernels=("channels_last",)))
     assert caught.value.key == "compute.channels_last"
 
 
@@ -207,7 +188,7 @@ def norms_of(network: nn.Module) -> int:
 
 
 def fold(network: nn.Module, **changes) -> TorchEngine:
-    return TorchEngine(network, request(kernels=("fold_batch_norm",), **changes))
+    return TorchEngine(network, make_request(kernels=("fold_batch_norm",), **changes))
 
 
 @pytest.mark.parametrize("form", ["module", "script"])
@@ -246,7 +227,7 @@ def test_published_networks_are_the_same_when_folded(real_data, name, num_left, 
         "out_channels": len(expected),
     }
     batch_nczyx = torch.from_numpy(image)
-    plain = TorchEngine(make(), request(**asked)).infer(batch_nczyx)
+    plain = TorchEngine(make(), make_request(**asked)).infer(batch_nczyx)
     net = make()
     found = fold(net, **asked).infer(batch_nczyx)
     assert not torch.equal(found, plain)
@@ -329,9 +310,10 @@ import sys, torch
 from torch import nn
 from mpichunk.backends.torch_engine import TorchEngine
 from mpichunk.errors import ModelError
-from tests.test_kernels import BATCH, request
+from tests.engines import make_request
+from tests.test_kernels import BATCH
 net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Sigmoid()).eval()
-engine = TorchEngine(net, request(kernels=("compile",)))
+engine = TorchEngine(net, make_request(kernels=("compile",)))
 try:
     found = engine.infer(BATCH).clone()
     with torch.no_grad():
@@ -380,7 +362,7 @@ def test_without_a_compiler_one_message_says_so(tmp_path):
 
 def test_what_torch_compile_would_leave_as_it_is_is_refused(tmp_path):
     with pytest.raises(ModelError, match="TorchScript") as caught:
-        TorchEngine(forms(tmp_path)["script"], request(kernels=("compile",)))
+        TorchEngine(forms(tmp_path)["script"], make_request(kernels=("compile",)))
     assert caught.value.key == "compute.compile"
 
 

@@ -13,13 +13,10 @@ from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet, Padding
 from mpichunk.volume.synthetic import Membranes
 from tests.metrics import auc
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = Path(em_affinity_resunet.__file__).with_suffix(".safetensors")
 INPUTS: dict[Padding, str] = {"same": "em_in", "valid": "em_valid_in"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def load(padding: Padding = "same") -> EmAffinityResUNet:

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest
 from mpichunk.config.schema import Model
 from mpichunk.nets import em_affinity_resunet
 from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
@@ -22,6 +21,10 @@ from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests import published_nets
 from tests.endtoend import read_volume, write_config
+from tests.engines import make_request
+from tests.optional import need
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EM_CODE = em_affinity_resunet.__file__
 EM_WEIGHTS = Path(EM_CODE).with_suffix(".safetensors")
@@ -68,17 +71,6 @@ CASES = [
     for form in forms
     if not (name in NO_ONNX and form in ("onnx", "xml"))
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def need(*packages: str) -> None:
-    """Skip where a package is not installed; in CI that is a failure."""
-    for package in packages:
-        pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{package}]'")
 
 
 @pytest.fixture(scope="module")
@@ -181,16 +173,12 @@ def test_expected_values(stored, form_of, name, backend, form):
     batch_nczyx, expected = scaled(stored, name)
     labels = name == "meshnet_subcortical18_30ch"
     lost = NETS[name][3]
-    request = EngineRequest(
+    request = make_request(
         patch_shape=batch_nczyx.shape[2:],
         crop=(lost, lost, lost),
         batch_size=1,
         in_channels=batch_nczyx.shape[1],
         out_channels=18 if labels else len(expected),
-        threads=1,
-        precision="float32",
-        device="cpu",
-        deterministic=True,
     )
     model = Model(backend=backend, out_channels=request.out_channels, **form_of(name, form))
     engine = get_backend(backend).load(model, request)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -16,48 +17,28 @@ import torch
 from torch import nn
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.onnx_file import onnx_files
 from mpichunk.block.inference import check_engine
 from mpichunk.config.rules import CPU_BACKENDS
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
 from mpichunk.job.startup import library_versions
-from tests import onnx_maker
+from tests import engines, onnx_maker
 from tests.endtoend import files_of, read_volume, start_lines, trap, write_config
 from tests.launch import REPOSITORY
+from tests.optional import need
 
 BOTH = ["onnxruntime", "openvino"]
 both = pytest.mark.parametrize("backend", BOTH)
 
 
-def need(*packages: str) -> None:
-    """Skip where a package is not installed; in CI that is a failure."""
-    for package in packages:
-        pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{package}]'")
-
-
-def request(**changes):
-    values = {
-        "patch_shape": (4, 8, 12),
-        "crop": (0, 0, 0),
-        "batch_size": 2,
-        "in_channels": 1,
-        "out_channels": 2,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    return EngineRequest(**values | changes)
+SHAPE = {"patch_shape": (4, 8, 12)}
+make_request = partial(engines.make_request, **SHAPE)
 
 
 def load(backend, path, *, changes=None, **keys):
     need(backend)
-    asked = request(**changes or {})
-    model = Model(backend=backend, path=str(path), out_channels=asked.out_channels, **keys)
-    assert get_backend(backend).model_files(model)
-    return get_backend(backend).load(model, asked)
+    return engines.load_engine(backend, path, changes=SHAPE | (changes or {}), **keys)
 
 
 BATCH = np.random.default_rng(3).random((2, 1, 4, 8, 12), dtype=np.float32)
@@ -66,7 +47,7 @@ BATCH = np.random.default_rng(3).random((2, 1, 4, 8, 12), dtype=np.float32)
 @both
 def test_values_and_smaller_batches(tmp_path, backend):
     engine = load(backend, onnx_maker.convolution(tmp_path / "net.onnx"))
-    check_engine(engine, request())
+    check_engine(engine, make_request())
     for n in (2, 1):  # one, after memory has become scarce
         found = np.array(engine.infer(BATCH[:n]))
         np.testing.assert_allclose(found[:, 0], 2 * BATCH[:n, 0], rtol=1e-6)
@@ -170,7 +151,7 @@ BAD = [
 def test_bad_network_is_one_message_with_its_key(tmp_path, backend, make, changes, key, words):
     path = make(tmp_path / "net.onnx")
     with pytest.raises(ModelError) as caught:
-        check_engine(load(backend, path, changes=changes), request(**changes))
+        check_engine(load(backend, path, changes=changes), make_request(**changes))
     message = str(caught.value)
     assert caught.value.key == key, message
     assert all(word in message for word in words), message

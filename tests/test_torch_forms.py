@@ -9,6 +9,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.exported_archive import strange_parts
 from mpichunk.block.inference import check_engine
-from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from mpichunk.filehash import file_hash
+from tests.engines import load_engine, make_request
 
 NET_PY = """
 import torch
@@ -51,21 +50,6 @@ def make_net() -> nn.Module:
     return net.eval()
 
 
-def request(**changes):
-    values = {
-        "patch_shape": (4, 8, 8),
-        "crop": (0, 0, 0),
-        "batch_size": 2,
-        "in_channels": 1,
-        "out_channels": 2,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    return EngineRequest(**values | changes)
-
-
 @pytest.fixture
 def logged(caplog, monkeypatch):
     """Return the log, also after a run in this process that took it off the root."""
@@ -77,10 +61,7 @@ def logged(caplog, monkeypatch):
 BATCH = torch.rand(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
-def load(path, *, changes=None, **keys):
-    model = Model(backend="pytorch", path=str(path), out_channels=2, **keys)
-    assert get_backend("pytorch").model_files(model)
-    return get_backend("pytorch").load(model, request(**changes or {}))
+load = partial(load_engine, "pytorch")
 
 
 def expected() -> torch.Tensor:
@@ -132,7 +113,7 @@ def test_exported_network_for_any_shape(exported):
     torch.testing.assert_close(engine.infer(BATCH), expected())
     torch.testing.assert_close(engine.infer(BATCH[:1]), expected()[:1])
     changes = {"patch_shape": (6, 10, 4), "batch_size": 3}
-    check_engine(load(exported, changes=changes), request(**changes))
+    check_engine(load(exported, changes=changes), make_request(**changes))
 
 
 def test_weights_of_a_file_replace_those_of_an_exported_network(exported, tmp_path):
