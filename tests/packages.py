@@ -8,14 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from mpichunk.nets import em_affinity_resunet
-from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from tests import onnx_maker
-
-EM_CODE = Path(em_affinity_resunet.__file__)
-EM_WEIGHTS = EM_CODE.with_suffix(".safetensors")
+from tests.realnets import EM_CODE, em_network
 
 POINTS = '''
 import torch
@@ -31,12 +26,6 @@ class Points(torch.nn.Module):
     def forward(self, x):
         return self.w(x)
 '''
-
-
-def em_network(padding: str = "same") -> torch.nn.Module:
-    network = EmAffinityResUNet(padding=padding)
-    network.load_state_dict(load_file(EM_WEIGHTS))
-    return network.eval()
 
 
 def space(name: str, size: Any, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpichunk.backends.engine import EngineRequest
@@ -20,12 +19,11 @@ from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.errors import ModelError
 from mpichunk.job.probing import probe_engine
-from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
-from tests.test_network_forms import EM_CODE, EM_WEIGHTS
+from tests.realnets import EM_CODE, EM_WEIGHTS, em_network
 from tests.test_torch_forms import export
 
 if not torch.cuda.is_available():
@@ -46,16 +44,10 @@ def request(*kernels: str, **changes: Any) -> EngineRequest:
     return make_request(kernels=kernels, **values | changes)
 
 
-def network() -> nn.Module:
-    net = EmAffinityResUNet()
-    net.load_state_dict(load_file(EM_WEIGHTS))
-    return net.eval()
-
-
 def engine(*kernels: str, net: nn.Module | None = None, **changes: object) -> TorchEngine:
     asked = request(*kernels, **changes)
     prepare_torch(asked)
-    return TorchEngine((network() if net is None else net).to(DEVICE), asked)
+    return TorchEngine((em_network() if net is None else net).to(DEVICE), asked)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +58,7 @@ def batch() -> Tensor:
 @pytest.fixture(scope="module")
 def expected(batch: Tensor) -> Tensor:
     with torch.no_grad():
-        return network()(batch.cpu())
+        return em_network()(batch.cpu())
 
 
 @pytest.fixture(autouse=True)
@@ -119,9 +111,9 @@ def test_halves_act_on_torchscript_and_exported_programs(batch, expected, tmp_pa
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.script(network()).save(tmp_path / "net.ts")
-        torch.jit.trace(network(), batch.cpu()).save(tmp_path / "traced.ts")
-    path = export(network(), tmp_path / "net.pt2", (SIZE, 1, *SHAPE), axes=())
+        torch.jit.script(em_network()).save(tmp_path / "net.ts")
+        torch.jit.trace(em_network(), batch.cpu()).save(tmp_path / "traced.ts")
+    path = export(em_network(), tmp_path / "net.pt2", (SIZE, 1, *SHAPE), axes=())
     forms = {
         "script": torch.jit.load(tmp_path / "net.ts").eval(),
         "traced": torch.jit.load(tmp_path / "traced.ts").eval(),
@@ -238,7 +230,7 @@ def test_network_that_leaves_the_device_is_refused_as_a_graph(batch):
     class Asks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = network()
+            self.net = em_network()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) * float(x.sum().item() > 0)

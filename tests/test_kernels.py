@@ -29,7 +29,7 @@ from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
 from tests.launch import REPOSITORY
-from tests.test_network_forms import EM_CODE, EM_WEIGHTS, NETS, PATCHES, network, scaled
+from tests.realnets import EM_CODE, EM_WEIGHTS, NETS, PATCHES, network, scaled
 from tests.test_torch_forms import export, make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from mpichunk.verbs.run import run_on
 from tests import onnx_maker
 from tests.endtoend import write_config
 from tests.geometries import make_config
-from tests.test_network_forms import EM_CODE, EM_WEIGHTS
+from tests.realnets import EM_CODE, EM_WEIGHTS
 
 CPU = Facts(
     device="cpu", installed=frozenset({"pytorch", "openvino", "onnxruntime"}), has_compiler=False
