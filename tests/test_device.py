@@ -1,6 +1,7 @@
 """Precision and kernels on an NVIDIA device, against the CPU and against plain forwards on it.
 
-Left out where there is no such device. What a CPU can show stands in test_kernels.
+Left out where there is no such device. What a CPU can show stands in test_precision, test_folding
+and test_kernels.
 """
 
 import shutil
@@ -24,7 +25,7 @@ from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
 from tests.realnets import EM_CODE, EM_WEIGHTS, em_network
-from tests.test_torch_forms import export
+from tests.torchnet import export
 
 if not torch.cuda.is_available():
     pytest.skip("no accelerator: torch sees no CUDA device", allow_module_level=True)

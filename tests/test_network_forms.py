@@ -20,7 +20,7 @@ from tests.endtoend import read_volume, write_config
 from tests.engines import make_request
 from tests.optional import need
 from tests.realnets import EM_CODE, MESHNETS, NETS, PATCHES, network, scaled
-from tests.test_torch_forms import export
+from tests.torchnet import export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
