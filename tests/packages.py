@@ -214,3 +214,37 @@ def write_bundle(
     if metadata is not None:
         (folder / "configs/metadata.json").write_text(json.dumps(metadata))
     return folder
+
+
+SIGMOID = [{"_target_": "Activationsd", "sigmoid": True}]
+
+
+def unet_bundle(folder: Path, **how: Any) -> Path:
+    """Write a bundle of a small random U-Net, made by MONAI as its users make it."""
+    from monai.bundle import ConfigParser
+
+    write_bundle(folder, **how)
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs/inference.json"))
+    torch.manual_seed(3)
+    network = parser.get_parsed_content("network_def").eval()
+    torch.save(network.state_dict(), folder / "models/model.pt")
+    torch.jit.script(network).save(str(folder / "models/model.ts"))
+    return folder
+
+
+def points_network(**arguments: Any) -> dict[str, Any]:
+    """Return what a bundle says of a network that multiplies."""
+    return {"network_def": {"_target_": "scripts.net.Points"} | arguments}
+
+
+def points_bundle(folder: Path, **how: Any) -> Path:
+    """Write a bundle whose network needs no MONAI."""
+    how["inference"] = (
+        points_network() | {"preprocessing": None, "postprocessing": None} | how["inference"]
+    )
+    write_bundle(folder, **how)
+    (folder / "scripts").mkdir()
+    (folder / "scripts/net.py").write_text(POINTS)
+    torch.save({"w.weight": torch.ones(2, 1, 1, 1, 1)}, folder / "models/model.pt")
+    return folder
