@@ -61,6 +61,16 @@ def real_data() -> Path:
     return REAL_DATA
 
 
+# ---- Places -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder, so that messages begin with the bare name of a file in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 # ---- Libraries --------------------------------------------------------------------------------
 
 

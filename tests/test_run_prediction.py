@@ -34,10 +34,10 @@ from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, write_config
 from tests.geometries import cases, make_config, make_info, make_plan
 from tests.metrics import auc
+from tests.minimalconfig import changed, config_with, problems_of
 from tests.reference import activate, cut, reference, reference_config_defaults
 from tests.test_augmentation import edge_mean
 from tests.test_block_reference import inference_of
-from tests.test_config import changed, config_with, problems_of
 from tests.test_reduction import reduce_voxel
 from tests.test_run_reference import Case, net_of, texture
 
