@@ -20,23 +20,7 @@ from mpichunk.volume import open_input
 from mpichunk.volume.synthetic import parse_synthetic
 from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
-
-NET = """
-import torch
-
-class Net(torch.nn.Module):
-    '''Two convolutions with random but fixed weights; no padding if not `same`.'''
-
-    def __init__(self, same=True, channels=1, outputs=2):
-        super().__init__()
-        torch.manual_seed(5)
-        pad = 1 if same else 0
-        self.a = torch.nn.Conv3d(channels, 4, 3, padding=pad)
-        self.b = torch.nn.Conv3d(4, outputs, 3, padding=pad)
-
-    def forward(self, x):
-        return self.b(torch.relu(self.a(x)))
-"""
+from tests.smallrun import NET
 
 SHAPE = (21, 30, 37)
 OFFSET = (-7, 100, 3)
