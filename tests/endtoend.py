@@ -14,9 +14,10 @@ import yaml
 
 from mpichunk.geometry.box import Box
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
-from mpichunk.rundir import history, journal
+from mpichunk.rundir import journal
 from mpichunk.schedule.lookahead import LOOKAHEAD_SECONDS
 from mpichunk.volume import open_input
+from tests.journals import read_history
 
 
 def write_config(folder: Path, *, name: str = "config.yaml", **sections: Any) -> Path:
@@ -70,7 +71,7 @@ def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
 
 def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return what the journal notes at each start."""
-    return history.read_history(run_dir / journal.NAME).starts
+    return read_history(run_dir / journal.NAME).starts
 
 
 def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:

@@ -136,7 +136,7 @@ def mpichunk(backend):
 
     def prepare(folder, settings):
         from mpichunk.ranks.comm import SerialCommunicator
-        from mpichunk.rundir.history import read_history
+        from mpichunk.rundir.history import History
         from mpichunk.verbs.run import run_on
 
         def run(command):
@@ -149,7 +149,8 @@ def mpichunk(backend):
             ]
             config = folder / f"{command['config']}.yaml"
             assert run_on(SerialCommunicator(), config, sets) == 0
-            events = read_history(where / "run" / "journal.jsonl")
+            events = History()
+            events.follow(where / "run" / "journal.jsonl")
             command["blocks_seconds"] = events.end["time"] - events.starts[-1]["time"]
             if command.get("save"):
                 from mpichunk.volume import open_input

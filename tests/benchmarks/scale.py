@@ -29,7 +29,7 @@ from mpichunk.geometry.box import Box, Triple
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.rundir.history import read_history, read_tries
+from mpichunk.rundir.history import History, read_tries
 from mpichunk.rundir.journal import NAME, Journal, scan
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import Tempo
@@ -337,7 +337,7 @@ def tell(case: Case, result: Result, run_dir: Path, before: float) -> None:
     states = np.zeros(case.num_blocks, np.uint8)
     scan(path, states)
     scanned = time.perf_counter()
-    read_history(path)
+    History().follow(path)
     read_tries(path)
     ended = time.perf_counter()
     assert (states == State.DONE).all()
