@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import yaml
 
+from mpichunk import cli
 from mpichunk.geometry.box import Box
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.rundir import journal
@@ -72,6 +74,19 @@ def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
 def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return what the journal notes at each start."""
     return read_history(run_dir / journal.NAME).starts
+
+
+def check(config: Path) -> int:
+    """Return what `status --check` exits with."""
+    return cli.main(["status", str(config), "--check"])
+
+
+def status_of(config: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return what `status --json` prints."""
+    capsys.readouterr()
+    assert cli.main(["status", str(config), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
 
 
 def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:
