@@ -20,7 +20,7 @@ from mpichunk.job.canary import (
     median_of,
 )
 from mpichunk.ranks.comm import SerialCommunicator
-from tests.test_inference import ENGINES, make_plan, make_request
+from tests.blockinference import ENGINES, make_plan, make_request
 
 RIGHT = np.linspace(-2, 4, 60, dtype=np.float32).reshape(3, 4, 5)
 

@@ -12,7 +12,7 @@ import torch
 from mpichunk.backends.torch_arrays import TorchArrays
 from mpichunk.backends.torch_engine import TorchEngine
 from mpichunk.backends.torch_transfer import NUM_BATCHES_AHEAD, Transfer
-from tests.test_inference import Mix, make_inference, make_plan, make_request, make_source
+from tests.blockinference import Mix, make_inference, make_plan, make_request, make_source
 
 
 class LaggingStream:
