@@ -5,11 +5,7 @@ import threading
 from contextlib import suppress
 
 from mpichunk.roles.worker import Worker
-from mpichunk.schedule.messages import (
-    Done,
-    Dropped,
-    Failed,
-)
+from mpichunk.schedule.messages import Done, Dropped, Failed
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 

@@ -9,22 +9,11 @@ import torch
 
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from tests.described import (
-    config_file,
-    problems_of,
-    run,
-)
+from tests.described import config_file, problems_of, run
 from tests.endtoend import trap
 from tests.launch import Launch
 from tests.optional import need
-from tests.packages import (
-    BY_255,
-    SIGMOID,
-    points_bundle,
-    points_package,
-    unet_bundle,
-    write_bundle,
-)
+from tests.packages import BY_255, SIGMOID, points_bundle, points_package, unet_bundle, write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

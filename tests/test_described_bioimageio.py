@@ -11,20 +11,10 @@ import pytest
 
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from tests.described import (
-    assert_same_runs,
-    config_file,
-    fingerprint,
-    problems_of,
-    run,
-)
+from tests.described import assert_same_runs, config_file, fingerprint, problems_of, run
 from tests.endtoend import read_volume
 from tests.optional import need
-from tests.packages import (
-    BY_255,
-    em_package,
-    points_package,
-)
+from tests.packages import BY_255, em_package, points_package
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

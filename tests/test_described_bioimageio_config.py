@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from mpichunk.config.described.scaling import Scale
 from mpichunk.config.file import load_config
 from mpichunk.filehash import file_hash
-from tests.described import (
-    config_file,
-    plain_values,
-    problems_of,
-)
-from tests.packages import (
-    FLOAT,
-    description,
-    points_package,
-    write_package,
-)
+from tests.described import config_file, plain_values, problems_of
+from tests.packages import FLOAT, description, points_package, write_package
 
 
 def test_older_version_of_the_format(tmp_path: Path, zoo: None) -> None:

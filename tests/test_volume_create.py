@@ -9,13 +9,7 @@ import pytest
 import tensorstore as ts
 
 from mpichunk.errors import VolumeError
-from mpichunk.volume import (
-    OutputSpec,
-    check_output,
-    create_output,
-    open_input,
-    open_output,
-)
+from mpichunk.volume import OutputSpec, check_output, create_output, open_input, open_output
 from tests.volumes import DOMAIN, FORMATS, spec_of
 
 
