@@ -5,7 +5,6 @@ is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = "; the same command goes on where it stopped" if options.verb == "run" else ""
         print(f"mpichunk: interrupted{hint}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return ExitCode.UNEXPECTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.
         sys.stderr.close()
@@ -149,7 +148,7 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=_positive_number,
         default=1e-3,
         metavar="SHARE",
-        help="largest difference from float32, as a share of the range of the network's output "
+        help="largest difference from float32, as a share of the range of the activated values "
         "(default: 0.001)",
     )
     tune.add_argument(

@@ -125,3 +125,7 @@ class DiskFullError(BlockError):
 
 class DeviceMemoryError(BlockError):
     """Not even a batch of one patch of this block fits into the memory of the rank's device."""
+
+
+DEVICE_FAILURES = UserError, RuntimeError, OSError, MemoryError, ImportError
+"""What a network, device, driver, library or memory raises; anything else is a bug."""

@@ -1,9 +1,10 @@
-"""Durations and sizes in the words that people use, the same in every report.
+"""Durations, sizes, numbers and choices in the words that people use, the same in every report.
 
 Knows nothing of what is measured.
 """
 
 import re
+from collections.abc import Sequence
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -27,6 +28,17 @@ def size(nbytes: int | None) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.0f} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {_UNITS[unit]}"
+
+
+def count(number: int, word: str, plural: str = "s") -> str:
+    """Return a number and its word, with the ending of the plural if it must be."""
+    return f"{number:,} {word}{'' if number == 1 else plural}"
+
+
+def either(words: Sequence[str]) -> str:
+    """Return "a", "a or b", "a, b or c"."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def parse_size(text: str) -> int:

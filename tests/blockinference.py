@@ -9,7 +9,7 @@ from torch import nn
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import BlockInference
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box
@@ -119,6 +119,21 @@ def make_source(block, seed=0, dtype=np.uint8):
     """Return an input of a block without blank voxels, (c, z, y, x)."""
     rng = np.random.default_rng(seed)
     return rng.integers(1, 256, (2, *block.input_box.shape)).astype(dtype)
+
+
+def raw_values(shape, dtype):
+    """Return values of all sizes that the dtype has."""
+    rng = np.random.default_rng(0)
+    if np.dtype(dtype).kind == "f":
+        return (rng.normal(size=shape) * 1e4).astype(dtype)
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+
+
+RAW_DTYPES = [
+    *("uint8", "int8", "int16", "int32", "float32"),  # divided at once
+    *("uint16", "uint32", "float16", "float64"),
+]
 
 
 class Records(nn.Module):

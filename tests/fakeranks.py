@@ -17,7 +17,7 @@ from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import Done, Failed, Lease
-from mpichunk.schedule.progress import Counters, NullDisplay
+from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
 
@@ -126,6 +126,16 @@ def run(
     ).serve()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)
+
+
+class NullDisplay:
+    """Shows nothing."""
+
+    def update(self, summed, now):
+        pass
+
+    def close(self):
+        pass
 
 
 class NullJournal(Journal):

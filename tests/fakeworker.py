@@ -1,8 +1,10 @@
 """A worker, and a pipeline whose blocks finish when the test says so."""
 
 import queue
+import threading
 
 from mpichunk.roles.worker import Worker
+from mpichunk.schedule.messages import Ask, Verdict
 from mpichunk.schedule.progress import Counters
 from tests.blocks import done
 
@@ -30,8 +32,22 @@ class FakePipeline:
         return record
 
 
-def start_worker(**kwargs):
+def start_worker(*, depth=3, **kwargs):
     """Return a worker with its pipeline and its counters."""
     pipeline = FakePipeline()
     counters = Counters()
-    return Worker(pipeline, pipeline.records, counters, **kwargs), pipeline, counters
+    worker = Worker(pipeline, pipeline.records, counters, depth=depth, **kwargs)
+    return worker, pipeline, counters
+
+
+def asked_for(worker, permits, lease):
+    """Return whether a writer thread of this lease asks; its block may be written."""
+    writer = threading.Thread(target=permits.may_write, args=[lease], daemon=True)
+    writer.start()
+    said = []
+    while writer.is_alive():
+        said += worker.step()
+        if Ask(lease=lease) in said:
+            worker.handle(Verdict(lease=lease, may_write=True))
+            writer.join()
+    return Ask(lease=lease) in said

@@ -7,7 +7,8 @@ import pytest
 
 from mpichunk.config.checks import check
 from mpichunk.config.file import LoadedConfig, load_config
-from mpichunk.config.schema import Config
+from mpichunk.config.rules import find_warnings
+from mpichunk.config.schema import Config, flatten
 from mpichunk.errors import ConfigError
 
 Values = dict[str, Any]
@@ -37,6 +38,11 @@ def changed(changes: Values) -> Values:
 def config_with(changes: Values) -> Config:
     """Return the minimal config with these dotted keys set."""
     return Config.model_validate(changed(changes))
+
+
+def warnings_of(config: Config) -> list[str]:
+    """Return what has no effect in a config."""
+    return [f"{p.key}: {p.message}" for p in find_warnings(flatten(config))]
 
 
 def problems_of(values: Values) -> list[str]:

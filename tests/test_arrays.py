@@ -1,12 +1,14 @@
 """The array operations, numpy and torch alike."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.torch_arrays import TorchArrays
+from mpichunk.backends.pytorch.arrays import TorchArrays
 
 ARRAYS = [NumpyArrays, lambda: TorchArrays(torch.device("cpu"))]
 ARRAY_IDS = ["numpy", "torch"]
@@ -98,8 +100,9 @@ def test_add_weighted(make):
     where = slice(1, 4), slice(0, 2), slice(3, 8)
     part = slice(1, 4), slice(3, 5), slice(0, 5)
     total = arrays.zeros((2, 5, 6, 9))
+    made = None
     for _ in range(2):
-        made = arrays.window(*(arrays.vector(vector) for vector in (z, y, x)))
+        made = arrays.window(*(arrays.vector(vector) for vector in (z, y, x)), made)
         arrays.add_weighted(total, where, arrays.upload(patch_czyx), part, made)
     weight_zyx = np.einsum("i,j,k->ijk", *(v.astype(np.float64) for v in (z, y, x)))
     expected = np.zeros((2, 5, 6, 9))
@@ -108,6 +111,46 @@ def test_add_weighted(make):
 
     again = arrays.zeros((1, 5, 6, 9))
     assert not arrays.download(again).any()
+
+
+def one_patch(arrays):
+    """Return what brings one patch through all that is done to patches, and its bytes."""
+    source_czyx = RNG.integers(0, 100, (1, 16, 64, 64)).astype(np.uint8)
+    whole = (slice(None), slice(None), slice(None))
+    total = arrays.zeros((1, 16, 64, 64))
+    ones = arrays.window(*(arrays.vector(np.ones(n, np.float32)) for n in (16, 64, 64)))
+
+    def patch():
+        staged = arrays.stage(
+            arrays.feed(source_czyx), [whole], patch_shape=(16, 64, 64), batch_size=2
+        )
+        batch = arrays.gather(staged, scaling=Scaling(clip=(1, 90), subtract=2, divide=7))
+        activated = arrays.activate(batch, "sigmoid")
+        arrays.add_weighted(total, whole, activated[0], whole, ones)
+
+    patch()
+    return patch, total.nbytes
+
+
+def test_numpy_makes_no_array_for_a_patch():
+    patch, nbytes = one_patch(NumpyArrays())
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            patch()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # numpy converts by way of a buffer of some thousand values.
+    assert peak < nbytes / 2
+
+
+def test_torch_makes_no_array_for_a_patch():
+    patch, nbytes = one_patch(TorchArrays(torch.device("cpu")))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        patch()
+    allocated = [event.self_cpu_memory_usage for event in profile.key_averages()]
+    assert sum(n for n in allocated if n > 0) < nbytes / 2
 
 
 @both_arrays

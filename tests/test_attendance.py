@@ -1,6 +1,7 @@
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.messages import Beat
-from mpichunk.schedule.progress import Counters, NullDisplay
+from mpichunk.schedule.progress import Counters
+from tests.fakeranks import NullDisplay
 
 
 def start(*ranks):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.torch_arrays import TorchArrays
+from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.geometry.box import Box, Triple
 from mpichunk.geometry.symmetry import (
     NAMES,

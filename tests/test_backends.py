@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import mpichunk.backends.devices as devices
+import mpichunk.backends.devices.probing as devices
 from mpichunk.backends import get_backend
-from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
+from mpichunk.backends.pytorch.engine import TorchEngine, prepare_torch
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
@@ -64,6 +64,29 @@ def test_unknown_backend_is_refused_by_name():
     assert caught.value.key == "model.backend"
 
 
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def test_a_network_that_returns_its_own_weights():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(torch.ones(1, 1, 8, 12, 16))
+
+        def forward(self, x):
+            return self.values
+
+    engine = TorchEngine(Constant().eval(), make_request())
+    arrays = engine.arrays
+    output = engine.infer(torch.zeros(1, 1, 8, 12, 16))
+    assert not output.requires_grad
+    total = arrays.zeros((1, 8, 12, 16))
+    whole = (slice(None), slice(None), slice(None))
+    ones = arrays.window(*(torch.ones(n) for n in (8, 12, 16)))
+    arrays.add_weighted(total, whole, arrays.activate(output, "sigmoid")[0], whole, ones)
+    assert not total.requires_grad and float(total.min()) > 0.7
+
+
 # ---- Settings ------------------------------------------------------------------------------------
 
 
@@ -87,6 +110,24 @@ def test_threads_also_count_on_other_threads():
         assert seen == [2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_device_too_counts_on_other_threads(monkeypatch):
+    """CUDA has one current device per thread, the first unless it is told."""
+    engine = TorchEngine(nn.Identity().eval(), make_request())
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda i: seen.append((i, get())))
+    get, batch = threading.get_ident, torch.zeros(1, 1, 8, 12, 16)
+    engine._device = torch.device("cuda:1")
+    idents = []
+    for _ in range(2):
+        work = threading.Thread(
+            target=lambda: [idents.append(get()), engine.infer(batch), engine.infer(batch)]
+        )
+        work.start()
+        work.join()
+        engine._thread = 0
+    assert seen == [(1, ident) for ident in idents]
 
 
 def test_a_device_that_torch_cannot_use_is_refused():

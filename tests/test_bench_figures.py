@@ -1,10 +1,12 @@
 """What follows from the seconds of a benchmark, and which blocks it takes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mpichunk.backends.stageclock import STAGES
+from mpichunk.backends.engine import Arrays
+from mpichunk.backends.stageclock import STAGE_OF, STAGES, UNTIMED
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
@@ -15,7 +17,15 @@ from mpichunk.verbs.bench import choose_blocks
 from tests.geometries import make_config, make_plan
 
 
-def rank(whole: list[float], bare: list[float], *, voxels: int = 10**6, **stages: float) -> Any:
+def rank(
+    whole: list[float],
+    bare: list[float],
+    *,
+    voxels: int = 10**6,
+    num_blocks: int = 1,
+    device: str = "cpu",
+    **stages: float,
+) -> Any:
     """Return the figures of one rank that has run 8 patches a repeat."""
     seconds = dict.fromkeys(STAGES, 0.0) | {"forward": 1.0} | stages
     passes = tuple(
@@ -26,10 +36,20 @@ def rank(whole: list[float], bare: list[float], *, voxels: int = 10**6, **stages
             num_batches=4,
             nbytes_read=0,
             nbytes_written=0,
+            num_blocks=num_blocks,
+            read_seconds=num_blocks * seconds["read"],
+            write_seconds=num_blocks * seconds["write"],
         )
         for s in whole
     )
-    return RankFigures(host="a", device="cpu", whole=passes, bare=tuple(bare), stages=seconds)
+    return RankFigures(host="a", device=device, whole=passes, bare=tuple(bare), stages=seconds)
+
+
+def gpu(*, forward: float, num_blocks: int = 100, **stages: float) -> Any:
+    """Return an accelerator's rank: a block takes 10 s, so much of it forwards."""
+    whole, bare = [10.0 * num_blocks], [forward * num_blocks]
+    how = {"num_blocks": num_blocks, "device": "cuda:0 A"}
+    return rank(whole, bare, forward=forward, **how, **stages)
 
 
 def test_figures_of_one_rank() -> None:
@@ -83,10 +103,36 @@ def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
         (rank([2.0], [0.5], read=4.0), "reading"),
         (rank([2.0], [0.5], read=1.0, write=4.0), "writing"),
         (rank([2.0], [0.0], forward=0.0, accumulate=2.0, write=0.1), "blending"),
+        (rank([2.0], [0.5], read=0.1, write=0.2, host=1.2), "the host"),
+        # An accelerator that waits most of its time, while blocks are read and written beside it.
+        (gpu(forward=3.0, read=3.0, write=4.0), "the host"),
+        (gpu(forward=3.0, read=3.0, write=20.0), "writing"),
+        (gpu(forward=3.0, read=24.0, write=1.0), "reading"),
+        # Neither keeps two threads busy, but no more than three blocks are on their way.
+        (gpu(forward=2.0, read=14.0, write=14.0), "reading"),
     ],
 )
 def test_bottleneck(figures: RankFigures, bound_by: str) -> None:
     assert combine([figures]).bound_by == bound_by
+
+
+def test_input_and_output_explain_no_more_than_their_seconds() -> None:
+    # The first read and the last write of four blocks hide behind nothing.
+    found = combine([gpu(forward=5.0, num_blocks=4, accumulate=1.0, read=1.0, write=3.0, host=4.0)])
+    shares = found.network, found.blending, found.waiting, found.host
+    assert shares == pytest.approx((0.5, 0.1, 0.1, 0.3))
+    assert found.own_host == pytest.approx(0.4)
+    # On a CPU they take its cores all the time.
+    own = rank([40.0], [20.0], num_blocks=4, forward=5.0, accumulate=1.0, read=1.0, write=2.5)
+    found = combine([own])
+    assert (found.waiting, found.host) == pytest.approx((0.35, 0.05))
+
+
+def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> None:
+    operations = {name for name in vars(Arrays) if not name.startswith("_")}
+    assert operations == STAGE_OF.keys() | UNTIMED
+    assert not STAGE_OF.keys() & UNTIMED
+    assert set(STAGE_OF.values()) <= set(STAGES)
 
 
 def advice_of(figures: RankFigures, *, on_cpu: bool = True, **more: Any) -> list[str]:
@@ -115,8 +161,21 @@ def test_advice_is_about_what_takes_the_time() -> None:
     assert "uint8 holds a probability" in writing[0]
     assert writing[1].startswith("output.chunk_shape")
     assert "only 4 blocks" in writing[2]
-    (busy, *_) = advice_of(rank([2.0], [1.0], write=0.01))
+    (busy, *_) = advice_of(rank([2.0], [1.0]))
     assert busy.startswith("compute.threads: 50% of the time is in no stage")
+    (between, *_) = advice_of(rank([2.0], [1.0], host=0.9))
+    assert between.startswith("patch.shape: 50% of the time is work between the stages")
+
+
+def test_advice_where_an_accelerator_waits_for_its_host() -> None:
+    own = gpu(forward=3.0, read=3.0, write=4.0, host=6.0)
+    keys = [line.partition(":")[0] for line in advice_of(own, on_cpu=False)]
+    assert keys == ["patch.batch_size", "compute.cuda_graphs"]
+    graphs = {"compute": {"cuda_graphs": True}}
+    (line,) = advice_of(own, on_cpu=False, **graphs)
+    assert "the device waits for the host" in line
+    (_, _, busy) = advice_of(replace(own, stages=own.stages | {"host": 0.1}), on_cpu=False)
+    assert busy.startswith("compute.threads")
 
 
 def test_advice_when_nothing_ran() -> None:
@@ -132,6 +191,9 @@ def test_advice_when_nothing_ran() -> None:
                 num_batches=0,
                 nbytes_read=0,
                 nbytes_written=0,
+                num_blocks=1,
+                read_seconds=0,
+                write_seconds=0,
             )
             for _ in blank.whole
         ),

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.backends.binding import MOST_ROWS, Accelerator, Probe, RankFacts, bind
-from mpichunk.backends.visibility import gpu_hints
+from mpichunk.backends.devices.binding import MOST_ROWS, Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.devices.visibility import gpu_hints
 from mpichunk.errors import DeviceError
 
 CPU = "cpu AVX512"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpichunk.backends.absent import AbsentEngine
+from mpichunk.backends.identity import IdentityEngine
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
@@ -19,6 +20,7 @@ from mpichunk.job.canary import (
     judge,
     median_of,
 )
+from mpichunk.plan.fit import Room
 from mpichunk.ranks.comm import SerialCommunicator
 from tests.blockinference import ENGINES, make_plan, make_request
 
@@ -148,6 +150,31 @@ def test_a_reference_that_breaks_down_is_done_without(caplog):
     )
     assert off == {}
     assert "does not run on this CPU" in caplog.text
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_the_host_gets_no_second_network_that_it_has_no_room_for(monkeypatch, caplog, has_room):
+    request = replace(make_request(make_plan()), precision="bfloat16")
+    engine = IdentityEngine(request)
+    asked = []
+
+    def room(num_local, groups, *, own_nbytes):
+        asked.append(num_local)
+        nbytes = own_nbytes + (1 << 30 if has_room else 1000)
+        return Room(nbytes=nbytes, words="the host has little")
+
+    monkeypatch.setattr(canary, "host_room", room)
+    loaded = []
+    backend = canary.get_backend("identity")
+    load = type(backend).load
+    monkeypatch.setattr(type(backend), "load", lambda *asked: loaded.append(asked) or load(*asked))
+    how = Model(backend="identity"), request, lambda: engine
+    assert find_sound_ranks(SerialCommunicator(), *how)[1] == (0,)
+    assert asked == [1]
+    assert len(loaded) == has_room
+    assert (
+        "the host has little), so ranks are compared with the median" in caplog.text
+    ) != has_room
 
 
 def test_an_absent_engine_runs_nothing():

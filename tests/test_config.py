@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from mpichunk.config.checks import check
 from mpichunk.config.rules import default_chunk_shape
 from mpichunk.config.schema import Config, Section, flatten
-from tests.minimalconfig import MINIMAL, Values, changed, config_with, problems_of
+from tests.minimalconfig import MINIMAL, Values, changed, config_with, problems_of, warnings_of
 
 
 def test_defaults() -> None:
@@ -63,7 +63,7 @@ def test_with_defaults_writes_them_out_and_says_so_only_once() -> None:
 def test_with_defaults_gives_seamless_no_margin() -> None:
     config = config_with({"block.stitch": "seamless"}).with_defaults()
     assert config.block.margin is None
-    assert config.warnings() == ()
+    assert warnings_of(config) == []
 
 
 def test_config_is_frozen_and_travels() -> None:

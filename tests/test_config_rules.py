@@ -4,7 +4,7 @@ import pytest
 
 from mpichunk.config.rules import find_problems
 from mpichunk.errors import Problem
-from tests.minimalconfig import Values, changed, config_with, problems_of
+from tests.minimalconfig import Values, changed, config_with, problems_of, warnings_of
 
 RULES: list[tuple[Values, list[str]]] = [
     (
@@ -215,8 +215,8 @@ HINTS: list[tuple[Values, list[str]]] = [
 @pytest.mark.parametrize(("changes", "messages"), HINTS, ids=lambda value: str(value)[:60])
 def test_values_without_effect_are_warned_about(changes: Values, messages: list[str]) -> None:
     config = config_with(changes)
-    assert list(config.warnings()) == messages
-    assert config.with_defaults().warnings() == config.warnings()
+    assert warnings_of(config) == messages
+    assert warnings_of(config.with_defaults()) == messages
 
 
 def test_rules_are_applied_to_what_is_valid_whatever_else_is_wrong() -> None:

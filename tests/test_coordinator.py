@@ -5,6 +5,7 @@ import random
 from collections import defaultdict, deque
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -101,6 +102,23 @@ def test_a_slow_disk_takes_a_fifth_of_rank_0_at_most():
         num_syncs += bool(coordinator.commit(turn * 0.05))
     assert 0.1 * num_syncs <= 0.2 * 50 * 0.05 + 0.1
     assert num_syncs >= 4
+
+
+def test_between_two_slow_syncs_there_is_time_for_others():
+    coordinator, journal = start(100)
+    journal.seconds = 3.0
+    coordinator.handle(1, Request(num_blocks=50))
+    ((_, assign),) = coordinator.assign(0.0)
+    synced, now = [], 0.0
+    for lease in assign.leases:
+        coordinator.handle(1, done(lease))
+        before = journal.num_synced
+        coordinator.commit(now)
+        if journal.num_synced > before:
+            synced.append(now)
+            now += journal.seconds
+        now += 0.25
+    assert [b - a for a, b in pairwise(synced)] == [4.0] * (len(synced) - 1)
 
 
 def test_ranks_that_cannot_be_served_are_not_looked_at_in_every_turn(monkeypatch):
@@ -231,6 +249,7 @@ class Network:
                 pipeline,
                 pipeline.records,
                 self.counters[rank],
+                depth=3,
                 own_blocks=() if todo is None else static_blocks(todo, size, rank),
             )
             for rank, pipeline in enumerate(self.pipelines)

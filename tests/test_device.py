@@ -5,6 +5,7 @@ and test_kernels.
 """
 
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -15,13 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-from mpichunk.block.inference import check_engine
+from mpichunk.backends.engine import EngineRequest, Scaling
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.engine import SWITCH_SECONDS, TorchEngine, prepare_torch
+from mpichunk.block.inference import BlockInference, Inferred, check_engine
 from mpichunk.errors import ModelError
 from mpichunk.job.probing import probe_engine
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
+from tests import blockinference
+from tests.blockinference import RAW_DTYPES, make_plan, make_source, raw_values
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
 from tests.realnets import EM_CODE, EM_WEIGHTS, em_network
@@ -108,7 +112,7 @@ def test_engines_of_several_precisions_in_one_process_do_not_meet(batch):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_halves_act_on_torchscript_and_exported_programs(batch, expected, tmp_path, precision):
-    from mpichunk.backends.torch_exported import load_exported
+    from mpichunk.backends.pytorch.exported import load_exported
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -242,6 +246,61 @@ def test_network_that_leaves_the_device_is_refused_as_a_graph(batch):
     assert caught.value.key == "compute.cuda_graphs"
     # The device goes on.
     assert torch.isfinite(engine().infer(batch)).all()
+
+
+# ---- Blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out_dtype", ["uint8", "float16", "float32"])
+@pytest.mark.parametrize("kernels", [(), ("cuda_graphs",)])
+def test_a_block_is_only_asked_for(kernels, out_dtype):
+    plan = make_plan()
+    asked = blockinference.make_request(plan, device=DEVICE, kernels=kernels)
+    prepare_torch(asked)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    net = nn.Conv3d(2, 3, 3, padding=1).eval().to(DEVICE)
+    inference = BlockInference(
+        TorchEngine(net, asked),
+        asked,
+        scaling=Scaling(divide=255.0),
+        window_name="bump",
+        activation="sigmoid",
+        skip_blank=True,
+    )
+    block, dtype = plan[0], np.dtype(out_dtype)
+
+    def run() -> Inferred:
+        return inference.run(block, inference.hold(make_source(block)), None, dtype)
+
+    warm = run()
+    expected = warm.core().copy()
+    warm.release()
+    with warnings.catch_warnings():
+        # torch calls it a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        # Events that it paces itself by are waited for, and are no such thing.
+        found = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(found.core(), expected)
+
+
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+def test_raw_values_become_what_they_are_on_a_cpu(dtype):
+    source_czyx = raw_values((2, 8, 50, 60), dtype)
+    for starts in ((0, 0), (0, 4)):  # of one layer, and of two
+        where = [(slice(z, z + 4), slice(0, 50), slice(3, 43)) for z in starts]
+        found = []
+        for device in ("cpu", DEVICE):
+            arrays = TorchArrays(torch.device(device))
+            staged = arrays.stage(
+                arrays.feed(source_czyx), where, patch_shape=(4, 50, 40), batch_size=3
+            )
+            batch_nczyx = arrays.gather(staged, scaling=Scaling(divide=255.0))
+            found.append(arrays.download(batch_nczyx).copy())
+        np.testing.assert_array_equal(*found)
 
 
 # ---- Memory --------------------------------------------------------------------------------------

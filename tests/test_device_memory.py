@@ -8,7 +8,7 @@ import torch
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block import inference as inference_module
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.inference import BlockInference

@@ -11,7 +11,6 @@ import pytest
 from mpichunk.roles.drain import (
     LOOK_SECONDS,
     REPEAT_SECONDS,
-    STOP_NAME,
     Outside,
     Signals,
     Watch,
@@ -19,12 +18,13 @@ from mpichunk.roles.drain import (
     reason_to_stop,
     request_stop,
 )
+from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.lock import RunLock
 
 
 def watch(run_dir, **kwargs):
     outside = kwargs.pop("outside", Outside())
-    return Watch(outside, stop_file=run_dir / STOP_NAME, **kwargs)
+    return Watch(outside, stop_file=run_dir / STOP, **kwargs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -77,7 +77,7 @@ def test_the_stop_file_is_looked_for_by_the_leader_every_few_seconds(tmp_path):
     assert leader.poll(LOOK_SECONDS, is_leader=True) == "`mpichunk stop`"
     assert other.poll(LOOK_SECONDS, is_leader=False) is None
     now = time.time()
-    os.utime(tmp_path / STOP_NAME, (now, now))
+    os.utime(tmp_path / STOP, (now, now))
     clear_stop(tmp_path, before=now + 1)
     clear_stop(tmp_path, before=now + 1)
     assert list(tmp_path.iterdir()) == []
@@ -86,13 +86,13 @@ def test_the_stop_file_is_looked_for_by_the_leader_every_few_seconds(tmp_path):
 def test_what_is_asked_once_the_lock_is_taken_is_for_this_job(tmp_path):
     request_stop(tmp_path)
     past = time.time() - 5
-    os.utime(tmp_path / STOP_NAME, (past, past))
+    os.utime(tmp_path / STOP, (past, past))
     with RunLock.acquire(tmp_path) as lock:
         clear_stop(tmp_path, before=lock.taken)
-        assert not (tmp_path / STOP_NAME).exists()
+        assert not (tmp_path / STOP).exists()
         request_stop(tmp_path)
         clear_stop(tmp_path, before=lock.taken)
-        assert (tmp_path / STOP_NAME).exists()
+        assert (tmp_path / STOP).exists()
 
 
 def test_a_run_directory_that_cannot_be_read_is_no_reason(tmp_path):

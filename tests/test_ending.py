@@ -3,13 +3,14 @@
 import errno
 import itertools
 import os
+import threading
 
 import pytest
 
 from mpichunk.errors import ExitCode, JournalError
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.rundir.journal import Journal
+from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock
 from mpichunk.rundir.runstatus import StatusReader, read_status
 from mpichunk.schedule.breaker import Breaker
@@ -25,6 +26,7 @@ from mpichunk.schedule.messages import (
     State,
     Stop,
 )
+from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.scheduler import Scheduler
 from tests.blocks import core_of, done, failed, leases
 from tests.fakeworker import start_worker
@@ -101,11 +103,13 @@ def test_what_a_static_rank_gives_back_is_pending(journal):
 
 
 def test_a_worker_that_is_drained_gives_back_what_it_has_not_begun():
-    worker, pipeline, _ = start_worker(own_blocks=[3, 4, 5, 6])
+    permits = Permits(threading.Event())
+    worker, pipeline, _ = start_worker(own_blocks=[3, 4, 5, 6], permits=permits)
     worker.step()
     assert pipeline.submitted == list(leases(3, 4, 5))
     worker.handle(Stop(reason=DRAINED, why="SIGTERM"))
     assert worker.step() == [GiveBack(leases=leases(4, 5))]
+    assert [permits.contest(lease) for lease in leases(3, 4, 5)] == [True, False, False]
     assert pipeline.submitted == list(leases(3))
     record = pipeline.finish(*leases(3))
     assert worker.step() == [record]
@@ -168,6 +172,21 @@ def test_a_new_start_forgets_how_the_last_one_ended(journal):
     assert found.exit_code == ExitCode.DRAINED
 
 
+def test_a_job_that_has_noted_no_start_yet_is_starting(journal):
+    run_dir = journal.path.parent
+    with RunLock.acquire(run_dir) as lock:
+        end(journal, Stop(reason=DRAINED, why="as asked"), num_blocks=NUM_BLOCKS)
+        ended = read_history(journal.path).end["time"]
+        # The job that has just ended holds the lock a moment longer.
+        for seconds, is_starting in ((-1, False), (1, True)):
+            os.utime(lock.path, (ended + seconds, ended + seconds))
+            found = read_status(run_dir)
+            assert bool(found.starting) == is_starting
+            assert not found.is_alive
+            assert found.exit_code == ExitCode.DRAINED
+    assert read_status(run_dir).starting is None
+
+
 def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
     now = itertools.count(1)  # seconds
     names = {"num_blocks": NUM_BLOCKS, "fingerprint": {}, "versions": {}}
@@ -178,7 +197,68 @@ def test_what_failed_before_counts_no_more_while_it_is_tried_again(tmp_path):
         journal.append_start({"num_ranks": 1})
     with RunLock.acquire(tmp_path):
         assert read_status(tmp_path).num_failed == 0
+    # It was lost: listed is what is known of the block.
     assert read_status(tmp_path).num_failed == 1
+
+
+@pytest.mark.parametrize(
+    ("second_end", "code"),
+    [
+        (None, ExitCode.DRAINED),
+        (Stop(reason=DRAINED, why="SIGTERM"), ExitCode.DRAINED),
+        (Stop(reason=FAILURES, why="a full disk"), ExitCode.BLOCKS_FAILED),
+    ],
+)
+def test_what_failed_before_counts_no_more_when_the_next_start_is_interrupted(
+    journal, second_end, code
+):
+    def note(block, record, state):
+        journal.append(record, state, core=core_of(block), rank=0, host="node0")
+
+    for block in range(NUM_BLOCKS):
+        lease = Lease(block=block, attempt=3)
+        if block in (3, 7):
+            note(block, failed(lease), "failed")
+        else:
+            note(block, done(lease), "done")
+    code_before = end(journal, Stop(reason=FINISHED), num_blocks=NUM_BLOCKS)
+    assert code_before == ExitCode.BLOCKS_FAILED
+    journal.append_start({"num_ranks": 2})
+    note(3, failed(Lease(block=3, attempt=3)), "failed")
+    journal.sync()
+    assert end(journal, second_end, num_blocks=NUM_BLOCKS) == code
+    found = read_status(journal.path.parent)
+    assert (found.exit_code, found.num_failed, found.num_failed_lately) == (code, 2, 1)
+
+
+def test_a_start_that_is_lost_when_all_that_was_left_has_failed_is_over(journal):
+    for block in range(NUM_BLOCKS):
+        record = failed(Lease(block=block, attempt=3))
+        journal.append(record, "failed", core=core_of(block), rank=0, host="node0")
+    journal.sync()
+    assert read_status(journal.path.parent).exit_code == ExitCode.BLOCKS_FAILED
+
+
+def test_a_journal_that_is_set_aside_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    names = {"num_blocks": NUM_BLOCKS, "fingerprint": {}, "versions": {}}
+    with Journal.open(tmp_path, **names) as journal:
+        journal.append_start({"num_ranks": 2})
+        record = done(Lease(block=3, attempt=1))
+        journal.append(record, "done", core=core_of(3), rank=0, host="node0")
+        journal.sync()
+        reader = StatusReader(tmp_path)
+        assert reader.read().num_done == 1
+    scans = []
+
+    def scan_once_too_late(*arguments):
+        scans.append(arguments)
+        if len(scans) == 1:
+            Journal.open(tmp_path, fresh=True, **names).close()
+            raise FileNotFoundError
+        return scan(*arguments)
+
+    monkeypatch.setattr("mpichunk.rundir.journal.scan", scan_once_too_late)
+    assert reader.read().num_done == 0
 
 
 def test_a_reader_that_follows_sees_what_a_new_one_sees(tmp_path):

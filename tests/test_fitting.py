@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mpichunk.backends.binding import Binding, Bindings
+from mpichunk.backends.devices.binding import Binding, Bindings
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.config.file import load_config
 from mpichunk.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.errors import ModelError
 from tests.engines import make_request
 from tests.realnets import NETS, PATCHES, network, scaled

@@ -59,3 +59,28 @@ def test_a_process_that_is_gone_is_given_up_at_once(can_die):
     detector = start(0, 1)
     detector.condemn(1)
     assert detector.new_given_up(0.0, can_die=can_die) == [1]
+
+
+def test_who_is_given_up_stays_so_though_all_are_forgiven():
+    detector = start(0, 1)
+    detector.note(1, 3.0, 0.0, is_idle=False)
+    detector.note(0, 1.0, 5.0, is_idle=False)
+    assert detector.new_hung(5.0) == [1]
+    assert detector.new_given_up(5.0, can_die=False) == [1]
+    detector.forgive(9.0)
+    assert detector.given_up == {1}
+    assert detector.standstill_seconds(9.5) == 0.5
+    assert not detector.note(1, 3.0, 9.5, is_idle=False), "it has not moved"
+    assert detector.note(1, 4.0, 9.5, is_idle=False)
+
+
+def test_a_rank_that_hangs_is_given_its_time_again_when_all_are_forgiven():
+    detector = start(0, 1)
+    detector.note(0, 1.0, 5.0, is_idle=False)
+    assert detector.new_hung(5.0) == [1]
+    detector.forgive(9.0)
+    assert detector.hung == set()
+    detector.note(0, 2.0, 9.9, is_idle=False)
+    assert detector.new_hung(9.9) == []
+    detector.note(0, 3.0, 10.1, is_idle=False)
+    assert detector.new_hung(10.1) == [1]

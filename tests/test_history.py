@@ -1,7 +1,9 @@
 """What one who takes over reads in the journal."""
 
+from dataclasses import replace
+
 from mpichunk.geometry.box import Box
-from mpichunk.rundir.history import read_checksum, read_tries
+from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import RANK_LOST, Failed, Lease
 from tests.blocks import done
@@ -33,10 +35,21 @@ def test_tries_and_deaths_of_the_latest_start(tmp_path):
     assert tries.given_up == [5]
 
 
-def test_the_checksum_is_that_of_the_last_line_of_this_block(tmp_path):
+def test_the_checksum_is_that_of_the_last_line_of_this_block_since_it_is_noted(tmp_path):
     with Journal.open(tmp_path, num_blocks=20, fingerprint={}, versions={}) as journal:
-        note(journal, done(Lease(block=12, attempt=1)), "done")
+        note(journal, done(Lease(block=3, attempt=1)), "done")
         journal.sync()
-        assert read_checksum(journal.path, 12) == "xxh3:0"
-        assert read_checksum(journal.path, 1) is None
-        assert read_checksum(journal.path, 2) is None
+        places = journal.places
+        places.begin()
+        for block, digits in ((12, "0"), (1, "1"), (12, "2")):
+            record = replace(done(Lease(block=block, attempt=1)), checksum=f"xxh3:{digits}")
+            note(journal, record, "done")
+        note(journal, failed(2), "retry")
+        journal.sync()
+        with journal.path.open("ab") as file:
+            file.write(b'{"torn by anoth')
+        note(journal, replace(done(Lease(block=4, attempt=1)), checksum="xxh3:4"), "done")
+        journal.sync()
+        places.begin()
+        found = [places.checksum(block) for block in (1, 2, 3, 4, 12)]
+    assert found == ["xxh3:1", None, None, "xxh3:4", "xxh3:2"]

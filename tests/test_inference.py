@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpichunk.backends.engine import Scaling
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import BlockInference, check_engine, is_blank, scaling_for
 from mpichunk.block.slab import parts
 from mpichunk.config.schema import Normalize

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import check_engine
 from mpichunk.config.checks import check
 from mpichunk.config.file import load_config
@@ -56,7 +56,7 @@ def test_channels_last_without_effect_is_refused():
 COMPILE = """
 import sys, torch
 from torch import nn
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.errors import ModelError
 from tests.engines import make_request
 from tests.torchnet import BATCH

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk.backends.local_imports import imported_files
+from mpichunk.backends.files.local_imports import imported_files
 from mpichunk.config.file import load_config
 from mpichunk.job.startup import fingerprint_of, prepare
 from mpichunk.plan.fingerprint import differences

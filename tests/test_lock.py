@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 
 from mpichunk.errors import JournalError
+from mpichunk.process import Process, start_time, this_process
 from mpichunk.rundir import lock as locks
 from mpichunk.rundir.lock import (
     Claim,
-    Process,
     RunLock,
+    find_holder,
     is_dead,
-    is_held,
     read_claims,
-    start_time,
-    this_process,
 )
 
 HERE = this_process()
@@ -94,11 +92,11 @@ def test_a_stopped_job_of_this_machine_keeps_its_lock_however_old(tmp_path):
         write_claim(tmp_path, machine=HERE.machine, processes=[process], age=1000)
         with pytest.raises(JournalError, match="in use"):
             RunLock.acquire(tmp_path, sleep=no_sleep)
-        assert is_held(tmp_path)
+        assert find_holder(tmp_path)
     finally:
         job.kill()
         job.wait()
-    assert not is_held(tmp_path)
+    assert find_holder(tmp_path) is None
     RunLock.acquire(tmp_path, sleep=no_sleep).release()
 
 
@@ -155,6 +153,12 @@ def test_a_job_with_ranks_elsewhere_is_not_dead_because_those_here_are():
     assert is_dead(alone, now=101.0, machine="m", started=lambda _: None)
     assert not is_dead(alone, now=101.0, machine="m", started=lambda _: 5)
     assert not is_dead(alone, now=101.0, machine="other", started=lambda _: None)
+
+
+def test_a_lock_of_another_version_goes_by_age():
+    claim = Claim(path=Path("lock.1"), renewed=100.0, content={"machine": "m", "processes": []})
+    assert not is_dead(claim, now=150.0, machine="m", started=lambda _: None)
+    assert is_dead(claim, now=191.0, machine="m", started=lambda _: None)
 
 
 def test_of_many_jobs_that_start_at_once_at_most_one_gets_the_lock(tmp_path):

@@ -129,9 +129,47 @@ def test_all_hear_once_in_an_interval_unless_much_has_changed():
     assert [message.lease_seconds for _, _, message in said] == [4.0, 4.0, 4.0]
 
 
+def test_who_is_asked_to_end_looks_beside_in_every_turn_and_after_all_ranks_as_ever():
+    monitor, lead = start()
+    looks, signs = [], []
+    monitor._neighbours = SimpleNamespace(next_is_gone=looks.append)
+    lead.detector.new_hung = lambda now, **_: signs.append(now) or []
+    for turn in range(10):
+        lead.detector.note(0, turn, 0.25 * turn, is_idle=False)
+        monitor.step(lead, 0.25 * turn, is_asked_to_end=True)
+    assert len(looks) == 10
+    assert signs == [0.0, 1.0, 2.0]
+
+
 def test_a_rank_that_has_ended_is_waited_for_no_more():
     monitor, lead = start()
     beat(lead, 1, 0.0, ended=1)
     assert lead.coordinator.calls == [("note_end", 1)]
     look(monitor, lead, until=5.0, moving=(0, 2))
     assert lead.coordinator.calls == [("note_end", 1)]
+
+
+def test_a_rank_that_was_given_up_is_welcomed_back_though_this_process_has_slept():
+    monitor, lead = start()
+    look(monitor, lead, until=3.0, moving=(0, 2))
+    monitor.step(lead, 100.0, is_asked_to_end=False)
+    beat(lead, 1, 100.5, steps=5, held=1)
+    assert lead.coordinator.calls == [("give_up_rank", 1), ("welcome_back", 1)]
+    assert lead.attendance.excused == set()
+
+
+def test_a_slow_disk_is_no_sleep():
+    """Every turn takes 3 s, all of it under the journal: hung ranks are found all the same."""
+    monitor, lead = start(interval=5.0)
+    said = []
+    for turn in range(10):
+        now = 3.0 * turn
+        for rank in (0, 2):
+            lead.detector.note(rank, now, now, is_idle=False)
+        said += [
+            (now, rank)
+            for rank, message in monitor.step(lead, now, is_asked_to_end=False, disk_seconds=2.9)
+            if isinstance(message, Heard)
+        ]
+    assert lead.coordinator.calls == [("give_up_rank", 1)]
+    assert [now for now, rank in said if rank == 2] == [0.0, 6.0, 12.0, 18.0, 24.0]

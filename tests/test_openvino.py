@@ -78,7 +78,7 @@ def test_openvino_does_not_report_its_use():
     need("openvino")
     code = """
 import sys
-from mpichunk.backends.openvino_model import import_openvino
+from mpichunk.backends.openvino.model import import_openvino
 import_openvino()
 assert sys.modules["openvino_telemetry"] is None, "it would send events"
 import openvino

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.onnx_file import onnx_files
+from mpichunk.backends.files.onnx import onnx_files
 from mpichunk.block.inference import check_engine
 from mpichunk.config.rules import CPU_BACKENDS
 from mpichunk.config.schema import Model

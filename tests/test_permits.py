@@ -3,23 +3,14 @@
 import threading
 import time
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.roles import coordinator
 from mpichunk.schedule.messages import Lease, State
 from mpichunk.schedule.permits import Permits
-from tests.contest import World, read_checksum
+from tests.contest import World
 
 SEEDS = st.integers(0, 10**9)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def checksums_from_the_book():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordinator, "read_checksum", read_checksum)
-        yield
 
 
 @given(seed=SEEDS, size=st.integers(2, 3), mode=st.sampled_from(["dynamic", "static"]))

@@ -1,6 +1,7 @@
 """What `plan` prints: every number that was asked for, in words, and the same as JSON."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
-from mpichunk.plan.probe import Probe
+from mpichunk.plan.probe import Peak, Probe
 from mpichunk.plan.report import plan_json, render_plan
 from tests.geometries import make_config, make_info
 
@@ -81,6 +82,21 @@ def test_device_chooses_the_memory_columns() -> None:
     assert "on a CPU" in render_plan(*case(compute_device="cpu"))
     text = render_plan(*case(compute_device="cuda"))
     assert "on a CPU" not in text and "accelerator" in text
+
+
+def test_what_a_run_took_stands_below_what_it_is_of() -> None:
+    name = "measured, last run, largest rank"
+    peak = Peak(nbytes=3 << 30, device_nbytes=5 << 30)
+    probe = Probe(seconds=1.0, nbytes=1, device="cuda:0 H100", free_nbytes=1 << 36)
+    assert row(render_plan(*case(probe, compute_device="cuda"), peak=peak), name) == (
+        "3.0 GiB 5.0 GiB"
+    )
+    text = render_plan(*case(probe, compute_device="cuda"), peak=replace(peak, device_nbytes=None))
+    assert row(text, name) == "3.0 GiB unmeasured"
+    text = render_plan(*case(compute_device="cpu"), peak=Peak(nbytes=3 << 30))
+    assert row(text, name) == "3.0 GiB"
+    memory = plan_json(*case(), peak=peak)["memory"]
+    assert (memory["measured_nbytes"], memory["measured_device_nbytes"]) == (3 << 30, 5 << 30)
 
 
 def test_ranks_share_the_blocks() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError

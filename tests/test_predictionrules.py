@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.minimalconfig import changed, config_with, problems_of
+from tests.minimalconfig import changed, config_with, problems_of, warnings_of
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model.augment": "flip_z"}, "model.augment: 'flip_z' must be a list of some of `flip_z`"),
@@ -128,10 +128,10 @@ def test_labels_that_just_fit() -> None:
     ],
 )
 def test_values_without_effect_are_told(changes: dict[str, Any], expected: str) -> None:
-    assert config_with(changes).warnings() == (expected,)
+    assert warnings_of(config_with(changes)) == [expected]
 
 
 def test_silenced_warning() -> None:
     changes = {"model.augment": ["flip_z"], "model.out_channels": 3}
-    assert config_with(changes | {"model.affinity_channels": {}}).warnings() == ()
-    assert config_with(changes | {"model.affinity_channels": [0, 1, 2]}).warnings() == ()
+    for channels in ({}, [0, 1, 2]):
+        assert warnings_of(config_with(changes | {"model.affinity_channels": channels})) == []

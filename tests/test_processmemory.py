@@ -14,10 +14,10 @@ MIB = 1 << 20
 
 COUNT_ARENAS = """
 import ctypes, sys, threading
-from mpichunk.processmemory import use_one_arena
+from mpichunk.processmemory import settle_allocator
 
 if sys.argv[1] == "one":
-    use_one_arena()
+    settle_allocator()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -41,6 +41,28 @@ libc.fflush(stdout)
 """
 
 
+COUNT_FAULTS = """
+import resource, sys
+import numpy as np
+from mpichunk.processmemory import settle_allocator, trim
+
+if sys.argv[1] == "kept":
+    settle_allocator()
+
+def use():
+    # More than glibc keeps by itself.
+    blocks = [np.empty(40 << 20, np.uint8) for _ in range(3)]
+    for block in blocks:
+        block[:: 1 << 12] = 1
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 def touch(nbytes: int) -> None:
     np.ones(nbytes, np.uint8).sum()
 
@@ -60,9 +82,9 @@ def test_a_rise_is_what_was_touched_and_no_peak_is_forgotten() -> None:
     assert rise_nbytes(lambda: None) in range(MIB)
 
 
-def num_arenas(which: str, **environ: str) -> int:
+def run(program: str, which: str, **environ: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", COUNT_ARENAS, which],
+        [sys.executable, "-c", program, which],
         cwd=REPOSITORY,
         env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", **environ},
         capture_output=True,
@@ -70,7 +92,15 @@ def num_arenas(which: str, **environ: str) -> int:
         timeout=60,
         check=True,
     )
-    return done.stdout.count("<heap nr=")
+    return done.stdout
+
+
+def num_arenas(which: str, **environ: str) -> int:
+    return run(COUNT_ARENAS, which, **environ).count("<heap nr=")
+
+
+def num_faults(which: str, **environ: str) -> int:
+    return int(run(COUNT_FAULTS, which, **environ))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are glibc's")
@@ -79,6 +109,13 @@ def test_threads_share_one_arena() -> None:
     assert num_arenas("one") == 1
     # What the user has set holds.
     assert num_arenas("one", MALLOC_ARENA_MAX="2") == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_was_freed_is_kept_for_the_next() -> None:
+    # 40 MiB have 10,240 pages, or 20 where the kernel takes huge ones.
+    assert num_faults("kept") < 20 < num_faults("default")
+    assert num_faults("kept", MALLOC_MMAP_THRESHOLD_="100000") > 20
 
 
 def test_the_peak_is_not_that_of_the_program_that_started_this_one(python):

@@ -6,8 +6,8 @@ import pytest
 from mpichunk.schedule.progress import (
     COUNTERS,
     BarDisplay,
+    Counters,
     LineDisplay,
-    NullDisplay,
     Pace,
     get_display,
     summarise,
@@ -71,11 +71,10 @@ def test_a_terminal_gets_one_line_that_is_written_over():
 
 
 @pytest.mark.parametrize(
-    ("rank", "stream", "kind"),
-    [(1, Terminal(), NullDisplay), (0, io.StringIO(), LineDisplay), (0, Terminal(), BarDisplay)],
+    ("stream", "kind"), [(io.StringIO(), LineDisplay), (Terminal(), BarDisplay)]
 )
-def test_only_rank_0_shows_something(rank, stream, kind):
-    display = get_display(rank=rank, size=2, num_blocks=4, num_before=0, start=0.0, stream=stream)
+def test_a_terminal_gets_a_bar_and_a_file_lines(stream, kind):
+    display = get_display(size=2, num_blocks=4, num_before=0, start=0.0, stream=stream)
     assert isinstance(display, kind)
     display.update(summed(), 0.0)
     display.close()
@@ -96,6 +95,24 @@ def test_the_summary_says_what_was_done_and_how_evenly():
     assert "over 3 ranks" in lines[3]
     assert lines[5].split() == ["infer", "20.0", "30.0", "40.0"]
     assert lines[7].split() == ["busy", "inferring,", "%", "40.0", "60.0", "80.0"]
+
+
+def test_the_summary_tells_of_a_device_where_there_is_one():
+    none, some = summed(peak_bytes=2**21), summed(peak_bytes=2**21, device_peak_bytes=2**30)
+    for ranks, expected in (([none, none], None), ([none, some], ["0.0", "512.0", "1024.0"])):
+        vectors = np.array([list(rank.values()) for rank in ranks])
+        lines = summarise(vectors, num_blocks=1, num_before=0, seconds=1.0).splitlines()
+        found = [line.split()[-3:] for line in lines if "on device" in line]
+        assert found == ([] if expected is None else [expected])
+
+
+def test_counters_ask_the_device_with_the_memory():
+    peaks = iter([None, 7])
+    counters = Counters(lambda: next(peaks))
+    for expected in (0, 7):
+        counters.measure_memory()
+        assert counters["device_peak_bytes"] == expected
+        assert counters["peak_bytes"] > 0
 
 
 def test_the_summary_of_nothing():

@@ -18,8 +18,8 @@ import pytest
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.pznet import try_net
-from mpichunk.backends.pznet_net import needed_python, write_resolver
+from mpichunk.backends.pznet.backend import try_net
+from mpichunk.backends.pznet.net import needed_python, write_resolver
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from tests.endtoend import read_volume, write_config

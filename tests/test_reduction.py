@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.reduction import Reduction
-from mpichunk.backends.torch_arrays import TorchArrays
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.reduction import Reduction, runs
 from mpichunk.config.schema import Config
 from tests.geometries import make_config
 
@@ -85,6 +85,12 @@ def test_zero_stays_zero(data: st.DataObject, num_channels: int, kind: Any) -> N
     reduction.shut(arrays, total)
     reduction.store(arrays, total, out)
     assert not out.any()
+
+
+def test_channels_that_follow_one_another_are_one_run() -> None:
+    found = list(runs((0, 1, 2, 5, 4, 6, 7)))
+    assert [(s.start, s.stop) for s, _ in found] == [(0, 3), (5, 6), (4, 5), (6, 8)]
+    assert [(t.start, t.stop) for _, t in found] == [(0, 3), (3, 4), (4, 5), (5, 7)]
 
 
 def of(out_channels: int, **output: Any) -> tuple[Config, Reduction]:

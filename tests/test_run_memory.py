@@ -1,6 +1,7 @@
 """Whole runs: refused before the first block where memory is short, else compared with plans."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.job.fitting import keep_probe
@@ -19,11 +21,11 @@ from mpichunk.rundir import journal
 from mpichunk.rundir.lock import RunLock
 from mpichunk.verbs.bench import bench_on
 from mpichunk.verbs.run import run_on
-from mpichunk.words import size
+from mpichunk.words import duration, size
 from tests import smallrun
 from tests.endtoend import files_of
 from tests.launch import Launch
-from tests.smallrun import SHORT
+from tests.smallrun import NET, SHORT
 
 RUN = ("-m", "mpichunk", "run")
 GREEDY = """
@@ -140,6 +142,9 @@ def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[
 
 def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path)
+    # So that a forward takes as long, however busy this machine is.
+    slow = "def forward(self, x):\n        __import__('time').sleep(0.01)"
+    (tmp_path / "net.py").write_text(NET.replace("def forward(self, x):", slow))
     assert told(path, capsys)["prediction"] is None
     assert bench_on(SerialCommunicator(), path, [], SHORT) == 0
     found = told(path, capsys)
@@ -156,7 +161,9 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run_on(SerialCommunicator(), path) == 0
     log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
     (line,) = [line for line in log.splitlines() if "predicted" in line]
-    assert "(8 blocks, 1 rank), took" in line and "times as long" in line and "alone" not in line
+    assert f"predicted {duration(alone)} (8 blocks, 1 rank), took" in line and "alone" not in line
+    ratio = re.search(r"took .*: ([0-9.]+) times as long", line)
+    assert ratio and 0.2 < float(ratio[1]) < 5
     kept = json.loads((tmp_path / "runs/config/plan.json").read_text())
     assert kept["prediction"] == expected
     # What `bench` has found is more than a run's own forward, and stays.
@@ -164,6 +171,7 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert after["probe"]["pace"] == pace
     peak = after["memory"]["measured_nbytes"]
     assert peak > 50 << 20
+    assert after["memory"]["measured_device_nbytes"] is None and "on device" not in log
     assert main(["plan", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"measured, last run, largest rank {size(peak)}" in text
@@ -171,6 +179,25 @@ def test_prediction_and_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # Of another block nothing was measured.
     other = told(path, capsys, "--set", "block.shape=[12,16,16]")
     assert other["memory"]["measured_nbytes"] is None
+
+
+def test_the_peak_of_an_accelerator_is_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_file(tmp_path, model={"backend": "identity"})
+    monkeypatch.setattr(NumpyArrays, "most_nbytes", lambda self: 5 << 30)
+    assert run_on(SerialCommunicator(), path) == 0
+    log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
+    (line,) = [line for line in log.splitlines() if "peak on device, MiB" in line]
+    assert line.split()[-1] == "5120.0"
+    assert told(path, capsys)["memory"]["measured_device_nbytes"] == 5 << 30
+    # A file of before knows only the host.
+    kept = json.loads((tmp_path / "runs/config/peak.json").read_text())
+    del kept["device_peak_nbytes"]
+    (tmp_path / "runs/config/peak.json").write_text(json.dumps(kept))
+    memory = told(path, capsys)["memory"]
+    assert memory["measured_nbytes"] == kept["peak_nbytes"] > 0
+    assert memory["measured_device_nbytes"] is None
 
 
 def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:
@@ -211,5 +238,7 @@ def test_less_does_not_replace_more(tmp_path: Path) -> None:
     (job.run_dir / "probe.json").write_text(json.dumps(kept))
     assert job.probe() == replace(before, resident_nbytes=None, start_nbytes=None)
     elsewhere = Probe(seconds=9.0, nbytes=1, device="cuda:0 H200", free_nbytes=1 << 30)
+    # What another process is about to write is in nobody's way.
+    (job.run_dir / "probe.json.tmp").mkdir()
     keep_probe(job, elsewhere)
     assert job.probe() == elsewhere

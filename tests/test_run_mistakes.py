@@ -1,8 +1,10 @@
 """What a user can get wrong: one clear message with file, line and cure, and exit code 2."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import h5py
@@ -13,6 +15,8 @@ import yaml
 from mpichunk import cli
 from mpichunk.ranks import comm
 from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.rundir.layout import STOP
+from mpichunk.rundir.lock import RunLock
 
 NETS = """
 import torch
@@ -267,6 +271,23 @@ def test_check_of_what_was_never_run_is_no_mistake(attempt, tmp_path, capfd):
     assert "nothing is done yet: not started, or lost before" in capfd.readouterr().out
     assert cli.main(["status", config, "--check", "--json"]) == 75
     assert json.loads(capfd.readouterr().out)["num_done"] == 0
+
+
+def test_status_and_stop_while_the_first_job_starts(attempt, tmp_path, capfd):
+    attempt("status")
+    config = str(tmp_path / "config.yaml")
+    with RunLock.acquire(tmp_path / "runs/config"):
+        for arguments, expected in (([], 0), (["--check"], 75)):
+            assert cli.main(["status", config, *arguments]) == expected
+            said = capfd.readouterr().out
+            assert f"starting: a job on {gethostname()} (process {os.getpid()})" in said
+            assert "not started" not in said
+        assert cli.main(["status", config, "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["starting"].startswith("a job on")
+        assert cli.main(["stop", config]) == 0
+        assert "asked to finish" in capfd.readouterr().out
+    assert (tmp_path / "runs/config" / STOP).exists()
+    assert cli.main(["status", config]) == 2
 
 
 def test_check_of_a_config_with_a_mistake_is_one(attempt, tmp_path):

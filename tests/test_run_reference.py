@@ -1,6 +1,10 @@
 """Whole runs, from a file to a file, against the brute-force reference."""
 
 import json
+import shutil
+import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,8 @@ from mpichunk.rundir import journal
 from mpichunk.verbs.run import run_on
 from mpichunk.volume import open_input
 from mpichunk.volume.synthetic import parse_synthetic
+from tests.endtoend import start_lines
+from tests.launch import finish
 from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
 from tests.smallrun import NET
@@ -140,6 +146,68 @@ def test_a_run_is_the_reference(tmp_path, sections, stitch, dtype):
         # Rounding may fall to the other side of a half.
         assert np.abs(found.astype(int) - expected.output_czyx).max() <= 1
     assert case.num_patches(config) == expected.num_patches
+
+
+KERNELS = "channels_last", "fold_batch_norm"
+ALL = "compile", *KERNELS
+
+
+def largest_difference(folder: Path, kernels: Sequence[str], batch_size: int) -> float:
+    """Return how far a run is from the reference, of values in [0, 1], its patches turned.
+
+    `kernels` in the order of `Kernels`.
+    """
+    case = Case(folder, texture(SHAPE))
+    model = TORCH | {"arguments": {"norm": True}, "augment": ["flip_z", "flip_x"]}
+    config = case.run(
+        model=model,
+        patch={"batch_size": batch_size},
+        output={"dtype": "float32"},
+        compute=dict.fromkeys(kernels, True),
+    )
+    (start,) = start_lines(Path(config.run_dir))
+    assert start["engine"]["kernels"] == list(kernels), "in effect"
+    net, turns = net_of(config), list(product([1, -1], [1, -1]))
+
+    def turned(patch_czyx: np.ndarray) -> np.ndarray:
+        """Return what gives the mean of all turns once it is activated."""
+        found = []
+        for z, x in turns:
+            probability = 1 / (1 + np.exp(-net(patch_czyx[:, ::z, :, ::x])))
+            found.append(probability[:, ::z, :, ::x])
+        mean = np.mean(found, axis=0)
+        return np.log(mean / (1 - mean))
+
+    expected = reference(case.volume_czyx, case.domain, turned, config)
+    return float(np.abs(case.output(config) - expected.values_czyx).max())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kernels", [(), *((name,) for name in KERNELS), KERNELS])
+def test_a_run_is_the_reference_however_the_network_runs(tmp_path, kernels, batch_size):
+    assert largest_difference(tmp_path, kernels, batch_size) < 1e-6
+
+
+COMPILED = """
+import sys
+from pathlib import Path
+from tests.test_run_reference import largest_difference
+print(largest_difference(Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "batch_size"), [(("compile",), 1), (ALL, 3)])
+def test_a_compiled_run_is_the_reference(tmp_path, kernels, batch_size):
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler and headers of Python: no g++")
+    # In a process of its own, which keeps nothing of what was compiled elsewhere.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    headers = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    command = [sys.executable, "-c", COMPILED, tmp_path, batch_size, *kernels]
+    done = finish(command, env=cache | headers)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-6
 
 
 @pytest.mark.parametrize("stitch", ["crop", "seamless"])

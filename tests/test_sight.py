@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from mpichunk.errors import LaunchError
-from mpichunk.job.sight import NONCE_NAME, SIGHT_SECONDS, check_sight
+from mpichunk.job.sight import SIGHT_SECONDS, check_sight
+from mpichunk.rundir.layout import NONCE
 
 
 class Clock:
@@ -27,7 +28,7 @@ class Clock:
 def test_a_run_directory_may_come_late(tmp_path):
     def appear() -> None:
         (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / NONCE_NAME).write_text("abc")
+        (tmp_path / "run" / NONCE).write_text("abc")
 
     clock = Clock(at_20=appear)
     check_sight(tmp_path / "run", "abc", host="node7", clock=clock, sleep=clock.sleep)
@@ -39,7 +40,7 @@ def test_a_run_directory_may_come_late(tmp_path):
 )
 def test_a_run_directory_of_another_node_is_refused(tmp_path, content, found):
     if content is not None:
-        (tmp_path / NONCE_NAME).write_text(content)
+        (tmp_path / NONCE).write_text(content)
     clock = Clock()
     with pytest.raises(LaunchError, match="host node7 does not see the run directory") as refused:
         check_sight(tmp_path, "abc", host="node7", clock=clock, sleep=clock.sleep)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.exported_archive import strange_parts
+from mpichunk.backends.pytorch.exported_archive import strange_parts
 from mpichunk.block.inference import check_engine
 from mpichunk.errors import ModelError
 from tests.engines import load_engine, make_request

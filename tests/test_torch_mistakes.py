@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.size_advice import size_advice
-from mpichunk.backends.torch_engine import TorchEngine
+from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.shapes.size_advice import size_advice
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError

@@ -1,105 +1,42 @@
-"""Copies beside the computing, on a made-up accelerator whose streams may lag behind the host.
+"""Copies beside the computing, on a made-up accelerator whose streams may lag behind the host."""
 
-Its memory is the host's, but nothing asked of a stream happens before somebody waits for it:
-what forgets to wait computes with old bytes. What torch does outside the copies happens at once, as
-if the computing stream were always ahead: the worst case for copies.
-"""
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.backends.torch_engine import TorchEngine
-from mpichunk.backends.torch_transfer import NUM_BATCHES_AHEAD, Transfer
-from tests.blockinference import Mix, make_inference, make_plan, make_request, make_source
-
-
-class LaggingStream:
-    """Keeps what it is asked for until somebody waits."""
-
-    def __init__(self):
-        self.tasks = []
-
-    def run(self):
-        while self.tasks:
-            self.tasks.pop(0)()
-
-    def wait_event(self, event):
-        self.tasks.append(event.synchronize)
-
-    def synchronize(self):
-        self.run()
-
-
-class ComputingStream(LaggingStream):
-    """Does at once what it is asked for, and waits at once."""
-
-    def wait_event(self, event):
-        event.synchronize()
-
-
-class LaggingEvent:
-    def __init__(self):
-        self.stream, self.place = None, 0
-
-    def record(self, stream):
-        self.stream = stream
-
-        def reached():
-            self.is_reached = True
-
-        self.is_reached = False
-        stream.tasks.append(reached)
-        if isinstance(stream, ComputingStream):
-            stream.run()
-
-    def synchronize(self):
-        while not self.is_reached:
-            self.stream.tasks.pop(0)()
-
-
-class LaggingModule:
-    """What `torch.cuda` is to CUDA."""
-
-    def __init__(self):
-        self.computing = ComputingStream()
-        self.current = self.computing
-
-    def Stream(self, device):  # noqa: N802
-        return LaggingStream()
-
-    def current_stream(self, device):
-        return self.current
-
-    def stream(self, stream):
-        module = self
-
-        class Context:
-            def __enter__(self):
-                module.current = stream
-
-            def __exit__(self, *exception):
-                module.current = module.computing
-
-        return Context()
-
-
-class LaggingTransfer(Transfer):
-    """Copies in its streams only when they get there."""
-
-    def _copy(self, target, source):
-        self._module.current.tasks.append(lambda: target.copy_(source))
-
-
-def lagging_arrays():
-    device = torch.device("cpu")
-    transfer = LaggingTransfer(device, LaggingModule(), LaggingEvent, is_pinned=False)
-    return TorchArrays(device, transfer)
+from mpichunk.backends.engine import Scaling
+from mpichunk.backends.pytorch import transfer
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.pytorch.transfer import (
+    ENOUGH_BATCHES_AHEAD,
+    MOST_BATCHES_AHEAD,
+    Transfer,
+)
+from mpichunk.block.inference import BlockInference
+from mpichunk.geometry.box import Box
+from tests.blockinference import (
+    RAW_DTYPES,
+    Mix,
+    make_inference,
+    make_plan,
+    make_request,
+    make_source,
+    raw_values,
+)
+from tests.lagging import (
+    ComputingStream,
+    LaggingEvent,
+    LaggingModule,
+    LaggingStream,
+    lagging_arrays,
+)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
 def test_an_accelerator_that_lags_gives_the_same_bytes(dtype, batch_size):
     plan = make_plan()
     request = make_request(plan, batch_size=batch_size)
@@ -133,6 +70,39 @@ def test_an_accelerator_that_lags_gives_the_same_bytes(dtype, batch_size):
         np.testing.assert_array_equal(done.core(), wanted)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_no_copy_under_way(monkeypatch, error):
+    """Else the memory of its core would be written to when it is another block's."""
+    plan = make_plan(block_shape=(11, 22, 28))
+    block, request = plan[0], make_request(plan)
+    arrays = lagging_arrays()
+    streams = [arrays._transfer._inward, arrays._transfer._outward]
+    monkeypatch.setattr(arrays, "wait", lambda: [stream.run() for stream in streams])
+    engine = TorchEngine(Mix().eval(), request)
+    engine._arrays, infer, num_batches = arrays, engine.infer, 0
+
+    def fail(batch_nczyx):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == block.num_patches // request.batch_size:
+            assert any(stream.tasks for stream in streams)
+            raise error("misaligned address")
+        return infer(batch_nczyx)
+
+    engine.infer = fail
+    inference = type(make_inference(plan))(
+        engine,
+        request,
+        scaling=make_inference(plan)._scaling,
+        window_name="bump",
+        activation="none",
+        skip_blank=False,
+    )
+    with pytest.raises(error):
+        inference.run(block, make_source(block), None, np.dtype("uint8"))
+    assert not any(stream.tasks for stream in streams)
+
+
 def test_the_test_sees_a_copy_that_nobody_waits_for(monkeypatch):
     arrays = lagging_arrays()
     monkeypatch.setattr(ComputingStream, "wait_event", lambda self, event: None)
@@ -142,18 +112,104 @@ def test_the_test_sees_a_copy_that_nobody_waits_for(monkeypatch):
     assert not bool((staged.patches_nczyx[0] == 7).all())
 
 
-def test_the_host_runs_at_most_two_batches_ahead():
+@pytest.fixture
+def waiting():
+    """Return arrays whose device begins with nothing until somebody waits, and `ask`.
+
+    `ask` asks for one batch, and returns how many the device has not begun with.
+    """
     module = LaggingModule()
     module.computing = module.current = LaggingStream()
-    transfer = Transfer(torch.device("cpu"), module, LaggingEvent, is_pinned=False)
-    num_begun = 0
+    device = torch.device("cpu")
+    arrays = TorchArrays(device, Transfer(device, module, LaggingEvent, is_pinned=False))
+    feed = arrays.feed(np.zeros((1, 2, 2, 2), np.uint8))
+    num_asked = num_begun = 0
 
     def begin():
         nonlocal num_begun
         num_begun += 1
 
-    for number in range(10):
-        transfer.pace()
+    def ask():
+        nonlocal num_asked
+        num_asked += 1
+        whole = [(slice(None), slice(None), slice(None))]
+        arrays.stage(feed, whole, patch_shape=(2, 2, 2), batch_size=1)
         module.computing.tasks.append(begin)
-        assert num_begun >= number - NUM_BATCHES_AHEAD
-    assert num_begun < 10
+        return num_asked - num_begun
+
+    return ask
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the time as a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(transfer, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_host_runs_some_batches_ahead(waiting, clock):
+    found = [waiting() for _ in range(3 * MOST_BATCHES_AHEAD)]
+    # One more than the device has not begun with: that which it computes.
+    assert found[:MOST_BATCHES_AHEAD] == list(range(1, MOST_BATCHES_AHEAD + 1))
+    assert set(found[MOST_BATCHES_AHEAD:]) == {MOST_BATCHES_AHEAD + 1}
+
+
+def test_the_host_runs_few_batches_ahead_where_they_take_long(waiting, clock):
+    for _ in range(MOST_BATCHES_AHEAD):
+        waiting()
+    for _ in range(5):
+        clock[0] += 1
+        assert waiting() == ENOUGH_BATCHES_AHEAD + 1
+
+
+@pytest.mark.parametrize("num_layers", [3, 30])
+def test_buffers_do_not_grow_with_the_block(num_layers):
+    length = 2 + 3 * num_layers
+    domain = Box(start=(0, 0, 0), stop=(length, 22, 28))
+    plan = make_plan(
+        volume=domain, roi=domain, output_domain=domain, block_shape=(length, 16, 14), crop=(0,) * 3
+    )
+    request = make_request(plan)
+    engine = TorchEngine(Mix().eval(), request)
+    engine._arrays = arrays = lagging_arrays()
+    inference = BlockInference(
+        engine,
+        request,
+        scaling=Scaling(divide=255.0),
+        window_name="bump",
+        activation="none",
+        skip_blank=False,
+    )
+    block = plan[0]
+    assert len(block.starts[0]) == num_layers
+    inference.run(block, make_source(block), None, np.dtype(np.uint8)).core()
+    voxels = {name: buffer.numel() for name, buffer in arrays._buffers.items()}
+    q = 5
+    assert voxels["total"] == 3 * q * 16 * 14
+    assert voxels["batch"] == voxels["raw"] == 3 * 2 * q * 8 * 9
+    slots = [*arrays._transfer._in_slots, *arrays._transfer._out_slots]
+    assert max(slot.memory.numel() for slot in slots if slot.memory is not None) < 3 * q * 22 * 28
+
+
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+@pytest.mark.parametrize("divide", [255.0, 65535.0, 33.3])
+def test_dividing_raw_values_at_once_is_the_same(dtype, divide):
+    source_czyx = raw_values((2, 4, 50, 60), dtype)
+    slices = [(slice(0, 4), slice(0, 50), slice(x, x + 40)) for x in (0, 7)]
+    found = []
+    for arrays in (lagging_arrays(), TorchArrays(torch.device("cpu"))):
+        staged = arrays.stage(
+            arrays.feed(source_czyx), slices, patch_shape=(4, 50, 40), batch_size=3
+        )
+        found.append(arrays.gather(staged, scaling=Scaling(divide=divide)).numpy())
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_peak_is_that_of_the_accelerators_own_allocator(monkeypatch):
+    device = torch.device("meta")
+    arrays = TorchArrays(device, lagging_arrays()._transfer)
+    modules = iter([SimpleNamespace(max_memory_allocated={device: 7}.get), SimpleNamespace()])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: next(modules))
+    assert [arrays.most_nbytes(), arrays.most_nbytes()] == [7, None]
+    assert lagging_arrays().most_nbytes() is None

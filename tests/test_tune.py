@@ -1,31 +1,18 @@
-"""Tuning: the order of trials, what is chosen and why, and whole ones with real networks."""
+"""Tuning: the order of trials, what is chosen and why, where speeds are known."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 
 from mpichunk.bench.figures import Spread
-from mpichunk.cli import main
-from mpichunk.config.file import load_config
 from mpichunk.config.schema import Config
-from mpichunk.job.startup import prepare
-from mpichunk.ranks.comm import SerialCommunicator
-from mpichunk.tune import measure as measure_module
-from mpichunk.tune.figures import Difference, Row, difference, largest_batch, verdict
+from mpichunk.tune.figures import Difference, Largest, Row, difference, largest_batch, verdict
 from mpichunk.tune.search import Search
 from mpichunk.tune.variants import Facts, Variant, baseline, changed, variant_of, with_settings
-from mpichunk.verbs import tune as tune_module
-from mpichunk.verbs.run import run_on
-from tests import onnx_maker
-from tests.endtoend import write_config
 from tests.geometries import make_config
-from tests.realnets import EM_CODE, EM_WEIGHTS
 
 CPU = Facts(
     device="cpu", installed=frozenset({"pytorch", "openvino", "onnxruntime"}), has_compiler=False
@@ -180,12 +167,37 @@ def test_verdicts() -> None:
     assert verdict(row(start, 0, refused="no room"), best, 1e-3) == "refused: no room"
 
 
-def test_largest_batch_is_told_from_two_that_were_measured() -> None:
+def largest(
+    available: int | None, fitting: int, *, sizes: Sequence[int] = (2, 4)
+) -> tuple[Largest | None, list[int]]:
+    """Return what is found where 100 bytes a patch were measured and so many fit; what was run."""
+    start, run = baseline(config()), []
+    rows = [row(replace(start, batch_size=n), 1.0, nbytes=1000 + 100 * n) for n in sizes]
+
+    def is_fitting(size: int) -> bool:
+        run.append(size)
+        return size <= fitting
+
+    return largest_batch(rows, available, is_fitting), run
+
+
+def test_largest_batch_is_extrapolated_and_then_run() -> None:
+    assert largest(2000, 8) == (Largest(num_patches=8, is_run=True), [8])
+    # Larger ones take more than they should: back to what was measured by halves.
+    assert largest(3000, 5) == (Largest(num_patches=5, is_run=True), [17, 10, 7, 5])
+    assert largest(3000, 4) == (Largest(num_patches=4, is_run=True), [17, 10, 7, 5])
+    assert largest(1560, 4) == (Largest(num_patches=4, is_run=True), [])
+    assert largest(10**9, 99) == (Largest(num_patches=64, is_run=True), [64])
+    assert largest(2000, 9, sizes=[2]) == (None, [])
+    assert largest(None, 9) == (None, [])
+    assert largest(2000, 9, sizes=[]) == (None, [])
+
+
+def test_a_largest_batch_that_was_not_run_is_told_as_such() -> None:
     start = baseline(config())
     rows = [row(replace(start, batch_size=n), 1.0, nbytes=1000 + 100 * n) for n in (2, 4)]
-    assert largest_batch(rows, 2000) == 8
-    assert largest_batch(rows[:1], 2000) is None
-    assert largest_batch([], 2000) is None
+    found = largest_batch(rows, 2000, lambda size: None)
+    assert found == Largest(num_patches=8, is_run=False)
 
 
 def test_only_what_differs_from_the_config_is_to_be_changed() -> None:
@@ -208,167 +220,3 @@ def test_options_of_another_backend_are_left_behind() -> None:
     hinted = config("openvino", model={"options": {"INFERENCE_PRECISION_HINT": "f32"}})
     found = with_settings(hinted, {"compute.precision": "bfloat16"})
     assert (found.compute.precision, found.model.options) == ("bfloat16", {})
-
-
-# ---- Whole ones ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure briefly, and compile nothing, which takes half a minute."""
-    monkeypatch.setattr(measure_module, "TURN_SECONDS", 0.01)
-    whole = tune_module.facts_of
-
-    def facts_of(job: Any) -> Facts:
-        return whole(job, lambda name: None)
-
-    monkeypatch.setattr(tune_module, "facts_of", facts_of)
-
-
-def em_config(folder: Path, **more: Any) -> Path:
-    sections = {
-        "input": {"volume": "synthetic://membranes?shape=32,64,64&seed=7"},
-        "model": {
-            "backend": "pytorch",
-            "path": f"{EM_CODE}:EmAffinityResUNet",
-            "weights": str(EM_WEIGHTS),
-            "out_channels": 3,
-        },
-        "patch": {"shape": [8, 8, 8]},
-        "block": {"shape": [32, 32, 32]},
-        "output": {"volume": "out.zarr"},
-        "compute": {"threads": 1, "device": "cpu"},
-    }
-    return write_config(folder, **{**sections, **more})
-
-
-def test_tune_tells_all_and_writes_a_config_that_runs(
-    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = em_config(tmp_path)
-    before = path.read_text()
-    assert main(["tune", str(path), "--repeats", "2", "--json", "--tolerance", "0.1"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {item["name"]: item for item in found["rows"]}
-    assert found["patches"] == {"count": 4, "of_the_volume": True}
-    exact = rows["pytorch float32, batch 1"]
-    assert exact["difference"] == {"largest": 0.0, "mean": 0.0}
-    assert exact["nbytes"] > 0
-    half = rows["pytorch bfloat16, batch 1"]
-    assert 1e-4 < half["difference"]["largest"] < 0.1
-    folded = next(item for name, item in rows.items() if "fold_batch_norm" in name)
-    assert folded["refused"] is None or "fold" in folded["refused"]
-    assert rows["openvino float32, batch 1"]["difference"]["largest"] < 1e-4
-    assert found["best"] in rows
-    # Whatever is the fastest here, it is what the written config says, and that one runs.
-    written = load_config(tmp_path / "config-tuned.yaml").config
-    best = rows[found["best"]]["settings"]
-    assert {key: variant_of(written).settings[key] for key in best} == best
-    original = load_config(path).config
-    assert path.read_text() == before
-    for section in ("input", "block", "output", "model.path"):
-        name, _, key = section.partition(".")
-        values = getattr(original, name), getattr(written, name)
-        assert len({str(getattr(v, key) if key else v) for v in values}) == 1
-    assert not (tmp_path / "out.zarr").exists() and not (tmp_path / "runs").exists()
-    assert run_on(SerialCommunicator(), tmp_path / "config-tuned.yaml") == 0
-
-
-def test_the_table_is_for_people(
-    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = em_config(tmp_path)
-    assert main(["tune", str(path), "--repeats", "1", "--limit-seconds", "0.001"]) == 0
-    text = capsys.readouterr().out
-    assert "* pytorch float32, batch 1" in text
-    assert "not tried: the time of --limit-seconds is over" in text
-    assert "The config runs the best there is: pytorch float32, batch 1." in text
-    assert not (tmp_path / "config-tuned.yaml").exists()
-
-
-def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
-    tmp_path: Path,
-    quick: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    onnx_maker.convolution(tmp_path / "net.onnx")
-    path = tmp_path / "my.yaml"
-    path.write_text(
-        "# my own words\n"
-        "input: {volume: 'synthetic://membranes?shape=16,32,32&seed=7'}\n"
-        "model: {backend: onnxruntime, path: net.onnx, out_channels: 2}   # and here\n"
-        "patch:\n  shape: [4, 8, 12]\n"
-        "block: {shape: [16, 32, 32]}\n"
-        "output: {volume: out.zarr}\n"
-    )
-    real = measure_module.Meter.measure
-
-    def favour_large(self: Any, variant: Variant) -> Row:
-        found = real(self, variant)
-        assert not found.refused or variant.precision != "float32", found.refused
-        fast = 2.0 if variant.batch_size == 2 else 1.0
-        return replace(found, speedup=None if found.refused else Spread.of([fast]))
-
-    monkeypatch.setattr(measure_module.Meter, "measure", favour_large)
-    how = ["--repeats", "1", "--set", "compute.threads=1"]
-    (tmp_path / "other").mkdir()
-    for target in (tmp_path / "my-tuned.yaml", tmp_path / "other/new.yaml"):
-        more = [] if target.name == "my-tuned.yaml" else ["--write", str(target)]
-        assert main(["tune", str(path), *how, *more]) == 0
-        written = load_config(target).config
-        assert written.patch.batch_size == 2
-        assert written.compute.threads == 1
-        assert written.model.path == str(tmp_path / "net.onnx")
-        assert written.output.volume == load_config(path).config.output.volume
-        assert "# my.yaml, tuned by `mpichunk tune` for cpu" in target.read_text()
-        # Only a run that has begun stands in the way of the new settings, and that is told.
-        journal = tmp_path / "runs/my/journal.jsonl"
-        printed = " ".join(capsys.readouterr().out.split())
-        cure = "another run_dir AND another output.volume"
-        comment = " ".join(target.read_text().replace("\n# ", " ").split())
-        assert cure in comment
-        assert (cure in printed) == journal.exists()
-        assert (f"The run in {journal.parent} has begun" in comment) == journal.exists()
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        journal.touch()
-    text = (tmp_path / "my-tuned.yaml").read_text()
-    assert "# my own words\n" in text and "# and here\n" in text and "path: net.onnx" in text
-
-
-def test_nothing_is_overwritten_and_that_is_told_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = em_config(tmp_path, model={"backend": "identity"})
-    target = tmp_path / "config-tuned.yaml"
-    target.write_text("mine")
-    assert main(["tune", str(path)]) == 2
-    assert "exists, and is not overwritten" in capsys.readouterr().err
-    assert target.read_text() == "mine"
-    assert main(["tune", str(path), "--write", str(tmp_path / "nowhere/x.yaml")]) == 2
-    assert "no folder that can be written" in capsys.readouterr().err
-
-
-def test_several_ranks_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    assert main(["tune", str(em_config(tmp_path))]) == 2
-    assert "`tune` measures one" in capsys.readouterr().err
-
-
-def test_a_network_that_does_not_run_is_one_message(
-    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = em_config(tmp_path)
-    assert main(["tune", str(path), "--set", "model.out_channels=2"]) == 2
-    assert "returned 3 channels, but model.out_channels is 2" in capsys.readouterr().err
-
-
-def test_blank_volumes_are_replaced_by_chance(tmp_path: Path, quick: None) -> None:
-    with h5py.File(tmp_path / "blank.h5", "w") as file:
-        file["raw"] = np.zeros((16, 32, 32), np.uint8)
-    path = em_config(tmp_path, input={"volume": "blank.h5", "dataset": "raw"})
-    patches, is_real = measure_module.read_patches(prepare(load_config(path).config))
-    assert not is_real
-    assert patches.shape == (4, 1, 8, 8, 8) and patches.max() <= 1

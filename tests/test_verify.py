@@ -1,6 +1,7 @@
 """The `verify` verb: what was lost or damaged after it was written is found, and only that."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 
 from mpichunk import cli
+from mpichunk.errors import VolumeError
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
 from mpichunk.rundir.checksum import checksum_of, digest_of
 from mpichunk.rundir.digests import read_digests
+from mpichunk.verbs import verify as verb
 from mpichunk.verbs.run import run_on
+from mpichunk.volume import open_output
 from tests.endtoend import TRAPPED, assert_same_files, block_lines, trap, write_config
+from tests.test_fitting import ThreadCommunicator, on_ranks
 
 OUTPUTS = {
     "zarr3": {"volume": "out|zarr3:", "chunk_shape": [8, 16, 16]},
@@ -186,3 +191,23 @@ def test_the_last_done_line_counts(tmp_path):
     assert [int.from_bytes(digest.tobytes(), "big") for digest in digests] == [6, 0, 7]
     assert (read_digests(path, range(1, 3, 1)) == digests[1:]).all()
     assert (read_digests(path, range(0, 3, 2)) == digests[::2]).all()
+
+
+def test_an_output_that_one_rank_does_not_see_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, blind = finished(tmp_path), threading.local()
+
+    def open_for_some(*arguments: Any, **options: Any) -> Any:
+        if getattr(blind, "is_here", False):
+            raise VolumeError("there is no such volume", key="output.volume")
+        return open_output(*arguments, **options)
+
+    monkeypatch.setattr(verb, "open_output", open_for_some)
+
+    def call(comm: ThreadCommunicator) -> None:
+        blind.is_here = comm.rank == 1
+        verb._verify(comm, config, [], repair=False, as_json=True)
+
+    for refusal in on_ranks(call):
+        assert "rank 1 on" in refusal and "there is no such volume" in refusal

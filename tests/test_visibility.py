@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.backends import devices
-from mpichunk.backends.matching import match
-from mpichunk.backends.visibility import listed_name, visible_devices
+import mpichunk.backends.devices.probing as devices
+from mpichunk.backends.devices.matching import match
+from mpichunk.backends.devices.visibility import listed_name, visible_devices
 
 VISIBLE = [
     ({}, "all"),

@@ -48,7 +48,6 @@ def write_all(writer: Writer, array_czyx: np.ndarray, spec: OutputSpec) -> None:
         futures.append(writer.write(core, np.ascontiguousarray(array_czyx[(slice(None), *inside)])))
     for future in futures:
         assert future.result() is None
-        assert future.done()
 
 
 def data_files(path: Path) -> list[Path]:
@@ -235,6 +234,28 @@ def test_a_damaged_chunk_of_the_output_is_found(tmp_path):
     chunk.write_bytes(data)
     with pytest.raises(BlockError, match="could not read"):
         writer.read(DOMAIN)
+
+
+@pytest.mark.parametrize("driver", ["zarr3", "zarr", "neuroglancer_precomputed"])
+def test_the_context_of_a_spec_is_there_for_metadata_too(tmp_path, driver):
+    """As credentials are: `name#own` is only known in the context that brings it."""
+    store = {
+        "driver": "file",
+        "path": f"{tmp_path}/v/",
+        "file_io_concurrency": "file_io_concurrency#own",
+    }
+    volume = {
+        "driver": driver,
+        "kvstore": store,
+        "context": {"file_io_concurrency#own": {"limit": 2}},
+    }
+    spec = replace(spec_of("v"), volume=volume)
+    assert create_output(spec)
+    assert not create_output(spec)
+    array_czyx = random_czyx(spec)
+    write_all(open_output(spec), array_czyx, spec)
+    with open_input(volume) as reader:
+        np.testing.assert_array_equal(reader.read(DOMAIN).result(), array_czyx)
 
 
 def test_the_number_of_files():

@@ -19,7 +19,7 @@ from mpichunk.schedule.messages import (
 )
 from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
-from tests.fakeworker import start_worker
+from tests.fakeworker import asked_for, start_worker
 
 
 def test_it_asks_for_as_many_blocks_as_the_pipeline_holds_and_no_more():
@@ -183,19 +183,6 @@ def test_its_own_blocks_are_forgotten_when_one_is_refused():
     pipeline.records.put(Dropped(lease=leases(0)[0]))
     assert worker.step() == [GiveBack(leases=leases(0)), Request(num_blocks=1)]
     assert pipeline.submitted == list(leases(0, 1))
-
-
-def asked_for(worker, permits, lease):
-    """Return whether a writer thread of this lease asks; its block may be written."""
-    writer = threading.Thread(target=permits.may_write, args=[lease], daemon=True)
-    writer.start()
-    said = []
-    while writer.is_alive():
-        said += worker.step()
-        if Ask(lease=lease) in said:
-            worker.handle(Verdict(lease=lease, may_write=True))
-            writer.join()
-    return Ask(lease=lease) in said
 
 
 @pytest.mark.parametrize("seconds", [4.0, 6.0, 11.0])

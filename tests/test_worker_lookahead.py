@@ -13,6 +13,7 @@ from mpichunk.schedule.messages import (
     Contest,
     Contested,
     Done,
+    Failed,
     GiveBack,
     Heard,
     Request,
@@ -21,7 +22,7 @@ from mpichunk.schedule.messages import (
 )
 from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
-from tests.fakeworker import start_worker
+from tests.fakeworker import asked_for, start_worker
 
 
 class Fast:
@@ -126,6 +127,27 @@ def test_leases_that_wait_are_forgotten_when_all_is_done_or_ranks_are_lost():
     fast.worker.handle(Acknowledge(leases=leases(0)))
     assert fast.worker.is_ended
     assert fast.submitted() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", ["given back", "failed"])
+@pytest.mark.parametrize("seconds", [4.0, 6.0])
+def test_what_ended_undone_after_a_standstill_asks_when_it_is_leased_again(end, seconds):
+    """The rank may have been given up and welcomed back meanwhile."""
+    permits = Permits(threading.Event())
+    fast = Fast(permits=permits)
+    worker, (lease,) = fast.worker, leases(4)
+    worker.handle(Heard(lease_seconds=10.0))
+    fast.give(2)
+    fast.finish(*([1] if end == "failed" else []))
+    worker.step()
+    assert (lease in fast.pipeline.submitted) == (end == "failed")
+    fast.now = seconds
+    if end == "failed":
+        fast.pipeline.records.put(Failed(lease=lease, error="OSError", message=""))
+    worker.step()
+    assert lease not in worker.held
+    worker.handle(Assign(leases=(lease,)))
+    assert asked_for(worker, permits, lease) == (seconds > 5.0)
 
 
 def test_nothing_is_promised_of_a_lease_that_is_given_back():

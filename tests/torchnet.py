@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mpichunk.backends.torch_network import load_network
+from mpichunk.backends.pytorch.network import load_network
 from mpichunk.config.schema import Model
 from tests.engines import make_request
 

@@ -1,4 +1,4 @@
-"""What can run a network, one file per kind; `get_backend` finds one by its name in the config.
+"""What can run a network, one folder or file per kind; `get_backend` finds one by its name.
 
 Importing this package imports no framework: a backend does so when it probes or loads.
 """
@@ -6,13 +6,13 @@ Importing this package imports no framework: a backend does so when it probes or
 from pathlib import Path
 from typing import Protocol
 
-from mpichunk.backends.binding import Probe
+from mpichunk.backends.devices.binding import Probe
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.identity import IdentityBackend
 from mpichunk.backends.onnxruntime import OnnxruntimeBackend
-from mpichunk.backends.openvino import OpenvinoBackend
-from mpichunk.backends.pytorch import PytorchBackend
-from mpichunk.backends.pznet import PznetBackend
+from mpichunk.backends.openvino.backend import OpenvinoBackend
+from mpichunk.backends.pytorch.backend import PytorchBackend
+from mpichunk.backends.pznet.backend import PznetBackend
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 

@@ -5,6 +5,7 @@ Knows no framework. An engine brings the few array operations that blending need
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,15 @@ from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
 
 FINISH_NBYTES = 1 << 26
 """Bytes of float32 that are finished at a time on an accelerator: enough to fill it."""
+
+WINDOWS_NBYTES = 1 << 28
+"""Bytes of blending windows that are kept on an accelerator, if they are more than one."""
+
+MOST_WINDOWS = 27
+"""A patch is the first, the last, or neither, along each axis."""
+
+LAYERS_IN_FLIGHT = 2
+"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
@@ -162,7 +172,7 @@ class Arrays(Protocol):
     ) -> Staged:
         """Begin to bring the raw patches of one batch to the device, in lattice order.
 
-        Waits until the device has begun with the batch before the last, so that the host does not
+        Waits where the device has not begun with several batches before, so that the host does not
         run far ahead. What is returned holds until the next call.
         """
 
@@ -198,10 +208,13 @@ class Arrays(Protocol):
     def vector(self, host: npt.NDArray[np.float32]) -> DeviceArray:
         """Return a small host vector on the device, without waiting."""
 
-    def window(self, z: DeviceArray, y: DeviceArray, x: DeviceArray) -> DeviceArray:
+    def window(
+        self, z: DeviceArray, y: DeviceArray, x: DeviceArray, used: DeviceArray | None = None
+    ) -> DeviceArray:
         """Return the product of three vectors in the form that `add_weighted` likes best.
 
-        It lies in a buffer that the next call overwrites.
+        It lies in the memory of `used`, a window of the same shape that nobody needs any more, or
+        in memory of its own.
         """
 
     def add_weighted(
@@ -285,6 +298,13 @@ class Arrays(Protocol):
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
         """Return the device memory that a call takes at its peak; None for a host's memory."""
 
+    def most_nbytes(self) -> int | None:
+        """Return the most device memory that was ever taken, the network's included.
+
+        Since the last `peak_nbytes`; None for a host's memory, or if nobody says. Any thread may
+        ask.
+        """
+
     def device_nbytes(self) -> tuple[int, int] | None:
         """Return what nobody holds of the device's memory, and what this process holds.
 
@@ -321,3 +341,13 @@ class Engine(Protocol):
 
     def explain(self, error: Exception) -> UserError:
         """Say what the user can do about an exception that `infer` raised in its first forward."""
+
+
+def most_windows(shape: Triple, num_patches: int) -> int:
+    """Return how many blending windows an accelerator keeps, at least one.
+
+    Args:
+        shape: of an output patch.
+        num_patches: of a block, which has no more windows.
+    """
+    return max(1, min(MOST_WINDOWS, num_patches, WINDOWS_NBYTES // (4 * prod(shape))))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.binding import Probe
-from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.config.schema import Model

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mpichunk.backends.engine import Scaling
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.processmemory import own_pages
 
 Array = npt.NDArray[np.float32]
 Window = tuple[Array, Array]
@@ -77,7 +78,7 @@ class NumpyArrays:
                 seen = np.flip(raw_czyx, turn.flipped)
                 seen = seen.swapaxes(-2, -1) if turn.swaps_yx else seen
                 np.copyto(patch_czyx, seen, casting="unsafe")
-                _scale(patch_czyx, scaling)
+                scale(patch_czyx, scaling)
         batch_nczyx[len(staged.patches_czyx) :] = 0
         return batch_nczyx
 
@@ -123,9 +124,9 @@ class NumpyArrays:
         """Return the vector itself."""
         return host
 
-    def window(self, z: Array, y: Array, x: Array) -> Window:
+    def window(self, z: Array, y: Array, x: Array, used: Window | None = None) -> Window:
         """Return (z,) and the (y, x) plane: a product per slice costs less than reading volumes."""
-        return z, np.multiply.outer(y, x, out=self._buffer("window", (len(y), len(x))))
+        return z, np.multiply.outer(y, x, out=None if used is None else used[1])
 
     def add_weighted(
         self, total_czyx: Array, where: Slices, patch_czyx: Array, part: Slices, window: Window
@@ -207,7 +208,7 @@ class NumpyArrays:
 
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return new memory."""
-        return np.empty(nbytes, np.uint8)
+        return own_pages(nbytes)
 
     def outgoing(self, host_czyx: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the part itself."""
@@ -224,6 +225,10 @@ class NumpyArrays:
         """Do nothing: numpy has always done all."""
 
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
+        """Return None: it is the host's memory."""
+        return None
+
+    def most_nbytes(self) -> int | None:
         """Return None: it is the host's memory."""
         return None
 
@@ -244,8 +249,8 @@ class NumpyArrays:
         return buffer[:num_values].reshape(shape)
 
 
-def _scale(patch_czyx: Array, scaling: Scaling) -> None:
-    """Clip, subtract and divide in place."""
+def scale(patch_czyx: Array, scaling: Scaling) -> None:
+    """Clip, subtract and divide float32 in place."""
     if scaling.clip is not None:
         np.clip(patch_czyx, *scaling.clip, out=patch_czyx)
     if scaling.subtract != 0:

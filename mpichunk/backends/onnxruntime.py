@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.binding import Probe
-from mpichunk.backends.devices import accelerator_name, cpu_kind, probe_devices
+from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.probing import accelerator_name, cpu_kind, probe_devices
 from mpichunk.backends.engine import EngineInfo, EngineRequest
-from mpichunk.backends.fixed_shape import refuse_fixed_shape
-from mpichunk.backends.network_output import failed_forward, find_cut
+from mpichunk.backends.files.onnx import onnx_files
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.onnx_file import onnx_files
 from mpichunk.backends.optional import not_importable
+from mpichunk.backends.shapes.fixed_shape import refuse_fixed_shape
+from mpichunk.backends.shapes.network_output import failed_forward, find_cut
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple

@@ -9,10 +9,11 @@ from typing import Any
 
 from mpichunk.backends.engine import Engine
 
-STAGES = ("read", "gather", "forward", "accumulate", "finalise", "write")
-"""What a block goes through, in order."""
+STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
+"""What a block goes through, in order; `host` is its computing that no call of an array is."""
 
-_ARRAYS: Mapping[str, str] = {
+STAGE_OF: Mapping[str, str] = {
+    "feed": "gather",
     "stage": "gather",
     "gather": "gather",
     "activate": "accumulate",
@@ -36,6 +37,26 @@ _ARRAYS: Mapping[str, str] = {
 }
 """The stage that each array operation belongs to."""
 
+UNTIMED = frozenset(
+    {
+        # No work.
+        "finish_nbytes",
+        "is_host",
+        # Not for blocks, but before and between them.
+        "upload",
+        "download",
+        "peak_nbytes",
+        "most_nbytes",
+        "device_nbytes",
+        "release",
+        # Once: the memory is used again.
+        "host_bytes",
+        # What the clock itself calls.
+        "wait",
+    }
+)
+"""Array operations that belong to no stage."""
+
 
 class StageClock:
     """An engine that counts the seconds of another one's stages."""
@@ -44,7 +65,7 @@ class StageClock:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         """Wall seconds so far, by stage."""
 
-        self.arrays: Any = _Clocked(engine.arrays, _ARRAYS, self.seconds, engine.arrays.wait)
+        self.arrays: Any = _Clocked(engine.arrays, STAGE_OF, self.seconds, engine.arrays.wait)
         """The engine's array operations, measured."""
 
         self.infer: Any = _Clocked(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from mpichunk.bench.shares import BlockSeconds, shares_of
 from mpichunk.config.schema import Config
 from mpichunk.plan.advice import Advice
 from mpichunk.plan.prediction import pace_of, voxels_of_a_read
@@ -14,9 +15,9 @@ from mpichunk.plan.probe import Pace
 from mpichunk.plan.work import Work
 
 NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "writing"
+HOST = "the host"
 """What a run can be bound by."""
 
-_BLENDING_STAGES = ("gather", "accumulate", "finalise")
 _NOISE = 1.02
 """A run cannot be faster than its forwards alone; where it is by more, the repeats say nothing."""
 
@@ -40,6 +41,17 @@ class Pass:
 
     nbytes_read: int
     nbytes_written: int
+
+    peak_nbytes: int | None = None
+    """The most memory that the rank held meanwhile; None if nobody knows."""
+
+    num_blocks: int
+
+    read_seconds: float
+    """Of all blocks together, some of which were read at the same time."""
+
+    write_seconds: float
+    """The same of writing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +107,17 @@ class Figures:
     """Share of a rank's time for gathering, activation, accumulating and finishing."""
 
     waiting: float
-    """Share of the time that is neither forward nor blending: input and output that was not hidden,
-    and the first read and the last write, which hide behind nothing."""
+    """Share of the time for input and output that was not hidden, and the first read and the last
+    write, which hide behind nothing; no more than their seconds explain."""
+
+    host: float
+    """Share of the time that is none of these: the device waits for the host's own work."""
+
+    own_host: float
+    """What the host's own work of a block, which was measured alone, is of its time."""
+
+    slower: str
+    """Whether reading or writing takes longer."""
 
     bound_by: str
     """What takes most of the time."""
@@ -117,12 +138,6 @@ class Figures:
         """Whether a part took longer than the whole, so that nothing follows from its share."""
         return self.efficiency.median > _NOISE
 
-    @property
-    def io_share(self) -> float:
-        """What input and output are of one block whose stages follow one another."""
-        total = sum(self.stages.values())
-        return (self.stages["read"] + self.stages["write"]) / total if total else 0.0
-
 
 def combine(ranks: Sequence[RankFigures]) -> Figures:
     """Return the figures of all ranks together; a repeat takes as long as its slowest rank."""
@@ -135,10 +150,22 @@ def combine(ranks: Sequence[RankFigures]) -> Figures:
     pairs = list(zip(bare_seconds, whole_seconds, voxels, strict=True))
     efficiency = Spread.of([bare / whole for bare, whole, _ in pairs])
     stages = {name: median([rank.stages[name] for rank in ranks]) for name in ranks[0].stages}
-    blending = _blending_share(stages, efficiency.median)
-    waiting = max(0.0, 1 - efficiency.median - blending)
-    slower = READING if stages["read"] >= stages["write"] else WRITING
-    shares = {NETWORK: efficiency.median, BLENDING: blending, slower: waiting}
+    num_blocks = ranks[0].whole[0].num_blocks
+    seconds = _block_seconds(ranks, median(whole_seconds), num_blocks)
+    shares = shares_of(
+        seconds,
+        stages,
+        efficiency=efficiency.median,
+        num_blocks=num_blocks,
+        is_on_cpu=ranks[0].device == "cpu",
+    )
+    slower = READING if seconds.read >= seconds.write else WRITING
+    by_name = {
+        NETWORK: shares.network,
+        BLENDING: shares.blending,
+        slower: shares.waiting,
+        HOST: shares.host,
+    }
     num_batches = sum(rank.whole[i].num_batches for rank in ranks for i in range(num_repeats))
     total_bare = sum(sum(rank.bare) for rank in ranks)
     return Figures(
@@ -147,9 +174,12 @@ def combine(ranks: Sequence[RankFigures]) -> Figures:
         efficiency=efficiency,
         seconds_per_batch=total_bare / num_batches if num_batches else 0.0,
         stages=stages,
-        blending=blending,
-        waiting=waiting,
-        bound_by=max(shares, key=lambda name: shares[name]),
+        blending=shares.blending,
+        waiting=shares.waiting,
+        host=shares.host,
+        own_host=stages["host"] / seconds.whole if seconds.whole else 0.0,
+        slower=slower,
+        bound_by=max(by_name, key=lambda name: by_name[name]),
         num_voxels=int(median(voxels)),
         num_patches=int(
             median(sum(r.whole[i].num_patches for r in ranks) for i in range(num_repeats))
@@ -186,13 +216,17 @@ def pace(figures: Figures, ranks: Sequence[RankFigures], work: Work, *, num_bloc
     )
 
 
-def _blending_share(stages: Mapping[str, float], efficiency: float) -> float:
-    """Return the share of time for blending: as it is to the forward in the block taken apart."""
-    blending = sum(stages[name] for name in _BLENDING_STAGES)
-    if stages["forward"] > 0 and efficiency > 0:
-        return max(0.0, min(1 - efficiency, efficiency * blending / stages["forward"]))
-    everything = sum(stages.values())
-    return blending / everything if everything else 0.0
+def _block_seconds(
+    ranks: Sequence[RankFigures], whole_seconds: float, num_blocks: int
+) -> BlockSeconds:
+    """Return what a block took, on average over all that were run."""
+    passes = [item for rank in ranks for item in rank.whole]
+    num_all = sum(item.num_blocks for item in passes)
+    return BlockSeconds(
+        whole=whole_seconds / num_blocks,
+        read=sum(item.read_seconds for item in passes) / num_all,
+        write=sum(item.write_seconds for item in passes) / num_all,
+    )
 
 
 def suggest(
@@ -211,19 +245,16 @@ def suggest(
         BLENDING: _about_blending(config, on_cpu),
         READING: _about_reading(work),
         WRITING: _about_writing(config),
+        HOST: _about_host(figures, config, on_cpu),
     }
     if figures.efficiency.median >= _WELL:
         yield from pieces[NETWORK]
-    elif figures.blending >= figures.waiting:
+    elif figures.blending >= max(figures.waiting, figures.host):
         yield from pieces[BLENDING]
-    elif figures.waiting > 2 * figures.io_share + 0.02:
-        yield Advice(
-            key="compute.threads",
-            message=f"{figures.waiting:.0%} of the time is in no stage: something else uses these "
-            "cores. Measure when nothing else runs, with no more threads in all than cores",
-        )
+    elif figures.host > figures.waiting:
+        yield from pieces[HOST]
     else:
-        yield from pieces[READING if figures.stages["read"] >= figures.stages["write"] else WRITING]
+        yield from pieces[figures.slower]
         yield Advice(
             key="block.shape",
             message="the first read and the last write hide behind nothing, and here a rank ran "
@@ -300,4 +331,32 @@ def _about_writing(config: Config) -> Iterator[Advice]:
         yield Advice(
             key="output.chunk_shape",
             message="every chunk is a file of its own: larger chunks, or zarr3 shards, are fewer",
+        )
+
+
+def _about_host(figures: Figures, config: Config, on_cpu: bool) -> Iterator[Advice]:
+    """Neither the device nor the storage is what is waited for."""
+    if not on_cpu:
+        yield Advice(
+            key="patch.batch_size",
+            message=f"{figures.host:.0%} of the time the device waits for the host, which has work "
+            "with each batch: larger batches or larger patches need less of it",
+        )
+    if not on_cpu and config.model.backend == "pytorch" and not config.compute.cuda_graphs:
+        yield Advice(
+            key="compute.cuda_graphs",
+            message="on NVIDIA devices, a forward that is replayed by one launch leaves the host "
+            "time for the rest",
+        )
+    if figures.own_host < figures.host / 2:
+        yield Advice(
+            key="compute.threads",
+            message=f"{figures.host:.0%} of the time is in no stage: something else uses these "
+            "cores. Measure when nothing else runs, with no more threads in all than cores",
+        )
+    elif on_cpu:
+        yield Advice(
+            key="patch.shape",
+            message=f"{figures.host:.0%} of the time is work between the stages, done anew for "
+            "each patch: larger patches, and larger blocks, need less of it",
         )

@@ -5,7 +5,6 @@ Only turns numbers into words; measures and decides nothing.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from textwrap import wrap
 from typing import Any
 
 from mpichunk.backends.engine import EngineInfo
@@ -14,10 +13,10 @@ from mpichunk.bench.figures import Figures, RankFigures, Spread
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.plan.advice import Advice
+from mpichunk.plan.table import bullets
 from mpichunk.plan.work import Work
-from mpichunk.words import duration
+from mpichunk.words import count, duration
 
-WIDTH = 100
 _LABEL = 24
 _STEADY = 1.3
 """Repeats that differ by more are not of the same machine."""
@@ -83,6 +82,7 @@ def bench_json(bench: Bench) -> dict[str, Any]:
             "network": figures.network,
             "blending": figures.blending,
             "waiting": figures.waiting,
+            "host": figures.host,
         },
         "bound_by": figures.bound_by,
         "seconds_of_run": bench.seconds_of_run,
@@ -102,15 +102,20 @@ def bench_json(bench: Bench) -> dict[str, Any]:
 
 def render_bench(bench: Bench) -> str:
     """Return the figures for people, in lines of at most 100 characters or so."""
-    sections = [_what_lines(bench), _rate_lines(bench), _stage_lines(bench), _advice_lines(bench)]
+    sections = [
+        _what_lines(bench),
+        _rate_lines(bench),
+        _stage_lines(bench),
+        bullets("What to change", bench.advice),
+    ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
 def _what_lines(bench: Bench) -> list[str]:
     """Return what was measured, and where."""
     engine, num_repeats = bench.engine, len(bench.ranks[0].whole)
-    blocks, repeats = _times(bench.num_blocks, "block"), _times(num_repeats, "repeat")
-    patches = _times(bench.figures.num_patches, "patch", "es")
+    blocks, repeats = count(bench.num_blocks, "block"), count(num_repeats, "repeat")
+    patches = count(bench.figures.num_patches, "patch", "es")
     devices = sorted({rank.device for rank in bench.ranks})
     each = " each" if len(bench.ranks) > 1 else ""
     rows = [
@@ -166,6 +171,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         "forward": "the network",
         "accumulate": "activation, window, sum",
         "finalise": "checked, reduced, quantised",
+        "host": "work between these, in Python",
         "write": "encoded and durably written",
     }
     for name in STAGES:
@@ -174,19 +180,10 @@ def _stage_lines(bench: Bench) -> list[str]:
         lines.append(f"  {name:<{_LABEL}}{1000 * seconds:>10.1f}{share:>10}   {words[name]}")
     lines.append(
         f"  of the whole's time: {figures.network:.1%} network, {figures.blending:.1%} "
-        f"blending, {figures.waiting:.1%} waiting for input and output"
+        f"blending, {figures.waiting:.1%} waiting for input and output, {figures.host:.1%} host"
     )
     lines.append(f"  bound by {figures.bound_by}")
     return lines
-
-
-def _advice_lines(bench: Bench) -> list[str]:
-    """Return what to change, wrapped."""
-    lines = []
-    for advice in bench.advice:
-        text = f"{advice.key}: {advice.message}"
-        lines += wrap(text, WIDTH, initial_indent="  * ", subsequent_indent="    ")
-    return ["What to change", *lines] if lines else []
 
 
 def _spread_row(name: str, spread: Spread, text: str) -> str:
@@ -203,8 +200,3 @@ def _figure(value: float) -> str:
 def _batch_words(config: Config) -> str:
     size = config.patch.batch_size
     return "of one patch" if size == 1 else f"of {size} patches"
-
-
-def _times(number: int, word: str, plural: str = "s") -> str:
-    """Return a number and its word, plural if it must be."""
-    return f"{number:,} {word}{'' if number == 1 else plural}"

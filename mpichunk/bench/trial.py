@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
@@ -20,6 +20,7 @@ from mpichunk.block.pipeline import Pipeline, Source, load_block
 from mpichunk.errors import UserError
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
+from mpichunk.processmemory import weigh
 from mpichunk.rundir.checksum import checksum_of
 from mpichunk.schedule.messages import Done, Failed, Lease, Records
 from mpichunk.volume import OutputSpec, Writer
@@ -51,6 +52,11 @@ class Trial:
         Raises:
             UserError: a block fails.
         """
+        found, peak_nbytes = weigh(lambda: self._whole(blocks))
+        return replace(found, peak_nbytes=peak_nbytes)
+
+    def _whole(self, blocks: Sequence[int]) -> Pass:
+        """Run blocks through the pipeline."""
         inference = self.make_inference(self.engine)
         records: Records = queue.SimpleQueue()
         waiting = iter(blocks)
@@ -91,6 +97,9 @@ class Trial:
             num_batches=inference.num_batches,
             nbytes_read=sum(item.nbytes_read for item in done),
             nbytes_written=sum(item.nbytes_written for item in done),
+            num_blocks=len(done),
+            read_seconds=sum(item.seconds["read"] for item in done),
+            write_seconds=sum(item.seconds["write"] for item in done),
         )
 
     def bare(self, num_batches: int) -> float:
@@ -122,8 +131,12 @@ class Trial:
         started = perf_counter()
         source_czyx = inference.hold(loaded.source_czyx)
         clock.seconds["read"] += perf_counter() - started
+        before = sum(clock.seconds.values())
+        started = perf_counter()
         inferred = inference.run(block, source_czyx, loaded.mask_zyx, self.output.dtype)
         core_czyx = inferred.core()
+        seconds = perf_counter() - started
+        clock.seconds["host"] = seconds - (sum(clock.seconds.values()) - before)
         started = perf_counter()
         written = self.writer.write(block.core, core_czyx)
         checksum_of(core_czyx)

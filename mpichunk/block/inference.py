@@ -5,12 +5,13 @@ depends on the block alone, so that the bytes do too.
 
     source --stage, gather--> batch --infer, activate--> patches --> slab --finish--> core
 
-On an accelerator all of this is only asked for: the host prepares the batch after next while the
+On an accelerator all of this is only asked for: the host prepares batches that come later while the
 network runs, and whoever writes the core waits for it.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,7 +27,6 @@ from mpichunk.backends.engine import (
     Feed,
     Scaling,
     Staged,
-    Vectors,
 )
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.hostpool import HostPool
@@ -124,7 +124,7 @@ class BlockInference:
         output_shape = subtract(subtract(request.patch_shape, request.crop), request.crop)
         self._output_shape = output_shape
         z, y, x = (window(window_name, length) for length in output_shape)
-        self._vectors: Vectors = (z, y, x)
+        self._windows = Windows(engine.arrays, (z, y, x))
         self._sources = HostPool(engine.arrays.host_bytes)
         self._cores = HostPool(engine.arrays.host_bytes)
 
@@ -141,6 +141,11 @@ class BlockInference:
         held_czyx = self._sources.take(source_czyx.shape, source_czyx.dtype)
         np.copyto(held_czyx, source_czyx)
         return held_czyx
+
+    @property
+    def device_peak_nbytes(self) -> int | None:
+        """The most device memory that blocks have taken; None on a CPU, or if nobody says."""
+        return self._engine.arrays.most_nbytes()
 
     def run(
         self,
@@ -166,13 +171,18 @@ class BlockInference:
         while True:
             try:
                 return self._run(block, source_czyx, mask_zyx, out_dtype)
-            except BlockError:
-                raise
-            except Exception as error:
+            except BaseException as error:
+                # Copies from the source and to the core may be under way, and their memory is about
+                # to be somebody else's. A device that is broken has none under way.
+                with suppress(RuntimeError):
+                    self._engine.arrays.wait()
+                if not isinstance(error, Exception) or isinstance(error, BlockError):
+                    raise
                 if not self._engine.is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             # Only now are the arrays of the failed try free.
+            self._windows.clear()
             self._engine.arrays.release()
             self._halve_batch(block, reason)
 
@@ -203,16 +213,16 @@ class BlockInference:
         out_dtype: np.dtype[Any],
     ) -> Inferred:
         """Do what `run` does, with batches of the size that holds now."""
-        boxes = self._wanted(block, source_czyx, mask_zyx)
+        patches = self._wanted(block, source_czyx, mask_zyx)
         shape = self._reduction.num_channels, *block.core.shape
         core_czyx, slab, num_patches = None, None, 0
         feed = self._engine.arrays.feed(source_czyx)
-        while batch := list(islice(boxes, self._batch_size)):
+        while batch := list(islice(patches, self._batch_size)):
             if core_czyx is None or slab is None:
                 core_czyx = self._cores.take(shape, out_dtype)
                 slab = self._slab(block, mask_zyx, core_czyx)
-            output_nczyx = self._predict(self._stage(block, feed, batch))
-            for box, patch_czyx in zip(batch, output_nczyx, strict=False):
+            output_nczyx = self._predict(self._stage(feed, [seen for _, seen in batch]))
+            for (box, _), patch_czyx in zip(batch, output_nczyx, strict=False):
                 slab.add(box, patch_czyx)
             num_patches += len(batch)
         if core_czyx is None or slab is None:
@@ -243,9 +253,10 @@ class BlockInference:
             mask_zyx=None if mask_zyx is None else mask_zyx[core.slices(block.output_box.start)],
             reduction=self._reduction,
         )
+        self._windows.begin(block)
         return Slab(
             arrays,
-            Windows(arrays, block, self._vectors),
+            self._windows,
             num_channels=self._request.out_channels,
             patch_length=block.patch_shape[0],
             target=target,
@@ -256,26 +267,27 @@ class BlockInference:
         block: Block,
         source_czyx: npt.NDArray[Any],
         mask_zyx: npt.NDArray[np.bool_] | None,
-    ) -> Iterator[Box]:
-        """Yield the output boxes of the patches that must run, in lattice order."""
+    ) -> Iterator[tuple[Box, Slices]]:
+        """Yield the patches that must run, in lattice order.
+
+        Each by its output box, and by where in the block's source its input is.
+        """
+        origin, size = block.output_box.start, self._request.patch_shape
         for box in block.patches():
-            if mask_zyx is not None and not mask_zyx[box.slices(block.output_box.start)].any():
+            if mask_zyx is not None and not mask_zyx[box.slices(origin)].any():
                 continue
-            if self._skip_blank:
-                seen = self._input_slices(block, box)
-                if is_blank(source_czyx[(slice(None), *seen)]):
-                    continue
-            yield box
+            # The source begins by `crop` before the output, and so does the input of a patch.
+            z, y, x = subtract(box.start, origin)
+            seen = slice(z, z + size[0]), slice(y, y + size[1]), slice(x, x + size[2])
+            if self._skip_blank and is_blank(source_czyx[(slice(None), *seen)]):
+                continue
+            yield box, seen
 
-    def _input_slices(self, block: Block, box: Box) -> Slices:
-        """Return where the input of an output box is in the block's source."""
-        return box.grow(block.crop).slices(block.input_box.start)
-
-    def _stage(self, block: Block, feed: Feed, boxes: Sequence[Box]) -> Staged:
+    def _stage(self, feed: Feed, where: Sequence[Slices]) -> Staged:
         """Begin to bring the raw patches of one batch to the device."""
         return self._engine.arrays.stage(
             feed,
-            [self._input_slices(block, box) for box in boxes],
+            where,
             patch_shape=self._request.patch_shape,
             batch_size=self._batch_size,
         )

@@ -136,6 +136,7 @@ class Pipeline:
         self._wake = wake
         self._may_write = may_write
         self._num_steps = 0
+        self._stepping = threading.Lock()
         self._is_abandoned = False
         self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
         self._loading = queue.SimpleQueue()
@@ -195,7 +196,10 @@ class Pipeline:
             self._guarded(self._compute, *item)
 
     def _guarded(self, step: Any, lease: Lease, *arguments: Any) -> None:
-        """Run one step of a block; turn what it raises into a record, or into a crash."""
+        """Run one step of a block; turn what it raises into a record, or into a crash.
+
+        Nobody reads the futures of what settles and writes: through here nothing is raised in them.
+        """
         try:
             step(lease, *arguments)
         except BLOCK_FAILURES as error:
@@ -207,16 +211,21 @@ class Pipeline:
             self._put(error)
 
     def _put(self, record: Record | Dropped | BaseException) -> None:
-        self._num_steps += 1
+        self._step()
         self._records.put(record)
         self._wake.set()
+
+    def _step(self) -> None:
+        """Count a step. Of two threads that add at once one could take the number back."""
+        with self._stepping:
+            self._num_steps += 1
 
     def _load(self, block: Block) -> Loaded:
         """Read what a block needs."""
         loaded = load_block(self._source, block)
         if loaded.source_czyx is not None:
             loaded = replace(loaded, source_czyx=self._inference.hold(loaded.source_czyx))
-        self._num_steps += 1
+        self._step()
         return loaded
 
     def _compute(self, lease: Lease, block: Block, loading: Future[Loaded]) -> None:

@@ -15,6 +15,7 @@ from mpichunk.config.rules import find_problems
 from mpichunk.config.schema import Config, flatten
 from mpichunk.config.types import Expected, Section
 from mpichunk.errors import Problem
+from mpichunk.words import either
 
 _ABSENT = object()
 _LONGEST_VALUE = 80
@@ -93,14 +94,14 @@ def _unknown(path: list[str], section: type[Section]) -> str:
     name, here = path[-1], ".".join(path[:-1])
     homes = _homes()
     if name in homes:
-        return f"unknown key here; `{name}` belongs {_either(homes[name])}"
+        return f"unknown key here; `{name}` belongs {either(homes[name])}"
     near = difflib.get_close_matches(name, section.model_fields, 1)
     if near:
         return f"unknown key; did you mean `{near[0]}`?"
     # A key written as `patch.window` is one of these too.
     near = difflib.get_close_matches(name.rpartition(".")[2], homes, 1)
     if near:
-        return f"unknown key; did you mean `{near[0]}` {_either(homes[near[0]])}?"
+        return f"unknown key; did you mean `{near[0]}` {either(homes[near[0]])}?"
     where = f"`{here}`" if here else "a config"
     return f"unknown key; {where} has {', '.join(f'`{known}`' for known in section.model_fields)}"
 
@@ -160,7 +161,7 @@ def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
         if isinstance(item, Expected):
             return item.words
     if get_origin(annotation) is Literal:
-        return _either([f"`{choice}`" for choice in get_args(annotation)])
+        return either([f"`{choice}`" for choice in get_args(annotation)])
     for inner in get_args(annotation):
         if get_origin(inner) is Literal:
             return _expected(inner, ())
@@ -213,9 +214,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
     return repr(value)
-
-
-def _either(words: Sequence[str]) -> str:
-    """Return "a", "a or b", "a, b or c"."""
-    *most, last = words
-    return f"{', '.join(most)} or {last}" if most else last

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpichunk.config.rules import rule
 from mpichunk.config.types import Precision
+from mpichunk.words import either
 
 KERNELS = ("compile", "channels_last", "fold_batch_norm", "cuda_graphs")
 """Keys of `compute` that say how the pytorch backend runs a network."""
@@ -46,7 +47,7 @@ def _backend_has_precision(precision: str, backend: str) -> str | None:
         why = "which runs on the CPU"
     else:
         why = "which computes in float32 only"
-    return f"{precision!r} cannot be had from the {backend} backend, {why}; it has {_either(able)}"
+    return f"{precision!r} cannot be had from the {backend} backend, {why}; it has {either(able)}"
 
 
 @rule("compute.precision", "compute.device", "model.backend")
@@ -104,8 +105,3 @@ def _hint_agrees(options: dict[str, Any], precision: str, backend: str) -> str |
         return None
     cure = "take it out" if meant is None else f"set compute.precision: {meant} instead"
     return f"{PRECISION_HINT} {found!r} contradicts compute.precision {precision!r}; {cure}"
-
-
-def _either(words: tuple[str, ...]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} or {last}" if most else last

@@ -14,7 +14,6 @@ from mpichunk.config.predictionrules import written_channels
 from mpichunk.config.rules import (
     default_chunk_shape,
     find_problems,
-    find_warnings,
     output_patch_shape,
 )
 from mpichunk.config.types import (
@@ -297,10 +296,6 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(f"{p.key}: {p.message}" for p in problems))
         return self
-
-    def warnings(self) -> tuple[str, ...]:
-        """Return a sentence for each value that has no effect, its key first."""
-        return tuple(f"{p.key}: {p.message}" for p in find_warnings(flatten(self)))
 
     def with_defaults(self) -> "Config":
         """Return the effective config: every default that follows from other values is written out.

@@ -61,10 +61,6 @@ class Box:
             stop=(min(d, p), min(e, q), min(f, r)),
         )
 
-    def touches(self, other: "Box") -> bool:
-        """Return whether the boxes share a voxel."""
-        return not self.intersect(other).is_empty
-
     def contains(self, other: "Box") -> bool:
         """Return whether every voxel of `other` is in this box."""
         return other.is_empty or self.intersect(other) == other

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from glob import glob
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.binding import Binding, Bindings, RankFacts, bind
+from mpichunk.backends.devices.binding import Binding, Bindings, RankFacts, bind
+from mpichunk.backends.devices.visibility import gpu_hints, visible_devices
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.backends.reduction import Reduction
-from mpichunk.backends.visibility import gpu_hints, visible_devices
 from mpichunk.block.inference import BlockInference, scaling_for
 from mpichunk.block.pipeline import Source
 from mpichunk.config.predictionrules import channel_offsets

@@ -9,10 +9,9 @@ Measures one forward and keeps what it tells. Knows no blocks, and decides nothi
 import logging
 from dataclasses import dataclass, replace
 
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
-from mpichunk.errors import UserError
-from mpichunk.job.canary import FAILURES
+from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
 from mpichunk.job.probing import Held, Loading, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
@@ -91,7 +90,12 @@ def check_device(
 
 
 def device_room(engine: Engine, num_sharing: int = 1) -> Room | None:
-    """Return what a rank may take of its accelerator's memory, None if nobody says."""
+    """Return what a rank may take of its accelerator's memory, None if nobody says.
+
+    With nothing off for gaps between arrays: where the allocator finds no place it gives back what
+    it keeps and tries again, and a batch that has no place then is halved. To refuse a run for that
+    would be a guess.
+    """
     found = engine.arrays.device_nbytes()
     if found is None:
         return None
@@ -124,7 +128,7 @@ def probe_ranks(
         except SystemExit as error:
             # A network that calls sys.exit would end the run as if all were well.
             raise RuntimeError(f"the network called sys.exit({error.code})") from error
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             # What fails now and then is for the blocks to find out: they are tried elsewhere.
             log.warning("one forward more has failed, so its memory is not known: %s", error)
     trim()

@@ -17,17 +17,19 @@ from mpichunk.job.probing import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
 from mpichunk.plan.prediction import Forecast, outcome_words
+from mpichunk.plan.probe import Peak
+from mpichunk.process import Process
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.monitor import Lead
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
-from mpichunk.rundir.lock import Process, RunLock
+from mpichunk.rundir.lock import RunLock
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import COUNTERS, Heartbeat, get_display, summarise, totals
+from mpichunk.schedule.progress import Heartbeat, get_display, summarise, totals
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
 
@@ -149,21 +151,22 @@ class Leading:
             self.expected, num_done=num_done, num_patches=num_patches, seconds=seconds
         )
         log.info("%s", told)
-        self._keep_peak(int(vectors[:, COUNTERS.index("peak_bytes")].max()))
+        most = totals(vectors.max(axis=0))
+        nbytes, on_device = int(most["peak_bytes"]), int(most["device_peak_bytes"])
+        self._keep_peak(Peak(nbytes=nbytes, device_nbytes=on_device or None))
 
-    def _keep_peak(self, nbytes: int) -> None:
+    def _keep_peak(self, peak: Peak) -> None:
         """Keep what the largest rank took, for `plan`; a run does not fail for that."""
         with suppress(OSError):
-            write_peak(self.job.run_dir, self.job.config, self.job.model_files(), nbytes)
+            write_peak(self.job.run_dir, self.job.config, self.job.model_files(), peak)
 
     def _lead(self, journal: Journal, scheduler: Scheduler) -> Lead:
-        comm, schedule = self.comm, self.job.config.schedule
+        comm, schedule, num_before = self.comm, self.job.config.schedule, self.num_before
         tempo = Tempo(schedule.min_lease_seconds)
         display = get_display(
-            rank=0,
             size=comm.size,
             num_blocks=len(self.todo),
-            num_before=self.num_before,
+            num_before=num_before,
             start=self.started,
             stream=sys.stderr,
         )
@@ -183,6 +186,7 @@ class Leading:
             attendance=Attendance(
                 comm.alive,
                 Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),
-                num_done=lambda: scheduler.num_done - self.num_before,
+                # Asked again and again: a difference of numbers, not a count of all blocks.
+                num_done=lambda: scheduler.num_done - num_before,
             ),
         )

@@ -17,11 +17,9 @@ from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.block.inference import texture_batch
 from mpichunk.config.schema import Config
 from mpichunk.plan.memory import FLOAT32_NBYTES
-from mpichunk.plan.probe import Pace, Probe
+from mpichunk.plan.probe import Pace, Peak, Probe
 from mpichunk.processmemory import peak_nbytes, resident_nbytes, rise_nbytes, trim
-
-NAME = "probe.json"
-PEAK_NAME = "peak.json"
+from mpichunk.rundir.layout import PEAK, PROBE, replace_text
 
 SHORT_SECONDS = 2.0
 """A forward that takes longer is not run again only to know its time better."""
@@ -124,7 +122,7 @@ def write_probe(run_dir: Path, config: Config, model_files: Sequence[Path], prob
         OSError: the run directory cannot be written.
     """
     cause = {"of": _cause(config, model_files), "of_pace": _cause_of_pace(config)}
-    _write(run_dir, NAME, {**cause, "probe": asdict(probe)})
+    _write(run_dir, PROBE, {**cause, "probe": asdict(probe)})
 
 
 def read_probe(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Probe | None:
@@ -133,7 +131,7 @@ def read_probe(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Pr
     Without its pace, where blocks are read or written otherwise than they were.
     """
     try:
-        kept = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        kept = json.loads((run_dir / PROBE).read_text(encoding="utf-8"))
         if kept["of"] != _cause(config, model_files):
             return None
         probe = Probe(**kept["probe"])
@@ -144,31 +142,33 @@ def read_probe(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Pr
         return None
 
 
-def write_peak(run_dir: Path, config: Config, model_files: Sequence[Path], nbytes: int) -> None:
-    """Keep how much memory of the host the largest rank of a run took.
+def write_peak(run_dir: Path, config: Config, model_files: Sequence[Path], peak: Peak) -> None:
+    """Keep how much memory the largest rank of a run took.
 
     Raises:
         OSError: the run directory cannot be written.
     """
-    _write(run_dir, PEAK_NAME, {"of": _cause_of_peak(config, model_files), "peak_nbytes": nbytes})
+    facts = {"peak_nbytes": peak.nbytes, "device_peak_nbytes": peak.device_nbytes}
+    _write(run_dir, PEAK, {"of": _cause_of_peak(config, model_files), **facts})
 
 
-def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> int | None:
+def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Peak | None:
     """Return how much memory the largest rank of the last run took; None as of `read_probe`."""
     try:
-        kept = json.loads((run_dir / PEAK_NAME).read_text(encoding="utf-8"))
+        kept = json.loads((run_dir / PEAK).read_text(encoding="utf-8"))
         is_same = kept["of"] == _cause_of_peak(config, model_files)
-        return int(kept["peak_nbytes"]) if is_same else None
+        if not is_same:
+            return None
+        # Files of before say nothing of a device.
+        return Peak(nbytes=int(kept["peak_nbytes"]), device_nbytes=kept.get("device_peak_nbytes"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write(run_dir: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Write a file of JSON under a temporary name and rename it."""
+    """Write a file of JSON."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{name}.tmp"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(run_dir / name)
+    replace_text(run_dir / name, json.dumps(facts, indent=2) + "\n")
 
 
 def _cause_of_pace(config: Config) -> dict[str, Any]:

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpichunk.errors import LaunchError
-
-NONCE_NAME = ".nonce"
-"""File in the run directory by which ranks prove that they see the same one."""
+from mpichunk.rundir.layout import NONCE
 
 SIGHT_SECONDS = 30.0
 """How long a network file system may take to show a file to another host."""
@@ -29,7 +27,7 @@ def check_sight(
     Raises:
         LaunchError: it does not, also after the time that a network file system may take.
     """
-    path = run_dir / NONCE_NAME
+    path = run_dir / NONCE
     end = clock() + SIGHT_SECONDS
     while True:
         seen = _read_if_there(path)

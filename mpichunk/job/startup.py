@@ -19,22 +19,22 @@ import numpy.typing as npt
 
 from mpichunk import __version__
 from mpichunk.backends import get_backend
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.config.file import dump_config
 from mpichunk.config.schema import Config, Input, Mask
 from mpichunk.errors import JournalError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.job.probing import read_probe
-from mpichunk.job.sight import NONCE_NAME
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast
 from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.plan.report import plan_json
-from mpichunk.rundir import journal
+from mpichunk.rundir import journal, layout
 from mpichunk.rundir.journal import Journal
+from mpichunk.rundir.layout import replace_text
 from mpichunk.schedule.messages import State
 from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
 
@@ -340,11 +340,11 @@ def write_run_files(config: Config, job: Job, expected: Forecast | None = None) 
     """
     nonce = secrets.token_hex(16)
     try:
-        _replace(job.run_dir / "config.yaml", dump_config(config))
+        replace_text(job.run_dir / layout.CONFIG, dump_config(config))
         found = job.estimate(1 if expected is None else expected.num_ranks)
         plan = plan_json(job.plan, config, job.volume, found, expected=expected)
-        _replace(job.run_dir / "plan.json", json.dumps(plan, indent=2) + "\n")
-        _replace(job.run_dir / NONCE_NAME, nonce)
+        replace_text(job.run_dir / layout.PLAN, json.dumps(plan, indent=2) + "\n")
+        replace_text(job.run_dir / layout.NONCE, nonce)
     except OSError as error:
         raise JournalError(
             f"{error.filename}: cannot be written: {error.strerror}; choose a run_dir on a file "
@@ -352,10 +352,3 @@ def write_run_files(config: Config, job: Job, expected: Forecast | None = None) 
             key="run_dir",
         ) from error
     return nonce
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that readers never see half of it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)

@@ -14,7 +14,9 @@ from mpichunk.plan.work import Work, column_of, work_of
 
 AXES = "zyx"
 _CHUNKS_TO_TRY = (64, 32, 16, 8)
-_MANY_BLOCKS = 10_000_000
+MANY_BLOCKS = 10_000_000
+"""So many lines of the journal are too many."""
+
 _MANY_FILES = 1_000_000
 
 
@@ -239,7 +241,7 @@ def _overlap(plan: Plan) -> Iterator[Advice]:
 
 def _numbers(work: Work, config: Config, num_files: int) -> Iterator[Advice]:
     """Too many blocks for a journal of lines, too many files for a file system."""
-    if work.num_blocks > _MANY_BLOCKS:
+    if work.num_blocks > MANY_BLOCKS:
         yield Advice(
             key="block.shape",
             message=f"{work.num_blocks:,} blocks are as many lines of the journal; enlarge them",

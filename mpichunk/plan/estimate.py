@@ -13,7 +13,7 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Grid
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.advice import Advice, advise
-from mpichunk.plan.memory import MemoryPart, blocks_in_flight, memory_of, total_nbytes
+from mpichunk.plan.memory import MemoryPart, memory_of, total_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work, work_of
@@ -103,7 +103,7 @@ def estimate(
             config,
             info,
             work,
-            in_flight=blocks_in_flight(work.num_blocks, num_ranks),
+            num_ranks=num_ranks,
             model_nbytes=model_nbytes,
             probe=probe,
         ),

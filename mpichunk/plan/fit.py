@@ -13,7 +13,6 @@ from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.memory import (
     Memory,
     MemoryPart,
-    blocks_in_flight,
     least_nbytes,
     memory_of,
     total_nbytes,
@@ -63,12 +62,6 @@ class Need:
         """What the plan computes and reads."""
         return work_of(self.plan, self.info.chunk_shape)
 
-    @property
-    def in_flight(self) -> int:
-        """Blocks that a rank holds at most."""
-        num_blocks = len(self.plan) if self.num_blocks is None else self.num_blocks
-        return blocks_in_flight(num_blocks, self.num_ranks)
-
     def parts(self, batch_size: int | None = None) -> tuple[MemoryPart, ...]:
         """Return the memory of a rank by part, with another batch if one is given."""
         config, probe, old = self.config, self.probe, self.config.patch.batch_size
@@ -81,7 +74,8 @@ class Need:
             config,
             self.info,
             self.work,
-            in_flight=self.in_flight,
+            num_ranks=self.num_ranks,
+            num_blocks=self.num_blocks,
             model_nbytes=self.model_nbytes,
             probe=probe,
         )

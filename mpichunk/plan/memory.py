@@ -10,15 +10,17 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES
+from mpichunk.backends.engine import FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
 from mpichunk.backends.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
+from mpichunk.geometry.parts import most_under_way
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
+from mpichunk.volume.tensor import CACHE_NBYTES
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -28,9 +30,6 @@ FLOAT32_NBYTES = 4
 
 BLOCKS_IN_FLIGHT = 3
 """Blocks that a rank holds: one in the network, the others being read or written."""
-
-LAYERS_IN_FLIGHT = 2
-"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 QUICK = 3
 """Computing a block must take so many times as long as writing it, for one to be written at a time.
@@ -44,14 +43,18 @@ START_SPREAD = 10
 Measured with OpenVINO, which converts the network in memory: 960 to 1062 MiB.
 """
 
-CACHE_NBYTES = 64 * MIB
-"""Decoded chunks of the input that the storage library keeps at most."""
+PEAK_SPREAD = 20
+"""One run may take a twentieth more than another of the same blocks (measured: 2 to 5 %)."""
 
 PROGRAM_NBYTES = 95 * MIB
 """Resident memory of a rank before its first block, without torch (measured: 94 MiB)."""
 
 STORAGE_NBYTES = 8 * MIB
 """What stays of reading and writing the first blocks: code and buffers (measured: 5 to 8 MiB)."""
+
+RUN_NBYTES = 14 * MIB
+"""What a rank that runs blocks holds beside: modules, journal, display, and buffers of MPI, which
+are there once there were messages (measured: 4 MiB without MPI, 13 MiB on two ranks)."""
 
 TORCH_NBYTES = 195 * MIB
 """What torch and a first forward on a CPU add to it (measured: 194 MiB)."""
@@ -90,18 +93,14 @@ def least_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
     return total_nbytes([part for part in parts if part.is_certain], memory)
 
 
-def blocks_in_flight(num_blocks: int, num_ranks: int) -> int:
-    """Return how many blocks a rank holds at most, where so many are to do on so many ranks."""
-    return max(1, min(BLOCKS_IN_FLIGHT, ceil_div(num_blocks, num_ranks)))
-
-
 def memory_of(
     plan: Plan,
     config: Config,
     info: VolumeInfo,
     work: Work,
     *,
-    in_flight: int = BLOCKS_IN_FLIGHT,
+    num_ranks: int = 1,
+    num_blocks: int | None = None,
     model_nbytes: int | None = None,
     probe: Probe | None = None,
 ) -> tuple[MemoryPart, ...]:
@@ -110,19 +109,26 @@ def memory_of(
     Args:
         plan, config, info: as for `estimate`.
         work: what the plan computes.
-        in_flight: blocks that the rank holds; see `blocks_in_flight`.
+        num_ranks: ranks that share the blocks.
+        num_blocks: blocks that are still to do; default: all.
         model_nbytes: bytes of the model's files, which is about what its weights take.
         probe: what a forward of this config told.
     """
+    # In equal shares; who is given more has no more of them at the same time.
+    num_own = max(1, ceil_div(work.num_blocks if num_blocks is None else num_blocks, num_ranks))
+    in_flight = min(BLOCKS_IN_FLIGHT, num_own)
     parts = [
         *_block_parts(config, info, work, in_flight, _most_written(config, work, probe)),
         _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
         *_blending_parts(plan, config, info, work),
-        _on_host("chunks of the input", _chunks_nbytes(plan, info, work)),
+        _on_host("chunks of the input", _chunks_nbytes(plan, info, work, num_own)),
         *_program_parts(config, model_nbytes, probe),
     ]
     if config.model.backend != "identity":
         parts.append(_on_device("inside the network", None if probe is None else probe.nbytes))
+    if probe is not None:
+        more = _on_host("more, as `bench` has found", probe.more_nbytes)
+        parts.append(replace(more, is_certain=False))
     if probe is not None and probe.start_nbytes is not None:
         parts.append(_start_part(parts, probe.start_nbytes))
     return tuple(
@@ -130,6 +136,33 @@ def memory_of(
         for part in parts
         if (part.cpu_nbytes, part.host_nbytes, part.device_nbytes) != (0, 0, 0)
     )
+
+
+def unexplained_nbytes(
+    plan: Plan,
+    config: Config,
+    info: VolumeInfo,
+    work: Work,
+    *,
+    peak_nbytes: int,
+    num_blocks: int,
+    memory: Memory,
+    probe: Probe,
+) -> int:
+    """Return what a rank of `bench` held at its peak beyond the parts that are known.
+
+    Args:
+        plan, config, info, work: as for `memory_of`.
+        peak_nbytes: the most that it held while it ran blocks.
+        num_blocks: blocks that it ran at a time.
+        memory: which of the host's memories: that beside a CPU, or an accelerator.
+        probe: what is known besides.
+    """
+    # The start is over by then.
+    probe = replace(probe, start_nbytes=None)
+    known = memory_of(plan, config, info, work, num_blocks=num_blocks, probe=probe)
+    most_nbytes = peak_nbytes + peak_nbytes // PEAK_SPREAD
+    return max(0, most_nbytes - total_nbytes(known, memory))
 
 
 def _program_parts(
@@ -140,8 +173,8 @@ def _program_parts(
     resident = None if probe is None else probe.resident_nbytes
     if resident is not None:
         yield _on_host("program and network, idle", resident)
-        if probe is not None and probe.pace is None:
-            yield _on_host("storage libraries at work", STORAGE_NBYTES)
+        is_warm = probe is not None and probe.pace is not None
+        yield _on_host("messages, and storage", RUN_NBYTES + (0 if is_warm else STORAGE_NBYTES))
         if backend != "identity":
             yield _only_device("weights", model_nbytes)
         return
@@ -179,16 +212,15 @@ def _most_written(config: Config, work: Work, probe: Probe | None) -> int:
     return 1 if is_quick else BLOCKS_IN_FLIGHT - 1
 
 
-def _num_encoded(config: Config, num_written: int) -> int:
-    """Return how many copies of a core the storage library holds, of so many being written.
+def _encoded_nbytes(config: Config, work: Work, num_channels: int, itemsize: int) -> int:
+    """Return what the storage library holds, at most, of a core that is being written.
 
-    Measured with TensorStore 0.1: with one thread 0.1 to 0.8 whether one is written or two, since
-    what is encoded goes to the disk meanwhile; with more up to 1.2 for each, where the disk is
-    slower; in shards as large as the core 1.9 for each, one as it is and one encoded.
+    Measured with TensorStore 0.1: of chunks what is under way, where the disk is slower than the
+    encoder; of a shard two, one as it is put together and one encoded.
     """
-    if config.output.shard_shape is not None:
-        return 2 * num_written
-    return min(1, num_written) if config.compute.threads == 1 else num_written
+    voxel_nbytes = num_channels * itemsize
+    num_copies = 1 if config.output.shard_shape is None else 2
+    return num_copies * most_under_way(work.core_shape, config.write_unit, voxel_nbytes)
 
 
 def _block_parts(
@@ -197,7 +229,8 @@ def _block_parts(
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    core = _nbytes(work.core_shape, Reduction.of(config).num_channels, itemsize)
+    num_channels = Reduction.of(config).num_channels
+    core = _nbytes(work.core_shape, num_channels, itemsize)
     # The peak: one block in the network, the others read, or being written if that takes more. A
     # block alone is written while its input is still there.
     most_written = min(most_written, max(1, in_flight - 1))
@@ -221,8 +254,8 @@ def _block_parts(
         host_nbytes=num_cores * _pinned(core),
         device_nbytes=0,
     )
-    encoded = _on_host("output being encoded", _num_encoded(config, num_written) * core)
-    yield replace(encoded, is_certain=False)
+    encoded = num_written * _encoded_nbytes(config, work, num_channels, itemsize)
+    yield replace(_on_host("output being encoded", encoded), is_certain=False)
 
 
 def _blending_parts(
@@ -241,14 +274,15 @@ def _blending_parts(
         config.model.out_channels, np.dtype(config.output.dtype)
     )
     window = _nbytes(plan.output_patch_shape, 1, FLOAT32_NBYTES)
+    num_windows = most_windows(plan.output_patch_shape, work.patches_per_block[1])
     yield _only_device(
         "raw patches, and the layers that they are cut from", raw + LAYERS_IN_FLIGHT * layer
     )
     yield MemoryPart(
-        name="blending: window, and a slab as high as a patch",
+        name="blending: windows, and a slab as high as a patch",
         cpu_nbytes=window + (0 if is_core else slab),
         host_nbytes=0,
-        device_nbytes=window + slab,
+        device_nbytes=num_windows * window + slab,
     )
     # Temporary values, and parts of the output on their way.
     yield _only_device("parts being finished", 4 * min(slab, FINISH_NBYTES))
@@ -265,8 +299,8 @@ def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
     return config.patch.batch_size * per_patch
 
 
-def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
-    """Return the bytes of decoded chunks: of one read, and of the cache."""
+def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work, num_own: int) -> int:
+    """Return the bytes of decoded chunks: of one read, and of the cache of all that are read."""
     chunk_shape = info.chunk_shape or (1, 1, 1)
     read = triple(
         [
@@ -276,8 +310,9 @@ def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work) -> int:
             )
         ]
     )
-    volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
-    return _nbytes(read, info.num_channels, info.dtype.itemsize) + min(CACHE_NBYTES, volume)
+    of_volume = _nbytes(plan.volume.shape, info.num_channels, info.dtype.itemsize)
+    of_read = _nbytes(read, info.num_channels, info.dtype.itemsize)
+    return of_read + min(CACHE_NBYTES, of_volume, num_own * of_read)
 
 
 def _on_host(name: str, nbytes: int) -> MemoryPart:

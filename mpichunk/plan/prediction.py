@@ -20,9 +20,8 @@ from mpichunk.geometry.box import ceil_div
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Pace, Probe
-from mpichunk.plan.table import count
 from mpichunk.plan.work import AxisKind, Work, axis_kinds
-from mpichunk.words import duration
+from mpichunk.words import count, duration
 
 Basis = Literal["bench", "forward", "batches"]
 """Whole blocks were measured; or one forward; or nothing, and a batch stands for a second."""

@@ -16,7 +16,7 @@ class Pace:
     """Cutting out, activating and blending one patch."""
 
     finish_seconds: float
-    """Dividing, checking and quantising one voxel of a core."""
+    """Checking and quantising one voxel of a core."""
 
     read_seconds: float
     """Reading and decoding one voxel of a whole storage chunk of the input."""
@@ -56,6 +56,12 @@ class Probe:
     start_nbytes: int | None = None
     """The most that a rank held until its network was loaded: it may be more than blocks take."""
 
+    more_nbytes: int = 0
+    """What a rank of `bench` held at its peak beyond all that is known, on the host.
+
+    Such as holes between what comes and goes, which the allocator cannot fill.
+    """
+
     pace: Pace | None = None
     """What the rest of a block takes; None where only the forward was measured."""
 
@@ -63,6 +69,17 @@ class Probe:
         """Return what it would be with another batch size, as if all grew with the batch."""
         nbytes = None if self.nbytes is None else ceil_div(self.nbytes * new_size, old_size)
         return replace(self, seconds=self.seconds * new_size / old_size, nbytes=nbytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """How much memory the largest rank of a run took."""
+
+    nbytes: int
+    """Of its host."""
+
+    device_nbytes: int | None = None
+    """Of its accelerator; None on a CPU, or if nobody says."""
 
 
 def better_probe(earlier: Probe | None, latest: Probe | None) -> Probe | None:

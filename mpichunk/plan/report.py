@@ -5,7 +5,6 @@ Only turns numbers into words; knows no files and computes no geometry.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from textwrap import wrap
 from typing import Any
 
 from mpichunk.config.rules import CPU_BACKENDS
@@ -17,9 +16,10 @@ from mpichunk.plan.estimate import Estimate
 from mpichunk.plan.memory import MemoryPart
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast_json
+from mpichunk.plan.probe import Peak
 from mpichunk.plan.suggestion import runs_on_cpu
-from mpichunk.plan.table import WIDTH, Row, count, table, value_rows
-from mpichunk.words import duration, size
+from mpichunk.plan.table import Row, bullets, table, value_rows
+from mpichunk.words import count, duration, size
 
 _ON_CPU, _DEVICE = "on a CPU", "accelerator"
 _Column = tuple[str, Sequence[int | None], int]
@@ -34,7 +34,7 @@ def render_plan(
     num_ranks: int = 1,
     num_masked: int | None = None,
     expected: Forecast | None = None,
-    peak_nbytes: int | None = None,
+    peak: Peak | None = None,
 ) -> str:
     """Return what a run would do, for people, in lines of at most 100 characters or so.
 
@@ -46,15 +46,15 @@ def render_plan(
         num_ranks: how many ranks would share the work.
         num_masked: blocks that the mask leaves nothing of; None without a mask.
         expected: how long it is expected to take.
-        peak_nbytes: what the largest rank of the last run took of its host's memory.
+        peak: what the largest rank of the last run took.
     """
     sections = [
         _volume_lines(plan, config, info),
         _shape_lines(plan, config),
         _work_lines(plan, config, info, estimate, num_masked, expected),
-        _memory_lines(config, estimate, peak_nbytes),
+        _memory_lines(config, estimate, peak),
         _rank_lines(config, estimate, num_ranks, num_masked) if num_ranks > 1 else [],
-        _advice_lines(estimate),
+        bullets("Could be better", estimate.advice),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
@@ -68,7 +68,7 @@ def plan_json(
     num_ranks: int = 1,
     num_masked: int | None = None,
     expected: Forecast | None = None,
-    peak_nbytes: int | None = None,
+    peak: Peak | None = None,
 ) -> dict[str, Any]:
     """Return what `render_plan` tells, as JSON values: voxels zyx, bytes, counts; None: unknown."""
     probe = estimate.probe
@@ -81,7 +81,8 @@ def plan_json(
             "host_nbytes": estimate.host_nbytes,
             "device_nbytes": estimate.device_nbytes,
             "is_complete": _is_complete(estimate.memory),
-            "measured_nbytes": peak_nbytes,
+            "measured_nbytes": None if peak is None else peak.nbytes,
+            "measured_device_nbytes": None if peak is None else peak.device_nbytes,
         },
         "prediction": forecast_json(expected),
         "ranks": _ranks_json(estimate, num_ranks, num_masked),
@@ -309,7 +310,7 @@ def _forecast_row(expected: Forecast | None) -> tuple[str, str, str] | None:
     return "wall time", duration(expected.seconds), remark
 
 
-def _memory_lines(config: Config, estimate: Estimate, peak_nbytes: int | None) -> list[str]:
+def _memory_lines(config: Config, estimate: Estimate, peak: Peak | None) -> list[str]:
     """Return the peak memory of a rank, part by part."""
     columns = _memory_columns(config, estimate)
     head = "".join(f"{title:>{width}}" for title, _, width in columns)
@@ -325,14 +326,18 @@ def _memory_lines(config: Config, estimate: Estimate, peak_nbytes: int | None) -
     )
     name = "together" if _is_complete(estimate.memory) else "together, without the network"
     lines.append(f"  {name:<38}{totals}")
-    if peak_nbytes is not None:
+    if peak is not None:
         on_cpu = runs_on_cpu(config, estimate.probe)
-        cells = [
-            f"{size(peak_nbytes) if on_cpu == (title == _ON_CPU) and title != _DEVICE else '':>14}"
-            for title, _, _ in columns
-        ]
+        cells = [f"{_measured(title, peak, on_cpu=on_cpu):>{width}}" for title, _, width in columns]
         lines.append(f"  {'measured, last run, largest rank':<38}{''.join(cells).rstrip()}")
     return lines
+
+
+def _measured(title: str, peak: Peak, *, on_cpu: bool) -> str:
+    """Return what a run took of the memory of one column, "" where it was not there."""
+    if on_cpu != (title == _ON_CPU):
+        return ""
+    return size(peak.device_nbytes if title == _DEVICE else peak.nbytes)
 
 
 def _memory_columns(config: Config, estimate: Estimate) -> list[_Column]:
@@ -369,15 +374,6 @@ def _rank_lines(
         ),
     ]
     return [f"With {num_ranks} ranks", *value_rows(rows)]
-
-
-def _advice_lines(estimate: Estimate) -> list[str]:
-    """Return what could be better, wrapped."""
-    lines = []
-    for advice in estimate.advice:
-        text = f"{advice.key}: {advice.message}"
-        lines += wrap(text, WIDTH, initial_indent="  * ", subsequent_indent="    ")
-    return ["Could be better", *lines] if lines else []
 
 
 def _is_complete(memory: Iterable[MemoryPart]) -> bool:

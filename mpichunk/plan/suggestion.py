@@ -20,7 +20,8 @@ from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.memory import Memory, blocks_in_flight, memory_of, total_nbytes
+from mpichunk.plan.advice import MANY_BLOCKS
+from mpichunk.plan.memory import Memory, memory_of, total_nbytes
 from mpichunk.plan.plan import MOST_BLOCKS, Plan
 from mpichunk.plan.prediction import Forecast, forecast, forecast_of
 from mpichunk.plan.probe import Probe
@@ -41,7 +42,6 @@ _MOST_EXTENTS = 24
 """Extents that are tried per axis: the number of shapes is its cube."""
 
 _EVEN_SPLITS = 8
-_MANY_BLOCKS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +237,7 @@ class _Search:
             config,
             self.info,
             work,
-            in_flight=blocks_in_flight(work.num_blocks, self.num_ranks),
+            num_ranks=self.num_ranks,
             model_nbytes=self.model_nbytes,
             probe=self.probe,
         )
@@ -332,7 +332,7 @@ def _ranked(tried: Sequence[Suggestion]) -> list[Suggestion]:
     def key(item: Suggestion) -> tuple[bool, int, bool, int, int, int]:
         longer = log(seconds[id(item)] / best) / SAME_TIME if best > 0 else 0.0
         return (
-            item.work.num_blocks > _MANY_BLOCKS,
+            item.work.num_blocks > MANY_BLOCKS,
             floor(longer),
             item.work.num_blocks < FEW_BLOCKS * item.forecast.num_ranks,
             ceil_div(round(1000 * reading(item.work)), round(1000 * _SAME_READING)),

@@ -13,8 +13,8 @@ from mpichunk.plan.memory import Memory
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import FEW_BLOCKS, SAME_TIME, Suggestion, Suggestions, reading
-from mpichunk.plan.table import WIDTH, count
-from mpichunk.words import duration, size
+from mpichunk.plan.table import WIDTH
+from mpichunk.words import count, duration, size
 
 _MEMORIES = {"cpu": "memory", "host": "host memory", "device": "accelerator memory"}
 _NOTABLE = 0.01

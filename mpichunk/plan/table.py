@@ -4,6 +4,9 @@ Knows widths; not what the numbers mean.
 """
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
+
+from mpichunk.plan.advice import Advice
 
 WIDTH = 100
 LABEL = 20
@@ -30,6 +33,10 @@ def value_rows(rows: Iterable[tuple[str, str, str] | None]) -> list[str]:
     return [f"  {name:<{LABEL}}{value:>{width}}   {remark}" for name, value, remark in shown]
 
 
-def count(number: int, word: str) -> str:
-    """Return a number and its word, plural if it must be."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def bullets(title: str, advice: Iterable[Advice]) -> list[str]:
+    """Return a title and what to change, wrapped; nothing where nothing is to be changed."""
+    lines: list[str] = []
+    for item in advice:
+        text = f"{item.key}: {item.message}"
+        lines += wrap(text, WIDTH, initial_indent="  * ", subsequent_indent="    ")
+    return [title, *lines] if lines else []

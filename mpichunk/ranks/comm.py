@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -29,6 +29,9 @@ _FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 
 _MESSAGE, _COLLECTIVE = 0, 1
 """Tags."""
+
+FEW_MESSAGES = 64
+"""So many that are on their way are not worth a look at each."""
 
 DYING_SECONDS = 2.0
 """How long the last of several ranks that die of the same bug waits to find that it is the last."""
@@ -53,12 +56,13 @@ class MpiCommunicator(Ranks):
         self._started = comm.Get_group()
         self._comm = comm
         self.rank = comm.Get_rank()
-        self.alive = tuple(range(comm.Get_size()))
+        self._stay(range(comm.Get_size()))
         self.host = socket.gethostname()
         self.hosts: Mapping[int, str] = {}
         self.library: str = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
         self._inbox: deque[object] = deque()
         self._outbox: list[tuple[int, MPI.Request]] = []
+        self._most_in_outbox = FEW_MESSAGES
         # Requests that a failure has cut off: MPI may still look at their buffers.
         self._cut_off: list[tuple[int, MPI.Request]] = []
         while not self.agree(self._begin()):
@@ -70,7 +74,7 @@ class MpiCommunicator(Ranks):
         with self._losses():
             if self.is_fault_tolerant:
                 return self._spread(value, root)
-            result: T = self._comm.bcast(value, root=self.alive.index(root))
+            result: T = self._comm.bcast(value, root=self._places[root])
             return result
 
     def gather(self, value: T) -> list[T] | None:
@@ -96,9 +100,12 @@ class MpiCommunicator(Ranks):
         if dest == self.rank:
             self._inbox.append(message)
             return
-        place = self.alive.index(dest)
+        place = self._places[dest]
         with self._losses():
             self._outbox.append((dest, self._comm.issend(message, dest=place, tag=_MESSAGE)))
+        if len(self._outbox) > self._most_in_outbox:
+            # Now and then, so that a message costs as much however many are on their way.
+            self._most_in_outbox = FEW_MESSAGES + 2 * self.num_unreceived()
 
     def receive(self) -> list[tuple[int, Any]]:
         """Return what has arrived, this rank's own messages first."""
@@ -137,8 +144,13 @@ class MpiCommunicator(Ranks):
         group = self._comm.Get_group()
         everyone = list(range(self._started.Get_size()))
         places = group.Translate_ranks(list(range(group.Get_size())), self._started)
-        self.alive = tuple(everyone[place] for place in places)
+        self._stay(everyone[place] for place in places)
         return False
+
+    def _stay(self, ranks: Iterable[int]) -> None:
+        """Note who is there, in the order of their places in the communicator."""
+        self.alive = tuple(ranks)
+        self._places = {rank: place for place, rank in enumerate(self.alive)}
 
     def leave(self, code: int, *, at_once: bool = False) -> None:
         """Leave without MPI_Finalize where a rank that dies in it would hold up the others."""
@@ -209,13 +221,15 @@ class MpiCommunicator(Ranks):
 
     def _spread(self, value: T, root: int) -> T:
         """Return the value of `root`."""
-        place = self.alive.index(root)
+        place = self._places[root]
         if self.rank != root:
             result: T = self._take(place)
             return result
+        # Pickled once for all: received as what `send` has sent.
+        parcel = [self._mpi.pickle.dumps(value), self._mpi.BYTE]
         for dest in range(self.size):
             if dest != place:
-                self._comm.send(value, dest=dest, tag=_COLLECTIVE)
+                self._comm.Send(parcel, dest=dest, tag=_COLLECTIVE)
         return value
 
     def _take(self, source: int) -> Any:

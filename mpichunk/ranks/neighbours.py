@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from mpichunk.rundir.lock import Process, start_time
+from mpichunk.process import Process, start_time
 
 
 class Neighbours:
@@ -44,7 +44,8 @@ class Neighbours:
 
         Each rank looks after one other, so that a loss is told once.
         """
-        here = [rank for rank in self._here if rank in ranks]
+        alive = set(ranks)
+        here = [rank for rank in self._here if rank in alive]
         if len(here) < 2 or self._rank not in here:
             return None
         rank = here[(here.index(self._rank) + 1) % len(here)]

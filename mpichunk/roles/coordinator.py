@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mpichunk.geometry.box import Box
-from mpichunk.rundir.history import read_checksum
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.demand import Demand
@@ -42,7 +41,7 @@ SYNC_SECONDS = 0.02
 """Least time between two syncs of the journal: with small blocks the disk would set the pace."""
 
 SYNC_SHARE = 0.2
-"""Of rank 0's main thread, at most, for a slow disk, unless that takes more than 0.2 s a sync."""
+"""Of rank 0's main thread, at most, for a slow disk; a second lies between syncs of over 0.25 s."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -90,7 +89,7 @@ class Coordinator:
         self._next_back_up = float("-inf")
         self._contested: dict[int, tuple[int, Lease, bool]] = {}
         self._writers: dict[int, int] = {}
-        self._doubtful: set[int] = set()
+        self._is_in_doubt = False
         self._excluded: set[int] = set()
         self._newly_excluded: list[int] = []
         self._retries: dict[int, tuple[int, Failed]] = {}
@@ -198,8 +197,9 @@ class Coordinator:
         return self._writers.setdefault(lease.block, rank) == rank
 
     def give_up_rank(self, rank: int) -> None:
-        """Lease what a rank holds to others."""
-        self._doubtful.add(rank)
+        """Lease what a rank holds to others: of what is done from now on, two may write a block."""
+        self._is_in_doubt = True
+        self._journal.places.begin()
         self._demand.park(rank)
         self._take_back(rank)
 
@@ -261,8 +261,8 @@ class Coordinator:
         is_stop_due = self.ending is not None and not self._is_stopped
         if now < self._next_sync and not is_stop_due:
             return []
-        seconds = self._sync() / SYNC_SHARE
-        self._next_sync = now + max(SYNC_SECONDS, min(seconds, 50 * SYNC_SECONDS))
+        took = self._sync()
+        self._next_sync = now + max(SYNC_SECONDS, min(took / SYNC_SHARE, took + 50 * SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()
@@ -323,11 +323,11 @@ class Coordinator:
 
         Happens only when a rank was stopped while it wrote, given up, and came back.
         """
-        if not self._doubtful:
+        if not self._is_in_doubt:
             return
         self._sync()
         block = done.lease.block
-        if read_checksum(self._journal.path, block) in (done.checksum, None):
+        if self._journal.places.checksum(block) in (done.checksum, None):
             return
         why = f"rank {rank} has written other values over it; it is computed again"
         log.warning("block %d: %s", block, why)

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOP_NAME = "stop"
-"""File in the run directory by which a running job is asked to end."""
+from mpichunk.rundir.layout import STOP
 
 LOOK_SECONDS = 2.0
 """How often the coordinator looks for the stop file."""
@@ -158,7 +157,7 @@ def reason_to_stop(
 
 def request_stop(run_dir: Path) -> None:
     """Ask the job that runs in a run directory to end."""
-    (run_dir / STOP_NAME).touch()
+    (run_dir / STOP).touch()
 
 
 def clear_stop(run_dir: Path, *, before: float) -> None:
@@ -168,7 +167,7 @@ def clear_stop(run_dir: Path, *, before: float) -> None:
         run_dir: The run directory.
         before: When this job took it, by the file system's clock: what was asked since is for it.
     """
-    path = run_dir / STOP_NAME
+    path = run_dir / STOP
     with suppress(FileNotFoundError):
         if path.stat().st_mtime < before:
             path.unlink()

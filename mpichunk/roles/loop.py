@@ -25,7 +25,6 @@ from mpichunk.schedule.messages import (
     Beat,
     Drain,
     Gone,
-    Heard,
     Kill,
     Leave,
     Message,
@@ -139,7 +138,7 @@ class Loop:
         comm = self.comm
         is_met = True
         try:
-            while not self.pulse.is_over:
+            while not (is_met and self.pulse.is_over):
                 try:
                     if not is_met:
                         self._rejoin()
@@ -147,6 +146,8 @@ class Loop:
                     self.watchdog.stop()
                     self._work()
                 except RankLost:
+                    if self.pulse.abort_code is not None:
+                        comm.abort(self.pulse.abort_code)
                     self.watchdog.start()
                     is_met = False
                     if not regroup(comm, is_computing=True):
@@ -176,8 +177,8 @@ class Loop:
                     nap = min(2 * nap, longest)
         except MustEnd as end:
             sys.stderr.write(f"mpichunk: {end}\n")
-            self._tell_all(Leave(code=end.code))
             self.pulse.abort_code = end.code
+            self._tell_all(Leave(code=end.code))
         self._see_off()
 
     def _rejoin(self) -> None:
@@ -186,8 +187,14 @@ class Loop:
         Raises:
             RankLost: another rank was lost meanwhile; then all of this is to be done again.
         """
-        comm, worker = self.comm, self.worker
-        holdings: dict[int, Holding] = dict(comm.allgather((comm.rank, worker.rejoin())))
+        comm = self.comm
+        # A rank may be lost while the coordinator lets all go: some know by now, and others do not.
+        lets_go = self.lead is not None and self.pulse.is_over
+        told = comm.allgather((comm.rank, self.worker.rejoin(), lets_go))
+        self.pulse.is_over = any(is_over for *_, is_over in told)
+        if self.pulse.is_over:
+            return
+        holdings: dict[int, Holding] = {rank: holding for rank, holding, _ in told}
         self.pulse.again()
         self.monitor.again()
         if not comm.is_coordinator:
@@ -210,19 +217,26 @@ class Loop:
         comm, lead = self.comm, self.lead
         arrived = comm.receive()
         for source, messages in arrived:
+            if source == comm.coordinator:
+                self.monitor.hear(now)
             for message in messages:
                 self._deliver(source, message, now)
         if self.pulse.is_over:
             # Nobody receives any more.
             return True
         outgoing: list[tuple[int, Message]] = [(comm.coordinator, m) for m in self._say(now)]
+        disk_seconds = 0.0
         if lead is not None:
             outgoing += lead.coordinator.assign(now)
+            begun = self.clock()
             outgoing += lead.coordinator.commit(now)
-        outgoing += self.monitor.step(lead, now, is_asked_to_end=self._is_asked_to_end)
+            disk_seconds = self.clock() - begun
+        outgoing += self.monitor.step(
+            lead, now, is_asked_to_end=self._is_asked_to_end, disk_seconds=disk_seconds
+        )
         num_sent = _send(comm, outgoing)
-        waits_for = comm.unreceived_by() if lead is None else self._unreceived(lead)
-        is_ended = self.worker.is_ended and not waits_for
+        # Only then looked at: of many ranks many messages are on their way.
+        is_ended = self.worker.is_ended and not self._unreceived(lead)
         beats = self.pulse.step(now, is_ended=is_ended)
         num_sent += _send(comm, ((comm.coordinator, beat) for beat in beats))
         if lead is not None and lead.attendance.is_over:
@@ -237,11 +251,12 @@ class Loop:
                 "the allocation ends now; blocks in flight are dropped: run it again to go on",
                 ExitCode.DRAINED,
             )
+        reason: str | None = None
         if self.watch is not None and not self.worker.is_stopped:
             reason = self.watch.poll(now, is_leader=self.comm.is_coordinator)
             if reason is not None:
                 messages.append(Drain(reason=reason))
-            self._is_asked_to_end = reason is not None
+        self._is_asked_to_end = reason is not None
         return messages
 
     def _deliver(self, source: int, message: Message, now: float) -> None:
@@ -250,9 +265,6 @@ class Loop:
             case Leave(code=code):
                 self.pulse.is_over = True
                 self.pulse.abort_code = code
-            case Heard():
-                self.monitor.hear(now)
-                self.worker.handle(message)
             case Kill(rank=rank):
                 self.monitor.kill(rank)
             case _ if isinstance(message, ToWorker):
@@ -274,9 +286,10 @@ class Loop:
             case _:
                 lead.coordinator.handle(source, message)
 
-    def _unreceived(self, lead: Lead) -> set[int]:
+    def _unreceived(self, lead: Lead | None) -> set[int]:
         """Return who has not yet taken a message, of those who are waited for."""
-        return self.comm.unreceived_by() - lead.attendance.excused
+        unreceived = self.comm.unreceived_by()
+        return unreceived if lead is None else unreceived - lead.attendance.excused
 
     def _let_go(self, lead: Lead) -> None:
         """Let everybody leave: in good order, or by force when a rank can neither."""
@@ -285,8 +298,8 @@ class Loop:
             code = self.conclude(lead)
             names = ", ".join(map(str, sorted(lead.attendance.excused)))
             log.warning("the job is now ended by force, since rank %s cannot be ended alone", names)
-        self._tell_all(Leave(code=code))
         self.pulse.abort_code = code
+        self._tell_all(Leave(code=code))
 
     def _tell_all(self, message: Leave) -> None:
         """Send the others their last message, without waiting for them."""

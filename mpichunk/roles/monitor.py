@@ -99,7 +99,7 @@ class Monitor:
         self._next_word = float("-inf")
 
     def hear(self, now: float) -> None:
-        """Take in the coordinator's sign of life."""
+        """Take in a sign of life of the coordinator: whatever it sends."""
         self._heard, self._has_killed = now, False
 
     def kill(self, rank: int) -> None:
@@ -110,15 +110,21 @@ class Monitor:
             self._neighbours.kill(rank)
 
     def step(
-        self, lead: Lead | None, now: float, *, is_asked_to_end: bool
+        self, lead: Lead | None, now: float, *, is_asked_to_end: bool, disk_seconds: float = 0.0
     ) -> list[tuple[int, Message]]:
         """Look after the others if it is time to; return what is to be sent.
+
+        Args:
+            lead: The second role, on the coordinator.
+            now: When this turn began, seconds.
+            is_asked_to_end: Whether this process was just asked to end.
+            disk_seconds: What the journal has taken of this turn: a slow disk is no sleep.
 
         Raises:
             MustEnd: the job cannot go on.
         """
         has_slept = now - self._last_turn > PAUSE_SECONDS
-        self._last_turn = now
+        self._last_turn = now + disk_seconds
         if has_slept:
             # What happened meanwhile is no longer this process's to judge.
             self._blind_until = now + LOOK_SECONDS
@@ -127,12 +133,15 @@ class Monitor:
                 lead.detector.forgive(now)
         # A launcher that loses a rank asks the others to end and kills them a moment later: look
         # now, or nobody is left to say which rank has died.
-        if now < self._blind_until or (now < self._next_look and not is_asked_to_end):
+        is_due = now >= self._next_look
+        if now < self._blind_until or not (is_due or is_asked_to_end):
             return []
-        self._next_look = now + min(LOOK_SECONDS, self._interval)
         outgoing: list[tuple[int, Message]] = [
             (self._comm.coordinator, gone) for gone in self._look_beside(now)
         ]
+        if not is_due:
+            return outgoing
+        self._next_look = now + min(LOOK_SECONDS, self._interval)
         if lead is None:
             self._look_up(now)
         else:

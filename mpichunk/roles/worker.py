@@ -93,7 +93,7 @@ class Worker:
         records: Records,
         counters: Counters,
         *,
-        depth: int = 3,
+        depth: int,
         own_blocks: Iterable[int] = (),
         permits: Permits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -104,7 +104,7 @@ class Worker:
         self._depth = depth
         self._own = OwnRun(own_blocks)
         self._standstill = Standstill()
-        self._refused: set[int] = set()
+        self._doubtful: set[int] = set()
         self._permits = permits or Permits(threading.Event())
         self._clock = clock
         self._lookahead = Lookahead()
@@ -168,7 +168,7 @@ class Worker:
                 if not may_write:
                     # A block of the own run is refused only to a rank that was given up.
                     self._own.drop()
-                    self._refused.add(lease.block)
+                    self._doubtful.add(lease.block)
             case Heard(lease_seconds=seconds):
                 self._permits.lease_seconds = seconds
 
@@ -180,7 +180,7 @@ class Worker:
         """
         self._own.drop()
         self._standstill.forget()
-        self._refused.clear()
+        self._doubtful.clear()
         self._num_asked = 0
         self._take_waiting(len(self._waiting))
         self._given_back.clear()
@@ -215,6 +215,7 @@ class Worker:
         self._contested.clear()
         messages += [Ask(lease=lease) for lease in self._permits.questions()]
         if self._given_back:
+            self._doubt(self._given_back)
             messages.append(GiveBack(leases=tuple(self._given_back)))
             self._given_back.clear()
         messages += requests
@@ -268,6 +269,8 @@ class Worker:
         if lease not in self.held:
             return  # left to others: nobody waits for it
         self.held.discard(lease)
+        if not isinstance(record, Done):
+            self._doubt([lease])
         if isinstance(record, Dropped):
             self._given_back.append(lease)
             return
@@ -307,7 +310,7 @@ class Worker:
         """Drop what has only been read: soon done again, and time may be short."""
         self._given_back += self._take_waiting(len(self._waiting))
         dropped = self._pipeline.drop_waiting()
-        self.held.difference_update(dropped)
+        self._forget(dropped)
         self._given_back += dropped
 
     def _leave_to_others(self) -> None:
@@ -325,16 +328,26 @@ class Worker:
         self.held.add(lease)
         # From now on: a rank that is stopped for long must ask also for what it has not begun.
         self._permits.begin(lease)
-        if lease.block in self._refused:
-            # That it was given back may reach the coordinator only after it was leased again.
+        if lease.block in self._doubtful:
+            # That it ended here may reach the coordinator only after it was leased here again; then
+            # it takes that for the end of this lease.
             self._permits.contest(lease)
         self._waiting.append(lease)
+
+    def _doubt(self, leases: Iterable[Lease]) -> None:
+        """Remember what has ended here undone, if it may have been taken from this rank before."""
+        if self._standstill.has_been:
+            self._doubtful.update(lease.block for lease in leases)
 
     def _take_waiting(self, num_leases: int) -> list[Lease]:
         """Take back leases that wait, those that came last; return them."""
         leases = [self._waiting.pop() for _ in range(num_leases)]
+        self._forget(leases)
+        leases.reverse()
+        return leases
+
+    def _forget(self, leases: list[Lease]) -> None:
+        """Hold leases no more of which there will be no record."""
         self.held.difference_update(leases)
         for lease in leases:
             self._permits.end(lease)
-        leases.reverse()
-        return leases

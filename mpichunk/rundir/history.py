@@ -105,14 +105,6 @@ def read_tries(path: Path) -> Tries:
     return Tries(failed_on=failed_on, died_on=died_on, given_up=given_up)
 
 
-def read_checksum(path: Path, block: int) -> str | None:
-    """Return what the last `done` line of a block says, None if there is none."""
-    checksum: str | None = None
-    for line in _lines_with(path, b'"block":%d,"state":"done",' % block):
-        checksum = json.loads(line)["checksum"]
-    return checksum
-
-
 def _failure(line: dict[str, Any]) -> Failure:
     """Return what a line tells of a block that failed."""
     start, stop = line["core"]

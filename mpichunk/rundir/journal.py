@@ -31,9 +31,11 @@ import numpy.typing as npt
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.fingerprint import differences
+from mpichunk.rundir.layout import JOURNAL
+from mpichunk.rundir.places import Places
 from mpichunk.schedule.messages import Done, Failed, Record, State
 
-NAME = "journal.jsonl"
+NAME = JOURNAL
 FORMAT = "mpichunk-journal-1"
 CHUNK_NBYTES = 16 << 20
 
@@ -64,6 +66,9 @@ class Journal:
 
         self.states = states
         """(num_blocks,) the `State` of each block when the journal was opened."""
+
+        self.places = Places(self.path, len(states))
+        """Where lines stand that are written once it is asked to note them."""
 
         self._file = file
         # Where the file ends if nobody else has written to it.
@@ -153,16 +158,17 @@ class Journal:
         started = time.monotonic()
         self._guard()
         text = b"".join(self._lines)
-        end = self._file.seek(0, os.SEEK_END)
+        end = begin = self._file.seek(0, os.SEEK_END)
         if end != self._end:
             # What somebody else has written may be half a line.
-            text = b"\n" + text
+            text, begin = b"\n" + text, end + 1
         try:
             _write_durably(self._file, text)
         except OSError:
             self._take_back(text, end)
             raise
         self._end = end + len(text)
+        self.places.note(self._lines, begin)
         self._lines.clear()
         return time.monotonic() - started
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mpichunk.errors import JournalError
+from mpichunk.process import Process, start_time, this_machine, this_process
 
 RENEW_SECONDS = 10.0
 """How often the holder renews its file."""
@@ -43,20 +44,6 @@ LOOK_SECONDS = 1.0
 _NAME = re.compile(r"lock\.(\d+)")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """A process for certain: a pid alone is given to another process one day."""
-
-    machine: str
-    """Boot and pid namespace: equal where pids can be compared."""
-
-    pid: int
-    """Process id."""
-
-    started: int
-    """Start time in clock ticks since the machine was booted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,22 +174,6 @@ class RunLock:
         return self.is_lost
 
 
-def this_process() -> Process:
-    """Return what names the calling process for certain."""
-    return Process(machine=_machine(), pid=os.getpid(), started=start_time(os.getpid()) or 0)
-
-
-def start_time(pid: int) -> int | None:
-    """Return when a process of this machine started, in clock ticks; None when it is dead."""
-    try:
-        # The name, in parentheses, may hold spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    # A zombie has died; nobody has asked for its exit code yet.
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 def read_claims(run_dir: Path) -> list[Claim]:
     """Return the lock files of a run directory, the lowest number first."""
     claims = []
@@ -217,15 +188,16 @@ def read_claims(run_dir: Path) -> list[Claim]:
     return claims
 
 
-def is_held(run_dir: Path) -> bool:
-    """Return whether a job that is not certainly dead holds the run directory; waits for nothing.
+def find_holder(run_dir: Path) -> Claim | None:
+    """Return who holds the run directory, None if all are certainly dead; waits for nothing.
 
     Takes this machine's clock for that of the file system: a shared one should agree to a second.
     """
-    machine = _machine()
-    return any(
-        not is_dead(claim, now=time.time(), machine=machine) for claim in read_claims(run_dir)
-    )
+    if not run_dir.is_dir():
+        return None
+    now, machine = time.time(), this_machine()
+    live = [claim for claim in read_claims(run_dir) if not is_dead(claim, now=now, machine=machine)]
+    return live[-1] if live else None
 
 
 def is_dead(
@@ -243,7 +215,7 @@ def is_dead(
         return False
     if now - claim.renewed > STALE_SECONDS:
         return True
-    return claim.content.get("machine") == machine and not claim.content["num_elsewhere"]
+    return claim.content.get("machine") == machine and claim.content.get("num_elsewhere") == 0
 
 
 def is_alive_here(
@@ -261,7 +233,7 @@ def _wait_until_dead(claim: Claim, run_dir: Path, sleep: Callable[[float], None]
     Raises:
         JournalError: it is alive.
     """
-    machine, seen = _machine(), claim.renewed
+    machine, seen = this_machine(), claim.renewed
     is_told = False
     while not is_dead(claim, now=_file_system_time(run_dir), machine=machine):
         is_renewed = claim.renewed != seen
@@ -323,7 +295,7 @@ def _tidy(dead: Sequence[Claim], job: str) -> None:
 
 def _content(processes: Sequence[Process], job: str) -> bytes:
     """Return what is written into a lock file."""
-    machine = _machine()
+    machine = this_machine()
     here = [process for process in processes if process.machine == machine]
     content = {
         "host": socket.gethostname(),
@@ -349,12 +321,6 @@ def _number(path: Path) -> int:
     """Return the number of a lock file, 0 for another file."""
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else 0
-
-
-def _machine() -> str:
-    """Return what is equal for two processes whose pids can be compared."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _file_system_time(run_dir: Path) -> float:

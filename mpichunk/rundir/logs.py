@@ -9,6 +9,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from mpichunk.errors import JournalError
+from mpichunk.rundir.layout import LOGS
 
 LOGGER = logging.getLogger("mpichunk")
 """The one logger of the package."""
@@ -41,7 +42,7 @@ def log_to_file(run_dir: Path, rank: int) -> None:
     Raises:
         JournalError: the file cannot be written.
     """
-    directory = run_dir / "logs"
+    directory = run_dir / LOGS
     path = directory / f"rank-{rank:05d}.log"
     try:
         directory.mkdir(parents=True, exist_ok=True)

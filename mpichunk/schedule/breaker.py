@@ -65,7 +65,7 @@ class Breaker:
         Args:
             rank: Where it failed.
             failed: What failed.
-            num_left: Blocks that nobody holds and that are still to be computed.
+            num_left: Blocks still to be computed, with those that ranks hold.
         """
         self._num_on[rank] += 1
         if failed.error == DiskFullError.__name__:

@@ -15,6 +15,7 @@ class Demand:
         self._wanted: dict[int, int] = {}
         self._parked: dict[int, int] = {}
         self._ready: dict[int, None] = {}
+        self._are_all_ready = False
 
     def __len__(self) -> int:
         return len(self._wanted)
@@ -46,11 +47,15 @@ class Demand:
 
     def look_at_all(self) -> None:
         """Look at every rank that wants blocks in the next turn: some have come free."""
-        self._ready |= dict.fromkeys(self._wanted)
+        # Noted only: in one turn many ranks may give blocks back.
+        self._are_all_ready = True
 
     def take_ready(self) -> list[int]:
         """Return those that may get blocks now; they are looked at once."""
         ready, self._ready = self._ready, {}
+        if self._are_all_ready:
+            ready |= dict.fromkeys(self._wanted)
+            self._are_all_ready = False
         return [rank for rank in ready if rank in self._wanted]
 
     def park(self, rank: int) -> None:
@@ -70,3 +75,4 @@ class Demand:
         self._wanted.clear()
         self._parked.clear()
         self._ready.clear()
+        self._are_all_ready = False

@@ -9,7 +9,7 @@ Numbers in, decisions out. Knows no clock (`now` is passed in), no MPI and no pr
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 NUM_RECENT = 200
@@ -114,8 +114,9 @@ class HangDetector:
         self.given_up.clear()
 
     def forgive(self, now: float) -> None:
-        """Begin anew: it was this process that did not move."""
-        self.regroup(self._signs, now)
+        """Count from now on: it was this process that did not move. Who is given up stays so."""
+        self._signs = {rank: replace(sign, since=now) for rank, sign in self._signs.items()}
+        self._hung.clear()
 
     def note(self, rank: int, num_steps: float, now: float, *, is_idle: bool) -> bool:
         """Take in a sign of life; return whether a rank that was given up has come back.

@@ -9,7 +9,7 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | <-- Acknowledge(leases) -------------------- |   ... until it is in the journal
       | -- Drain(reason) --------------------------> |   this rank was asked to end early
       | <-- Stop(reason) --------------------------- |
-      | -- GiveBack(leases) -----------------------> |   what was not begun before an early stop
+      | -- GiveBack(leases) -----------------------> |   what this rank does not keep
       | -- Beat(counters) -------------------------> |   again and again; the last one at the end
       | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
       | <-- Contest(lease) ------------------------- |   another rank is to compute it, too
@@ -63,7 +63,18 @@ class State(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """One block given to one rank; no two leases of a run are equal."""
+    """One block given to one rank, for one try.
+
+    Leases may be equal: only a try that fails is counted. What was given back, or taken from a rank
+    that hung or died, is leased under the same number again. Harmless, since
+
+    * whoever keeps leases of several ranks knows whose each one is;
+    * to a rank that holds it still, or again since it came back, it is the same lease;
+    * what the coordinator says of the first one arrives before the second one does;
+    * what a rank says of the first one may arrive after the second one was made only if it was
+      taken from that rank meanwhile, which then asks before it writes (`Worker`);
+    * when ranks are lost, what is on its way is lost, and each says what it holds.
+    """
 
     block: int
     """Index in the plan."""
@@ -183,7 +194,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveBack:
-    """Leases that the worker had not begun to compute when it was told to stop early."""
+    """Leases that the worker does not keep: it must end early, has too many, or may not write."""
 
     leases: tuple[Lease, ...]
     """No record of them will come."""
@@ -269,7 +280,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
-    """The answer to `Beat`."""
+    """What the coordinator lets ranks know now and then, and when it has changed."""
 
     lease_seconds: float
     """How long a lease may take by now."""

@@ -60,7 +60,7 @@ class Permits:
             return True
 
     def writing(self) -> set[Lease]:
-        """Return what is being written, or has been since its record was taken in."""
+        """Return what is being written, or was, and has no record taken in yet."""
         with self._changed:
             return set(self._writing)
 
@@ -84,7 +84,7 @@ class Permits:
             return True
 
     def questions(self) -> list[Lease]:
-        """Return the late leases that have not been asked for yet."""
+        """Return, once, the leases that are to be asked for: late, contested, or backups."""
         with self._changed:
             asked, self._asked = self._asked, []
             return asked

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpichunk.processmemory import peak_nbytes
 from mpichunk.schedule.messages import STAGES, Done, Record
-from mpichunk.words import duration, size
+from mpichunk.words import count, duration, size
 
 COUNTERS = (
     "blocks",  # done by this rank since the run started
@@ -27,7 +27,8 @@ COUNTERS = (
     "busy",  # 1 while the rank holds a block
     "held",  # blocks that the rank holds
     "ended",  # 1 once the rank has nothing more to do
-    "peak_bytes",  # of memory
+    "peak_bytes",  # of the host's memory
+    "device_peak_bytes",  # of the accelerator's; 0 on a CPU, or if nobody says
     "steps",  # changes whenever a block comes forward
     *STAGES,  # seconds
 )
@@ -37,9 +38,14 @@ log = logging.getLogger(__name__)
 
 
 class Counters:
-    """What one rank has done since the run started; `vector` is what the ranks sum."""
+    """What one rank has done since the run started; `vector` is what the ranks sum.
 
-    def __init__(self) -> None:
+    Args:
+        device_peak: Returns how much memory of its accelerator the rank has taken at most.
+    """
+
+    def __init__(self, device_peak: Callable[[], int | None] = lambda: None) -> None:
+        self._device_peak = device_peak
         # Plain floats: counting is part of what every block costs.
         self._values = dict.fromkeys(COUNTERS, 0.0)
 
@@ -58,6 +64,7 @@ class Counters:
     def measure_memory(self) -> None:
         """Note how much memory the process has taken at most."""
         self["peak_bytes"] = peak_nbytes()
+        self["device_peak_bytes"] = self._device_peak() or 0
 
     def count(self, record: Record) -> None:
         """Add a finished or failed block."""
@@ -87,16 +94,6 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Leave the terminal in order."""
-
-
-class NullDisplay:
-    """For the ranks that show nothing."""
-
-    def update(self, summed: Totals, now: float) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class Heartbeat:
@@ -220,11 +217,9 @@ class BarDisplay:
 
 
 def get_display(
-    *, rank: int, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
+    *, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
 ) -> Display:
-    """Return what shows the progress on this rank: nothing but on rank 0."""
-    if rank != 0:
-        return NullDisplay()
+    """Return what shows the progress: a bar on a terminal, else lines of the log."""
     pace = Pace(num_blocks=num_blocks, num_before=num_before, start=start)
     if stream.isatty():
         return BarDisplay(pace, size=size, stream=stream)
@@ -258,14 +253,17 @@ def summarise(
         f"patches  {int(summed['patches'])}",
         f"output   {summed['voxels'] / 1e6:.1f} Mvox in {duration(seconds)}: {rate:.2f} Mvox/s; "
         f"{size(int(summed['bytes_read']))} read, {size(int(summed['bytes_written']))} written",
-        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over {len(vectors)} "
-        f"rank{'s' if len(vectors) > 1 else ''}",
+        f"{'seconds of a rank in':<22}{'min':>9}{'median':>9}{'max':>9}   over "
+        f"{count(len(vectors), 'rank')}",
     ]
     for stage in STAGES:
         lines.append(_spread(stage, vectors[:, COUNTERS.index(stage)]))
     infer = vectors[:, COUNTERS.index("infer")]
     lines.append(_spread("busy inferring, %", infer / seconds * 100 if seconds else infer))
     lines.append(_spread("peak memory, MiB", vectors[:, COUNTERS.index("peak_bytes")] / 2**20))
+    on_device = vectors[:, COUNTERS.index("device_peak_bytes")]
+    if on_device.any():
+        lines.append(_spread("peak on device, MiB", on_device / 2**20))
     return "\n".join(lines)
 
 

@@ -3,14 +3,14 @@
 Pure arithmetic. Knows no networks and no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mpichunk.bench.figures import Spread
-from mpichunk.tune.variants import Variant
+from mpichunk.tune.variants import MOST_PATCHES, Variant
 
 GAIN = 1.03
 """A variant must be faster by this factor to be preferred to a plainer one."""
@@ -23,7 +23,7 @@ Outputs = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of two outputs, as shares of the range of values of the exact one."""
+    """Of two activated outputs, as shares of the range of values of the exact one."""
 
     largest: float
     mean: float
@@ -55,6 +55,15 @@ class Row:
     def is_exact_enough(self, tolerance: float) -> bool:
         """Return whether its values are those of the baseline, as far as is asked for."""
         return self.difference is not None and self.difference.largest <= tolerance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Largest:
+    """How many patches fit into the memory at a time, up to the most that is tried."""
+
+    num_patches: int
+    is_run: bool
+    """Whether so many were run; else it is an extrapolation."""
 
 
 def difference(found: Outputs, expected: Outputs) -> Difference:
@@ -92,8 +101,35 @@ def verdict(row: Row, best: Row, tolerance: float) -> str:
     return f"slower than the best by {1 / share:.2f}"
 
 
-def largest_batch(rows: Sequence[Row], available: int | None) -> int | None:
-    """Return how many patches fit, the memory growing as it did between two batch sizes.
+def largest_batch(
+    rows: Sequence[Row], available: int | None, is_fitting: Callable[[int], bool | None]
+) -> Largest | None:
+    """Return how many patches fit: extrapolated, then run, and fewer of them until they do.
+
+    None where fewer than two sizes of one variant were measured.
+
+    Args:
+        rows: one variant with several batch sizes.
+        available: memory that a rank may take, bytes.
+        is_fitting: runs so many patches and tells whether they fit; None if it could not.
+    """
+    extrapolated = extrapolated_batch(rows, available)
+    if extrapolated is None or available is None:
+        return None
+    size = min(extrapolated, MOST_PATCHES)
+    known = max((r.variant.batch_size for r in rows if _fits(r, available)), default=0)
+    while size > known:
+        fits = is_fitting(size)
+        if fits is None:
+            return Largest(num_patches=size, is_run=False)
+        if fits:
+            break
+        size = known + (size - known) // 2
+    return Largest(num_patches=max(size, known), is_run=True)
+
+
+def extrapolated_batch(rows: Sequence[Row], available: int | None) -> int | None:
+    """Return how many patches fit if the memory grows as it did between two batch sizes.
 
     None where fewer than two sizes of one variant were measured.
     """
@@ -106,3 +142,8 @@ def largest_batch(rows: Sequence[Row], available: int | None) -> int | None:
     each = (many_nbytes - few_nbytes) / (many - few)
     room = (1 - HEADROOM) * available - many_nbytes
     return max(0, many + int(room // each))
+
+
+def _fits(row: Row, available: int) -> bool:
+    """Return whether a batch was run, and left free what must be."""
+    return row.nbytes is not None and row.nbytes <= (1 - HEADROOM) * available

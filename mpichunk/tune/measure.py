@@ -4,7 +4,6 @@ Loads networks one after another in this process. Knows no order of trials and n
 """
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -16,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Scaling
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
+from mpichunk.backends.numpy_arrays import scale
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
-from mpichunk.errors import MpichunkError, UserError
+from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
 from mpichunk.job.fitting import device_room
@@ -43,8 +43,8 @@ MOST_PATCHES_SEEN = 64
 TURN_SECONDS = 0.5
 """How long one variant is measured before it is the other's turn."""
 
-FAILURES = (MpichunkError, RuntimeError, OSError, MemoryError, ImportError)
-"""What makes a variant one that does not run here; anything else is a bug."""
+NUM_WEIGHED = 3
+"""What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Meter:
         try:
             loaded = self._load(variant)
             return self._compare(loaded)
-        except FAILURES as error:
+        except DEVICE_FAILURES as error:
             return Row(variant=variant, refused=_reason(error))
         finally:
             logging.disable(logging.NOTSET)
@@ -197,16 +197,43 @@ class Meter:
         )
 
     def _outputs(self, loaded: Loaded) -> Outputs:
-        """Return the network's output for each of the patches, on the host."""
+        """Return what would be blended for each of the patches, on the host: activated."""
         found: list[Any] = []
-        step = loaded.variant.batch_size
+        arrays, step = loaded.engine.arrays, loaded.variant.batch_size
         for start in range(0, len(self._patches_nczyx), step):
             part = self._patches_nczyx[start : start + step]
             host = np.stack(list(islice(cycle(part), step)))
-            output = loaded.engine.infer(loaded.engine.arrays.upload(host))
+            output = loaded.engine.infer(arrays.upload(host))
+            written = arrays.activate(output, loaded.job.config.model.activation)
             # A copy: the next forward may overwrite it.
-            found += list(np.array(loaded.engine.arrays.download(output))[: len(part)])
+            found += list(np.array(arrays.download(written))[: len(part)])
         return np.stack(found)
+
+    def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
+        """Run forwards of a batch that should fit; return whether it does.
+
+        None if there is no time, or nobody knows what they took.
+
+        Args:
+            variant: what is to be run.
+            seconds: what one forward is expected to take.
+        """
+        if self.available is None or perf_counter() + NUM_WEIGHED * seconds > self._deadline:
+            return None
+        self.baseline.engine.arrays.release()
+        loaded = None
+        logging.disable(logging.INFO)
+        try:
+            loaded = self._load(variant)
+            nbytes = self._nbytes(loaded, seconds)
+            return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
+        except DEVICE_FAILURES as error:
+            log.debug("%s: %s", variant.name, _reason(error))
+            return False
+        finally:
+            logging.disable(logging.NOTSET)
+            if loaded is not None:
+                loaded.engine.arrays.release()
 
     def _nbytes(self, loaded: Loaded, seconds: float) -> int | None:
         """Return what a rank takes where the network computes, its forward measured."""
@@ -278,20 +305,11 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
                 break
     scaling = scaling_for(job.volume.dtype, job.config.input.normalize)
     if found:
-        return scaled(found, scaling), True
+        patches_nczyx = np.stack(found).astype(np.float32)
+        scale(patches_nczyx, scaling)
+        return patches_nczyx, True
     shape = NUM_PATCHES, job.volume.num_channels, *job.config.patch.shape
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
-
-
-def scaled(patches: Sequence[npt.NDArray[Any]], scaling: Scaling) -> npt.NDArray[np.float32]:
-    """Return raw patches as the network sees them."""
-    batch = np.stack(patches).astype(np.float32)
-    if scaling.clip is not None:
-        batch = np.clip(batch, np.float32(scaling.clip[0]), np.float32(scaling.clip[1]))
-    result: npt.NDArray[np.float32] = (batch - np.float32(scaling.subtract)) / np.float32(
-        scaling.divide
-    )
-    return result
 
 
 def _count(loaded: Loaded) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.bench.figures import Spread
 from mpichunk.config.edit import render_value
-from mpichunk.tune.figures import HEADROOM, Row, verdict
+from mpichunk.tune.figures import HEADROOM, Largest, Row, verdict
 from mpichunk.tune.variants import MOST_PATCHES
 from mpichunk.words import size
 
@@ -42,8 +42,8 @@ class Tuning:
     available: int | None
     """Memory that a rank may take, bytes; None where nobody knows."""
 
-    largest_batch: int | None
-    """How many patches would fit; None where it is not known."""
+    largest_batch: Largest | None
+    """How many patches fit; None where it is not known."""
 
     begun: str | None = None
     """Run directory of the config, if its run has begun."""
@@ -60,7 +60,7 @@ def tuning_json(tuning: Tuning) -> dict[str, Any]:
         "num_repeats": tuning.num_repeats,
         "patches": {"count": tuning.num_patches, "of_the_volume": tuning.is_real},
         "available_nbytes": tuning.available,
-        "largest_batch": tuning.largest_batch,
+        "largest_batch": tuning.largest_batch and asdict(tuning.largest_batch),
         "rows": [_row_json(row, tuning) for row in tuning.rows],
         "best": tuning.best.variant.name,
         "changes": tuning.changes,
@@ -130,15 +130,19 @@ def _row_lines(row: Row, tuning: Tuning) -> list[str]:
 def _notes(tuning: Tuning) -> list[str]:
     """Return what the columns are."""
     text = (
-        "speed: patches per second, in multiples of the first line's; largest, mean: difference "
-        "from its values, as shares of their range; memory: of a whole rank, where the network "
-        f"computes ({size(tuning.available)} are there)."
+        "speed: patches per second of the network alone, in multiples of the first line's "
+        "(blending, reading and writing are not in it: `bench` measures the whole); largest, mean: "
+        "difference from its values after model.activation, as shares of their range; memory: of "
+        f"a whole rank, where the network computes ({size(tuning.available)} are there)."
     )
-    if tuning.largest_batch is not None:
-        most = f"up to {tuning.largest_batch}"
-        if tuning.largest_batch >= MOST_PATCHES:
+    largest = tuning.largest_batch
+    if largest is not None:
+        most = f"up to {largest.num_patches}"
+        if largest.num_patches == MOST_PATCHES:
             most = f"{MOST_PATCHES}, the most that is tried,"
-        text += f" Batches of {most} patches should fit with {HEADROOM:.0%} to spare."
+        fit = "fit" if largest.is_run else "should fit"
+        text += f" Batches of {most} patches {fit} with {HEADROOM:.0%} to spare"
+        text += "." if largest.is_run else ": an extrapolation, which was not run."
     return wrap(text, WIDTH)
 
 
@@ -172,7 +176,7 @@ def comment_of(tuning: Tuning, source: str) -> str:
         f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
         f"{best.variant.name}: {spread.median:.2f} times as fast as "
         f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
-        f"{tuning.num_repeats} repeats).",
+        f"{tuning.num_repeats} repeats), the network alone: `mpichunk bench` measures the whole.",
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",

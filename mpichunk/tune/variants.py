@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpichunk.backends.model_source import WEIGHTS_KEY
+from mpichunk.backends.files.source import WEIGHTS_KEY
 from mpichunk.config.checks import check
 from mpichunk.config.computerules import KERNELS, PRECISION_HINT, PRECISIONS
 from mpichunk.config.schema import Config

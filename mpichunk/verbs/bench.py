@@ -42,9 +42,10 @@ from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
 from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
+from mpichunk.plan.memory import unexplained_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
-from mpichunk.processmemory import trim, use_one_arena
+from mpichunk.processmemory import settle_allocator, trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -93,7 +94,7 @@ def bench(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 
     To be called by every rank.
     """
-    use_one_arena()
+    settle_allocator()
     comm = start_mpi()
     # As Ctrl-C: so that the scratch output is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -162,7 +163,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
             start_nbytes=held.start_nbytes,
             pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
         )
-        on_rank_0(comm, lambda: keep_probe(job, probe))
+        on_rank_0(comm, lambda: keep_probe(job, _complete(job, probe, ranks, num_blocks)))
     advice = suggest(figures, job.config, estimate.work, on_cpu=on_cpu, num_blocks=num_blocks)
     return Bench(
         config=job.config,
@@ -175,6 +176,25 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
         figures=figures,
         advice=[*advice, *estimate.advice],
     )
+
+
+def _complete(job: Job, probe: Probe, ranks: Sequence[RankFigures], num_blocks: int) -> Probe:
+    """Return a probe with what ranks held at their peaks beyond what it tells."""
+    peaks = [whole.peak_nbytes for rank in ranks for whole in rank.whole]
+    known = [peak for peak in peaks if peak is not None]
+    if not known:
+        return probe
+    more_nbytes = unexplained_nbytes(
+        job.plan,
+        job.config,
+        job.volume,
+        job.estimate().work,
+        peak_nbytes=max(known),
+        num_blocks=num_blocks,
+        memory="cpu" if probe.free_nbytes is None else "host",
+        probe=probe,
+    )
+    return replace(probe, more_nbytes=more_nbytes)
 
 
 def _open(

@@ -85,7 +85,7 @@ def _print_plan(job: Job, options: Options) -> None:
         num_ranks=options.num_ranks,
         num_masked=num_masked,
         expected=expected,
-        peak_nbytes=peak,
+        peak=peak,
     )
     print(printed if isinstance(printed, str) else json.dumps(printed, indent=2))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpichunk.backends.binding import Bindings
+from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
 from mpichunk.block.pipeline import Pipeline, Source
@@ -59,7 +59,8 @@ from mpichunk.job.startup import (
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
-from mpichunk.processmemory import use_one_arena
+from mpichunk.process import this_process
+from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -67,18 +68,19 @@ from mpichunk.ranks.launcher import name_of
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Watchdog, survive
 from mpichunk.ranks.slurm import Allocation, describe
-from mpichunk.roles.drain import STOP_NAME, Outside, Signals, Watch, clear_stop
+from mpichunk.roles.drain import Outside, Signals, Watch, clear_stop
 from mpichunk.roles.loop import Loop, Pulse
 from mpichunk.roles.monitor import Lead, Monitor, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
-from mpichunk.rundir.lock import this_process
+from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
+from mpichunk.words import count
 
 PROGRESS_SECONDS = 5.0
 """How often a rank tells what it has done."""
@@ -141,7 +143,7 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
 
     To be called by every rank.
     """
-    use_one_arena()
+    settle_allocator()
     who = name_of(os.environ, socket.gethostname())
     watchdog = Watchdog(_start_timeout(config_path, overrides), who=who)
     watchdog.start()
@@ -241,7 +243,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
     """Tell what is about to run."""
-    ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
+    ranks = count(comm.size, "rank")
     log.info("%s, MPI: %s; run directory %s", ranks, comm.library, job.run_dir)
     for line in bindings.table.splitlines():
         log.info("%s", line)
@@ -315,7 +317,7 @@ def _compute(
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, part, records, permits, wake)
-    counters = Counters()
+    counters = Counters(lambda: part.inference.device_peak_nbytes)
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
     own_blocks = leading.own_blocks
@@ -381,6 +383,6 @@ def _watch(job: Job, outside: Outside) -> Watch:
     """Return what says when the run should end early."""
     return Watch(
         outside,
-        stop_file=job.run_dir / STOP_NAME,
+        stop_file=job.run_dir / STOP,
         stop_before_seconds=job.config.schedule.stop_before_seconds,
     )

@@ -6,21 +6,23 @@ Knows no MPI, no network and no volume.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpichunk.config.file import load_plain_config, load_run_config
+from mpichunk.config.file import LoadedConfig, load_plain_config, load_run_config
 from mpichunk.config.schema import Config
-from mpichunk.errors import ExitCode, JournalError, NotStartedError
+from mpichunk.errors import ExitCode, JournalError, NotStartedError, UserError
 from mpichunk.plan.fingerprint import differing_keys
 from mpichunk.ranks.slurm import describe
 from mpichunk.roles import drain
+from mpichunk.rundir.layout import CONFIG
 from mpichunk.rundir.runstatus import (
     MOST_FAILURES_SHOWN,
     RunStatus,
     StatusReader,
-    is_started,
+    check_started,
+    find_starting,
     read_status,
 )
 from mpichunk.schedule.messages import DRAINED, FAILURES
@@ -35,49 +37,78 @@ def status(
 ) -> ExitCode:
     """Print how far the run of a config is.
 
-    A run without a journal is an error, but not for `check`: a job that was lost early leaves none.
+    A run without a journal is an error where no job is about to begin one, but not for `check`: a
+    job that was lost early leaves none.
 
     Raises:
         UserError: the config cannot be read, its run has never been started, or it was started
             with another config.
     """
-    try:
-        loaded = load_run_config(config_path, overrides)
-    except NotStartedError as error:
-        if not check:
-            raise
-        print(_not_started(error.run_dir, as_json=as_json), flush=True)
-        return ExitCode.DRAINED
-    run_dir = Path(loaded.config.run_dir)
-    with loaded.locating():
-        _check_same_config(loaded.config, run_dir)
-        if check and not is_started(run_dir):
-            print(_not_started(run_dir, as_json=as_json), flush=True)
-            return ExitCode.DRAINED
+    while isinstance(run := _find_run(config_path, overrides), _NotStarted):
+        if run.starting is None and not check:
+            raise run.error
+        print(_not_started(run, as_json=as_json), flush=True)
+        if not watch or run.starting is None:
+            return ExitCode.DRAINED if check else ExitCode.ALL_DONE
+        time.sleep(WATCH_SECONDS)
+    run_dir = Path(run.config.run_dir)
+    with run.locating():
+        _check_same_config(run.config, run_dir)
     reader = StatusReader(run_dir)
     while True:
-        with loaded.locating():
+        with run.locating():
             found = reader.read()
         print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
-        if not watch or not found.is_alive:
+        if not watch or not (found.is_alive or found.starting):
             return found.exit_code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
 
 
-def _not_started(run_dir: Path | None, *, as_json: bool) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NotStarted:
+    """A run of which nothing is noted yet."""
+
+    run_dir: Path
+    error: UserError
+    """Why there is nothing to tell."""
+
+    starting: str | None
+    """The job that is about to change that, if there is one."""
+
+
+def _find_run(config_path: Path, overrides: Sequence[str]) -> LoadedConfig | _NotStarted:
+    """Return the config of a run that has been started.
+
+    Raises:
+        UserError: the config cannot be read, or its run was started with another one.
+    """
+    try:
+        loaded = load_run_config(config_path, overrides)
+        run_dir = Path(loaded.config.run_dir)
+        with loaded.locating():
+            check_started(run_dir)
+    except NotStartedError as error:
+        assert error.run_dir is not None
+        starting = find_starting(error.run_dir)
+        return _NotStarted(run_dir=error.run_dir, error=error, starting=starting)
+    return loaded
+
+
+def _not_started(run: _NotStarted, *, as_json: bool) -> str:
     """Return the status of a run that has no journal."""
     if as_json:
-        nothing = {"num_done": 0, "end_reason": None, "exit_code": int(ExitCode.DRAINED)}
-        return json.dumps({"run_dir": str(run_dir)} | nothing, indent=2)
-    return (
-        f"run      {run_dir}\n"
-        "state    nothing is done yet: not started, or lost before its first block"
-    )
+        nothing = {"num_done": 0, "starting": run.starting, "end_reason": None}
+        code = {"exit_code": int(ExitCode.DRAINED)}
+        return json.dumps({"run_dir": str(run.run_dir)} | nothing | code, indent=2)
+    state = "nothing is done yet: not started, or lost before its first block"
+    if run.starting is not None:
+        state = f"starting: {run.starting} has taken the run directory, no block is done yet"
+    return f"run      {run.run_dir}\nstate    {state}"
 
 
 def _check_same_config(config: Config, run_dir: Path) -> None:
     """Refuse to report on blocks that `run` would not take for those of this config."""
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG
     if not path.exists():
         return
     differing = differing_keys(load_plain_config(path).config, config)
@@ -96,13 +127,18 @@ def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
         UserError: the config cannot be read, the run has never been started, or its directory
             cannot be written.
     """
-    loaded = load_run_config(config_path, overrides)
-    run_dir = Path(loaded.config.run_dir)
-    with loaded.locating():
-        found = read_status(run_dir)
-    if not found.is_alive:
-        print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
-        return ExitCode.ALL_DONE
+    run = _find_run(config_path, overrides)
+    if isinstance(run, _NotStarted):
+        if run.starting is None:
+            raise run.error
+        run_dir = run.run_dir
+    else:
+        run_dir = Path(run.config.run_dir)
+        with run.locating():
+            found = read_status(run_dir)
+        if not (found.is_alive or found.starting):
+            print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
+            return ExitCode.ALL_DONE
     try:
         drain.request_stop(run_dir)
     except OSError as error:
@@ -146,6 +182,8 @@ def _state(found: RunStatus) -> str:
     """Return what is going on, and what to do next, in words."""
     if found.is_alive:
         return "running"
+    if found.starting:
+        return f"starting: {found.starting} has taken the run directory, and begun no block yet"
     if found.exit_code == ExitCode.ALL_DONE:
         return "complete"
     if found.end_reason == FAILURES:

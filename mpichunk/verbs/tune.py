@@ -22,12 +22,12 @@ from mpichunk.config.text import parse
 from mpichunk.errors import ExitCode, LaunchError, UserError
 from mpichunk.job.assembly import bind_ranks
 from mpichunk.job.startup import Job, prepare
-from mpichunk.processmemory import use_one_arena
+from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
 from mpichunk.rundir import journal
 from mpichunk.rundir.logs import close_logs, log_to_terminal
-from mpichunk.tune.figures import largest_batch
+from mpichunk.tune.figures import Largest, Row, largest_batch
 from mpichunk.tune.measure import Meter, read_patches
 from mpichunk.tune.report import Tuning, comment_of, render_tuning, tuning_json
 from mpichunk.tune.search import Search
@@ -42,7 +42,7 @@ class Options:
     """Turns of each variant."""
 
     tolerance: float = 1e-3
-    """Largest difference allowed from float32, as a share of the range of the output's values."""
+    """Largest difference allowed from float32, as a share of the range of the activated values."""
 
     limit_seconds: float = 600.0
     """No variant is begun after this time."""
@@ -60,7 +60,7 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
     Raises:
         UserError: the config cannot be run as it is in float32, or the target cannot be written.
     """
-    use_one_arena()
+    settle_allocator()
     log_to_terminal(0)
     try:
         _refuse_ranks(os.environ)
@@ -94,8 +94,6 @@ def _tune(config: Config, options: Options) -> Tuning:
     )
     search = Search(config, facts, meter.measure, options.tolerance)
     best = search.run()
-    same = replace(best.variant, batch_size=1)
-    sizes = [row for row in search.rows if replace(row.variant, batch_size=1) == same]
     return Tuning(
         engine=meter.baseline.engine.info,
         rows=search.rows,
@@ -106,8 +104,20 @@ def _tune(config: Config, options: Options) -> Tuning:
         is_real=is_real,
         changes=changed(config, best.variant.settings),
         available=meter.available,
-        largest_batch=largest_batch(sizes, meter.available),
+        largest_batch=_largest_batch(meter, search.rows, best),
         begun=str(job.run_dir) if (job.run_dir / journal.NAME).exists() else None,
+    )
+
+
+def _largest_batch(meter: Meter, rows: Sequence[Row], best: Row) -> Largest | None:
+    """Return how many patches of the best variant fit, run if there is time."""
+    same = replace(best.variant, batch_size=1)
+    sizes = [row for row in rows if replace(row.variant, batch_size=1) == same]
+    patch_seconds = best.seconds.median if best.seconds is not None else 0.0
+    return largest_batch(
+        sizes,
+        meter.available,
+        lambda n: meter.is_fitting(replace(best.variant, batch_size=n), n * patch_seconds),
     )
 
 

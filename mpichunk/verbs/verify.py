@@ -140,7 +140,10 @@ def _verify(
         blocks = range(comm.rank, len(case.states), comm.size)
         path = case.job.run_dir / journal.NAME
         digests = on_every_rank(comm, lambda: read_digests(path, blocks))
-        found = comm.gather(_find_all(case, blocks, digests, comm.local_size))
+        num_threads = max(1, len(os.sched_getaffinity(0)) // comm.local_size)
+        # Together: a rank that does not see the output must not leave the others waiting.
+        read = on_every_rank(comm, lambda: _reader(case, num_threads))
+        found = comm.gather(_find_all(case, blocks, digests, read, num_threads))
 
         def conclude() -> ExitCode:
             findings = sorted((f for part in found or [] for f in part), key=lambda f: f.block)
@@ -225,10 +228,10 @@ def _read_case(job: Job, header: dict[str, Any]) -> Case:
     )
 
 
-def _find_all(case: Case, blocks: range, digests: Digests, local_size: int) -> list[Finding]:
+def _find_all(
+    case: Case, blocks: range, digests: Digests, read: Read, num_threads: int
+) -> list[Finding]:
     """Compare this rank's blocks, several at a time."""
-    num_threads = max(1, len(os.sched_getaffinity(0)) // local_size)
-    read = _reader(case, num_threads)
 
     def look(block: int) -> Finding | None:
         core, state = case.job.plan.grid[block], State(int(case.states[block]))

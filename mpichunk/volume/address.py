@@ -60,6 +60,11 @@ class Address:
         return None
 
     @property
+    def context(self) -> dict[str, Any] | None:
+        """The TensorStore context that the spec brings, e.g. credentials: to be opened with."""
+        return self.options.get("context")
+
+    @property
     def place(self) -> str:
         """The place as an absolute URL, without the format."""
         if self.path is not None:

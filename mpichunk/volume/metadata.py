@@ -48,10 +48,12 @@ def detect(address: Address) -> str | None:
     if path is not None and path.is_file():
         return HDF5 if _is_hdf5(path) else None
     try:
-        found = (d for d, m in MARKERS.items() if read_key(address.store, m) is not None)
-        return next(found, None)
+        for driver, marker in MARKERS.items():
+            if read_key(address.store, marker, address.context) is not None:
+                return driver
     except VolumeError as error:
         raise VolumeError(f"{address}: {error.message}") from error
+    return None
 
 
 def format_by_name(place: str) -> str | None:
@@ -89,7 +91,7 @@ def array_metadata(address: Address) -> Metadata:
     driver = address.driver
     assert driver is not None
     try:
-        metadata = read_json(address.store, MARKERS[driver])
+        metadata = read_json(address.store, MARKERS[driver], address.context)
     except VolumeError as error:
         raise VolumeError(f"{address}: {error.message}") from error
     if metadata is None:
@@ -110,7 +112,7 @@ def attributes_of(address: Address, metadata: Metadata) -> Metadata:
     if address.driver == ZARR3:
         return dict(metadata.get("attributes") or {})
     try:
-        return read_json(address.store, ".zattrs") or {}
+        return read_json(address.store, ".zattrs", address.context) or {}
     except VolumeError as error:
         raise VolumeError(f"{address}: {error.message}") from error
 

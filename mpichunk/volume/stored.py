@@ -31,7 +31,7 @@ class StoredSource:
         self.driver = address.driver
         self.location = str(address)
         self._marker = str(address.path / MARKERS[self.driver]) if address.path else None
-        self._options = address.options
+        self._context = address.context
         self._raw = _open(address, mip, num_threads)
         if self.driver == PRECOMPUTED:
             self._axes = "xyzc"
@@ -66,7 +66,7 @@ class StoredSource:
         """Return the spec with all metadata in it: nobody else reads them."""
         return {
             "spec": self.store(None).spec().to_json(),
-            "context": self._options.get("context"),
+            "context": self._context,
             "marker": self._marker,
             "driver": self.driver,
             "location": self.location,
@@ -123,10 +123,10 @@ class ReopenedSource:
 def _open(address: Address, mip: int, num_threads: int | None) -> Any:
     """Open the array in its own order of axes."""
     spec = {**address.options, "driver": address.driver, "kvstore": address.store}
-    extra = spec.pop("context", None)
+    spec.pop("context", None)
     if address.driver == PRECOMPUTED:
         spec["scale_index"] = mip
-    context = make_context(num_threads, cache_nbytes=CACHE_NBYTES, extra=extra)
+    context = make_context(num_threads, cache_nbytes=CACHE_NBYTES, extra=address.context)
     try:
         return open_store(spec, context, open=True, read=True, recheck_cached="open")
     except VolumeError as error:

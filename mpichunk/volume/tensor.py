@@ -22,9 +22,14 @@ METADATA_SECONDS = 60
 """How long a store may take to answer about metadata; its own retries go on for much longer."""
 
 
-def make_context(
-    num_threads: int | None, *, cache_nbytes: int = 0, extra: Mapping[str, Any] | None = None
-) -> Any:
+Store = str | dict[str, Any]
+"""A key-value store, as URL or spec."""
+
+Context = Mapping[str, Any] | None
+"""What a volume's spec brings of TensorStore context, e.g. credentials."""
+
+
+def make_context(num_threads: int | None, *, cache_nbytes: int = 0, extra: Context = None) -> Any:
     """Return the limits under which one volume is read or written.
 
     Args:
@@ -44,26 +49,29 @@ def make_context(
     return ts.Context(limits | dict(extra or {}))
 
 
-def read_key(store: str | dict[str, Any], key: str) -> bytes | None:
+def read_key(store: Store, key: str, extra: Context) -> bytes | None:
     """Return the bytes of one key of a key-value store, or None if there is no such key.
+
+    `extra` is the context of the volume's spec, as for `make_context`.
 
     Raises:
         VolumeError: the store cannot be read.
     """
     try:
-        result = ts.KvStore.open(store).result().read(key).result(timeout=METADATA_SECONDS)
+        opened = ts.KvStore.open(store, context=make_context(None, extra=extra)).result()
+        result = opened.read(key).result(timeout=METADATA_SECONDS)
     except Exception as error:
         raise VolumeError(f"{key} cannot be read: {_cause(error)}") from error
     return bytes(result.value) if result.state == "value" else None
 
 
-def read_json(store: str | dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return the JSON object of one key, or None if there is no such key.
+def read_json(store: Store, key: str, extra: Context) -> dict[str, Any] | None:
+    """Return the JSON object of one key, or None if there is no such key; see `read_key`.
 
     Raises:
         VolumeError: the store cannot be read, or the value is not a JSON object.
     """
-    text = read_key(store, key)
+    text = read_key(store, key, extra)
     if text is None:
         return None
     try:
@@ -75,14 +83,14 @@ def read_json(store: str | dict[str, Any], key: str) -> dict[str, Any] | None:
     return value
 
 
-def write_key(store: str | dict[str, Any], key: str, value: bytes) -> None:
-    """Write one key durably.
+def write_key(store: Store, key: str, value: bytes, extra: Context) -> None:
+    """Write one key durably; `extra` as for `read_key`.
 
     Raises:
         VolumeError: it cannot be written.
     """
     try:
-        opened = ts.KvStore.open(store, context=make_context(None)).result()
+        opened = ts.KvStore.open(store, context=make_context(None, extra=extra)).result()
         opened.write(key, value).result(timeout=METADATA_SECONDS)
     except Exception as error:
         raise VolumeError(f"{key} cannot be written: {_cause(error)}") from error

@@ -13,7 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
-from mpichunk.geometry.box import Box
+from mpichunk.geometry.box import Box, Triple
+from mpichunk.geometry.parts import write_parts
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
 from mpichunk.volume.cloud import has_suffixed_files
@@ -34,6 +35,7 @@ from mpichunk.volume.metadata import array_metadata, attributes_of, detect, form
 from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
 from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
+from mpichunk.volume.writing import Writing
 
 METADATA = ("zarr.json", "attributes.json", "info", "provenance")
 """Files of a volume that are no chunks; those of zarr 2 are hidden."""
@@ -42,15 +44,15 @@ METADATA = ("zarr.json", "attributes.json", "info", "provenance")
 class Writer:
     """An existing output volume, opened for writing."""
 
-    def __init__(self, info: VolumeInfo, store: Any) -> None:
+    def __init__(self, info: VolumeInfo, store: Any, write_unit: Triple) -> None:
         self.info = info
         self._store = store
+        self._write_unit = write_unit
 
-    def write(self, core: Box, core_czyx: npt.NDArray[Any]) -> BlockFuture[None]:
+    def write(self, core: Box, core_czyx: npt.NDArray[Any]) -> Writing:
         """Begin to write the voxels of `core`, (c, z, y, x) in the output's dtype.
 
-        `result` returns once the bytes are durable, and raises BlockError naming volume, box and
-        cause if they are not. The array must not change before. A write unit that only zero is
+        The array must not change before `result` has returned. A write unit that only zero is
         written to is not stored, or removed.
 
         Raises:
@@ -63,11 +65,20 @@ class Writer:
             )
         if not self.info.domain.contains(core):
             raise ValueError(f"{core} reaches past {self.info.domain} of {self.info.location}")
-        futures = self._store[(slice(None), *core.slices())].write(core_czyx)
         location = self.info.location
         disk = (location.rpartition("|")[0] or location).removeprefix("file://")
         task = f"write {core} of {location}"
-        return BlockFuture(futures.commit, task=task, finish=lambda _: None, disk=disk)
+
+        def begin(part: Box) -> BlockFuture[None]:
+            part_czyx = core_czyx[(slice(None), *part.slices(core.start))]
+            futures = self._store[(slice(None), *part.slices())].write(part_czyx)
+            return BlockFuture(futures.commit, task=task, finish=lambda _: None, disk=disk)
+
+        voxel_nbytes = self.info.num_channels * self.info.dtype.itemsize
+        origin = self.info.domain.start
+        return Writing(
+            write_parts(core, origin, self._write_unit, voxel_nbytes), begin, voxel_nbytes
+        )
 
     def read(self, core: Box) -> npt.NDArray[Any]:
         """Return (c, z, y, x) as it is stored.
@@ -141,7 +152,7 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
                 f"{address} is not visible on {os.uname().nodename}, though it was created where "
                 "the run was started: put it on a file system that all hosts share"
             )
-        context = make_context(num_threads, extra=address.options.get("context"))
+        context = make_context(num_threads, extra=address.context)
         try:
             store = open_store(_spec_json(address), context, open=True, read=True, write=True)
         except VolumeError as error:
@@ -156,7 +167,7 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
             chunk_shape=spec.chunk_shape,
         )
         axes = "xyzc" if address.driver == PRECOMPUTED else AXES
-        return Writer(info, to_czyx(store, axes, spec.domain.start))
+        return Writer(info, to_czyx(store, axes, spec.domain.start), spec.write_unit)
 
 
 def local_folder(spec: OutputSpec) -> Path | None:
@@ -288,9 +299,10 @@ def _create(address: Address, spec: OutputSpec) -> None:
     """Create the output; what makes it a volume is written last."""
     if address.driver == ZARR2:
         attributes = attributes_json(spec) | {"_ARRAY_DIMENSIONS": list(AXES)}
-        write_key(address.store, ".zattrs", json.dumps(attributes, indent=1).encode())
+        text = json.dumps(attributes, indent=1).encode()
+        write_key(address.store, ".zattrs", text, address.context)
     creation = _spec_json(address) | creation_json(spec, str(address.driver))
-    open_store(creation, make_context(None, extra=address.options.get("context")), create=True)
+    open_store(creation, make_context(None, extra=address.context), create=True)
 
 
 def _spec_json(address: Address) -> dict[str, Any]:

@@ -37,8 +37,9 @@ from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import Done, Lease, Records, State
 from mpichunk.schedule.permits import Permits
-from mpichunk.schedule.progress import Counters, NullDisplay
+from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
+from tests.fakeranks import NullDisplay
 from tests.launch import find_mpirun, launch_environment, mpirun_options
 
 TAG = 7

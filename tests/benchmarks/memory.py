@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.memory`: what `plan` says a rank needs, and what a run of it took.
+"""`python -m tests.benchmarks.memory`: what `plan` says of memory and time, and what a run took.
 
 Each config is benched once, so that the network's own need is known, planned, and run under mpirun;
 then the same with blocks ten times as long in z. On an accelerator, that one's memory too.
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpichunk.rundir.history import History
 from tests.benchmarks import common
 
 MIB = 2**20
@@ -53,11 +54,14 @@ def configure(
 
 
 def measure(config: Path, num_ranks: int) -> dict[str, Any]:
-    """Return bytes projected and measured, of the rank that took most."""
+    """Return bytes of the rank that took most, and seconds: projected and measured."""
     common.bench(config, blocks=1, num_ranks=num_ranks)
     text, _ = common.mpichunk("plan", config, "--json", "--ranks", num_ranks)
-    planned = json.loads(text)["memory"]
+    found = json.loads(text)
+    planned = found["memory"]
     ranks = run(config, num_ranks)
+    history = History()
+    history.follow(config.parent / "runs" / config.stem / "journal.jsonl")
     device = max(rank["device_nbytes"] for rank in ranks)
     return {
         "host": {
@@ -68,6 +72,10 @@ def measure(config: Path, num_ranks: int) -> dict[str, Any]:
             "projected": planned["device_nbytes"] if device else 0,
             "measured": device,
         },
+        "seconds": {
+            "projected": found["prediction"]["seconds"],
+            "measured": history.end["time"] - history.starts[-1]["time"],
+        },
         "parts": planned["parts"],
     }
 
@@ -75,17 +83,19 @@ def measure(config: Path, num_ranks: int) -> dict[str, Any]:
 def run(config: Path, num_ranks: int) -> list[dict[str, Any]]:
     """Run a config to its end, and return what each rank says of its memory."""
     words = "-m", "tests.benchmarks.memory", "--rank", config
-    lines = common.start_ranks(words, num_ranks=num_ranks)[0].splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
+    text, _ = common.start_ranks(words, num_ranks=num_ranks)
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert len(found) == num_ranks, f"{num_ranks} ranks, but not a line of each:\n{text}"
+    return found
 
 
 def be_a_rank(config: Path) -> int:
     """Run a config as the `run` verb does, and print the peaks of this process."""
-    from mpichunk.processmemory import peak_nbytes, use_one_arena
+    from mpichunk.processmemory import peak_nbytes, settle_allocator
     from mpichunk.ranks.comm import start_mpi
     from mpichunk.verbs.run import run_on
 
-    use_one_arena()
+    settle_allocator()
     comm = start_mpi()
     code = run_on(comm, config, fresh=True)
     device_nbytes = 0
@@ -102,16 +112,17 @@ def be_a_rank(config: Path) -> int:
 def render(found: Mapping[str, Any]) -> str:
     """Return projected and measured as a table."""
     rows: list[Sequence[object]] = []
+    units = {"host": ("host, MiB", MIB), "device": ("device, MiB", MIB), "seconds": ("seconds", 1)}
     for name, item in found["found"].items():
-        for where in ("host", "device"):
-            projected, measured = item[where]["projected"], item[where]["measured"]
+        for what, (words, unit) in units.items():
+            projected, measured = item[what]["projected"], item[what]["measured"]
             if measured:
-                numbers = projected / MIB, measured / MIB
+                numbers = projected / unit, measured / unit
                 rows.append(
-                    [name, where, *(f"{n:.0f}" for n in numbers), f"{projected / measured:.3f}"]
+                    [name, words, *(f"{n:.0f}" for n in numbers), f"{projected / measured:.3f}"]
                 )
     rows += [[name, f"not measured: {why}", "", "", ""] for name, why in found["missing"].items()]
-    header = "config", "memory", "projected, MiB", "measured, MiB", "projected / measured"
+    header = "config", "what", "projected", "measured", "projected / measured"
     where = common.machine_words(found["machine"])
     ranks = f"{found['num_ranks']} ranks, the one that took most; output {found['dtype']}"
     return f"{common.table(header, rows)}\n\n{ranks}. {where}"
@@ -124,6 +135,7 @@ def main() -> int:
     parser.add_argument("--num-ranks", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="compute.device")
     parser.add_argument("--dtype", default="float32", help="of the output")
+    parser.add_argument("--longer", type=int, nargs="+", default=[1, LONGER], help="blocks in z")
     parser.add_argument("--within", type=float, default=1.2, help="projected / measured at most")
     parser.add_argument("--short", action="store_true", help="see whether it works")
     parser.add_argument("--folder", type=Path, help="for the volumes (default: a temporary one)")
@@ -136,7 +148,7 @@ def main() -> int:
     found: dict[str, Any] = {}
     with common.work_folder(options.folder) as folder:
         for name in options.only:
-            for longer in () if name in missing else (1, LONGER):
+            for longer in () if name in missing else options.longer:
                 case = SHORT if options.short else CONFIGS[name]
                 config = configure(folder, name, case, options, longer)
                 common.tell(f"{name}, blocks {longer} times as long")
@@ -152,7 +164,7 @@ def main() -> int:
     common.print_result(render(result), result, as_json=options.json)
     pairs = [item[where] for item in found.values() for where in ("host", "device")]
     ratios = [pair["projected"] / pair["measured"] for pair in pairs if pair["measured"]]
-    return 0 if all(1 <= ratio <= options.within for ratio in ratios) else 1
+    return 0 if ratios and all(1 <= ratio <= options.within for ratio in ratios) else 1
 
 
 if __name__ == "__main__":

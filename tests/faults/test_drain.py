@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 
 from mpichunk import cli
-from mpichunk.roles.drain import STOP_NAME
 from mpichunk.rundir import journal
+from mpichunk.rundir.layout import STOP
 from tests.endtoend import assert_same_files, block_lines, check, status_of, wait_until_done
 from tests.faults.slow import NUM_BLOCKS, pid_of_rank, program, slow_config
 
@@ -49,7 +49,7 @@ def drain_and_resume(config, start, ask, undisturbed, *, seconds=0.1):
     counts = Counter(line["block"] for line in block_lines(run_dir))
     assert sorted(counts) == list(range(NUM_BLOCKS))
     assert max(counts.values()) == 1
-    assert not (run_dir / STOP_NAME).exists()
+    assert not (run_dir / STOP).exists()
     assert not list(run_dir.glob("lock.*"))
     assert_same_files(config.parent / "out/v.zarr", undisturbed)
     return drained.stderr

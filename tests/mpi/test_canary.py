@@ -35,6 +35,12 @@ def test_by_what_the_coordinator_has_computed(world):
 
 
 @pytest.mark.mpi(min_ranks=3)
+def test_the_coordinator_is_off_where_most_ranks_differ_from_it(world):
+    off = find_off_ranks(world, golden(world, (0,)), reference=None, **HOW)
+    assert tuple(off) == (0,)
+
+
+@pytest.mark.mpi(min_ranks=3)
 @pytest.mark.parametrize("bad", [(0,), (2,)])
 def test_by_the_median(world, bad):
     def no_cpu():

@@ -44,12 +44,12 @@ def test_collectives(comm):
 def test_messages_of_a_rank_come_in_order_and_all_of_them(comm):
     big = np.arange(100_000)
     for dest in range(comm.size):
-        for number in range(20):
+        for number in range(100):
             comm.send(dest, (comm.rank, number, big if number == 7 else None))
-    messages = receive(comm, 20 * comm.size)
+    messages = receive(comm, 100 * comm.size)
     for rank in range(comm.size):
         from_rank = [message for source, message in messages if source == rank]
-        assert [message[:2] for message in from_rank] == [(rank, n) for n in range(20)]
+        assert [message[:2] for message in from_rank] == [(rank, n) for n in range(100)]
         assert (from_rank[7][2] == big).all()
     until(lambda: comm.num_unreceived() == 0)
     comm.barrier()

@@ -10,9 +10,8 @@ import pytest
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import NullDisplay
 from tests.blocks import failed_blocks
-from tests.fakeranks import run
+from tests.fakeranks import NullDisplay, run
 from tests.journals import read_states
 
 

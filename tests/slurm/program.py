@@ -12,9 +12,10 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import mpichunk.backends.devices.probing as devices
 from mpichunk import cli
-from mpichunk.backends import devices, identity
-from mpichunk.backends.binding import Probe
+from mpichunk.backends import identity
+from mpichunk.backends.devices.binding import Probe
 from mpichunk.rundir import lock
 from tests.faults import program
 

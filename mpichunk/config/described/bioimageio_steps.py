@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpichunk.config.described.findings import Obstacle
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
 
-_NORMALIZE = (
-    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
-    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
-)
 _ACTIVATION = (
     "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
     "it, and do it afterwards"
@@ -26,7 +22,7 @@ def first_steps(tensor: Any) -> Scale | Obstacle:
         try:
             scale = _scaled(scale, str(step.id), _numbers(step))
         except ValueError as error:
-            return Obstacle(keys=("input.normalize",), found=str(error), cure=_NORMALIZE)
+            return Obstacle(keys=("input.normalize",), found=str(error), cure=NOT_FIXED_CURE)
     return scale
 
 

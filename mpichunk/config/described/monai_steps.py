@@ -11,7 +11,7 @@ import numpy as np
 
 from mpichunk.config.described.findings import Obstacle
 from mpichunk.config.described.monai_values import Code, code_in
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
 
 _NO_VALUES = frozenset(
     (
@@ -42,10 +42,6 @@ _GEOMETRY = _PADDING | frozenset(
 _COMPUTED = frozenset(("ScaleIntensityRange", "NormalizeIntensity", "Activations", "AsDiscrete"))
 """What is made a value of the config, with some of its arguments."""
 
-_NORMALIZE = (
-    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
-    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
-)
 _AFTER = "model.activation", "output.reduce", "output.threshold"
 _LABELS = frozenset(_AFTER[1:])
 
@@ -199,7 +195,7 @@ def _obstacle_before(found: str) -> Obstacle:
     return Obstacle(
         keys=("input.normalize",),
         found=found,
-        cure=_NORMALIZE,
+        cure=NOT_FIXED_CURE,
     )
 
 

@@ -10,6 +10,12 @@ from typing import Any
 _MOST = 3.4028234663852886e38
 """The largest float32, for a clip that has no bound on one side."""
 
+NOT_FIXED_CURE = (
+    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
+    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
+)
+"""What to do about a step whose numbers depend on the image."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:

@@ -6,7 +6,7 @@ Knows no framework: only shapes come in, and slices go out.
 from collections.abc import Sequence
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.size_advice import OutputShape, crop_advice, size_advice
+from mpichunk.backends.shapes.size_advice import OutputShape, crop_advice, size_advice
 from mpichunk.errors import ModelError
 from mpichunk.geometry.box import add, subtract, triple
 

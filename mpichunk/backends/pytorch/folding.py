@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.torch_chunkflow import ChunkflowNetwork
-from mpichunk.backends.torch_exported import ExportedNetwork
-from mpichunk.backends.torch_kernels import computing
-from mpichunk.backends.torch_weights import first_line
+from mpichunk.backends.pytorch.chunkflow import ChunkflowNetwork
+from mpichunk.backends.pytorch.exported import ExportedNetwork
+from mpichunk.backends.pytorch.kernels import computing
+from mpichunk.backends.pytorch.weights import first_line
 from mpichunk.errors import ModelError
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d

@@ -5,10 +5,10 @@ Imports torch only when it probes or loads.
 
 from pathlib import Path
 
-from mpichunk.backends.binding import Probe
-from mpichunk.backends.devices import probe_devices
+from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.probing import probe_devices
 from mpichunk.backends.engine import Engine, EngineRequest
-from mpichunk.backends.model_source import torch_files
+from mpichunk.backends.files.source import torch_files
 from mpichunk.config.schema import Model
 
 
@@ -32,8 +32,8 @@ class PytorchBackend:
 
     def load(self, model: Model, request: EngineRequest, prepared: bytes | None = None) -> Engine:
         """Load the network onto `request.device`."""
-        from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-        from mpichunk.backends.torch_network import load_network
+        from mpichunk.backends.pytorch.engine import TorchEngine, prepare_torch
+        from mpichunk.backends.pytorch.network import load_network
 
         prepare_torch(request)
         return TorchEngine(load_network(model, request), request)

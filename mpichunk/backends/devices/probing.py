@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpichunk.backends.binding import Accelerator, Probe
-from mpichunk.backends.visibility import listed_name
+from mpichunk.backends.devices.binding import Accelerator, Probe
+from mpichunk.backends.devices.visibility import listed_name
 
 
 def probe_devices(requested: str = "auto") -> Probe:

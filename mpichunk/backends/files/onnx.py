@@ -7,7 +7,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpichunk.backends.model_source import existing_file
+from mpichunk.backends.files.source import existing_file
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 

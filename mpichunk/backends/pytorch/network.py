@@ -19,15 +19,15 @@ import torch
 from torch import nn
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.model_source import (
+from mpichunk.backends.files.source import (
     WEIGHTS_KEY,
     ModelSource,
     find_source,
     weights_file,
 )
-from mpichunk.backends.torch_chunkflow import MAKERS, ChunkflowNetwork, make_universal
-from mpichunk.backends.torch_exported import load_exported
-from mpichunk.backends.torch_weights import first_line, load_weights
+from mpichunk.backends.pytorch.chunkflow import MAKERS, ChunkflowNetwork, make_universal
+from mpichunk.backends.pytorch.exported import load_exported
+from mpichunk.backends.pytorch.weights import first_line, load_weights
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from mpichunk.filehash import file_hash
@@ -118,7 +118,7 @@ def _load_chunkflow(source: ModelSource, model: Model, request: EngineRequest) -
 
 def where_raised(error: BaseException) -> str:
     """Return `file:line` of the innermost frame outside torch and mpichunk's backends, or ""."""
-    own = str(Path(__file__).parent), str(Path(torch.__file__).parent), "<frozen"
+    own = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<frozen"
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)
     ]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mpichunk.backends.torch_kernels import is_out_of_memory
-from mpichunk.backends.torch_weights import first_line
+from mpichunk.backends.pytorch.kernels import is_out_of_memory
+from mpichunk.backends.pytorch.weights import first_line
 from mpichunk.errors import ModelError
 
 NUM_WARM_UPS = 3

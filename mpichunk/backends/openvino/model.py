@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.fixed_shape import refuse_fixed_shape
-from mpichunk.backends.model_source import existing_file, torch_files
-from mpichunk.backends.network_output import failed_forward
-from mpichunk.backends.onnx_file import onnx_files
+from mpichunk.backends.files.onnx import onnx_files
+from mpichunk.backends.files.source import existing_file, torch_files
 from mpichunk.backends.optional import not_importable
+from mpichunk.backends.shapes.fixed_shape import refuse_fixed_shape
+from mpichunk.backends.shapes.network_output import failed_forward
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
 from mpichunk.geometry.box import Triple, triple
@@ -75,9 +75,9 @@ def convert_network(model: Model, request: EngineRequest) -> bytes:
     openvino = import_openvino()
     import torch
 
-    from mpichunk.backends.torch_chunkflow import refuse_conversion
-    from mpichunk.backends.torch_engine import TorchEngine, prepare_torch
-    from mpichunk.backends.torch_network import load_network
+    from mpichunk.backends.pytorch.chunkflow import refuse_conversion
+    from mpichunk.backends.pytorch.engine import TorchEngine, prepare_torch
+    from mpichunk.backends.pytorch.network import load_network
 
     # What is compared is the conversion; openvino's precision comes later.
     exact = replace(request, precision="float32")
@@ -114,8 +114,8 @@ def _convert(openvino: Any, network: Any, batch_nczyx: Any) -> Any:
     """Return the network as OpenVINO's, its shapes those of the batch."""
     import torch
 
-    from mpichunk.backends.torch_exported import ExportedNetwork
-    from mpichunk.backends.torch_flat import flatten
+    from mpichunk.backends.pytorch.exported import ExportedNetwork
+    from mpichunk.backends.pytorch.flat import flatten
 
     source, example = network, {"example_input": batch_nczyx}
     root = logging.getLogger()
@@ -146,7 +146,7 @@ def _refuse_difference(
     openvino: Any, network: Any, batch_nczyx: Any, expected: Any, request: EngineRequest
 ) -> None:
     """Refuse a converted network whose values are not torch's."""
-    from mpichunk.backends.network_output import find_cut
+    from mpichunk.backends.shapes.network_output import find_cut
 
     compiled = openvino.Core().compile_model(
         network, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}

@@ -1,6 +1,6 @@
 """How torch runs a network: precision, memory layout, compiled kernels; what cannot be is refused.
 
-Knows no patches and no blocks. Folding stands in `torch_folding`, CUDA graphs in `torch_capture`.
+Knows no patches and no blocks. Folding stands in `folding`, CUDA graphs in `capture`.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.torch_weights import first_line
+from mpichunk.backends.pytorch.weights import first_line
 from mpichunk.errors import DeviceError, ModelError, UserError
 
 HALVES: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,6 +5,7 @@ Every setting of torch that the result depends on is made here and nowhere else.
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpichunk.backends.devices import accelerator_name
+from mpichunk.backends.devices.probing import accelerator_name
 from mpichunk.backends.engine import EngineInfo, EngineRequest
-from mpichunk.backends.network_output import failed_forward, find_cut
-from mpichunk.backends.torch_arrays import TorchArrays
-from mpichunk.backends.torch_capture import CapturedForward
-from mpichunk.backends.torch_exported import ExportedNetwork
-from mpichunk.backends.torch_folding import fold_batch_norm
-from mpichunk.backends.torch_kernels import (
+from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.backends.pytorch.capture import CapturedForward
+from mpichunk.backends.pytorch.exported import ExportedNetwork
+from mpichunk.backends.pytorch.folding import fold_batch_norm
+from mpichunk.backends.pytorch.kernels import (
     HALVES,
     CompiledNetwork,
     computing,
@@ -29,13 +29,17 @@ from mpichunk.backends.torch_kernels import (
     refuse_device,
     refuse_without_halves,
 )
-from mpichunk.backends.torch_network import where_raised
+from mpichunk.backends.pytorch.network import where_raised
+from mpichunk.backends.shapes.network_output import failed_forward, find_cut
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple
 
+SWITCH_SECONDS = 5e-4
+"""How long other threads may hold up the one that feeds an accelerator; Python's 5 ms are long."""
+
 
 def prepare_torch(request: EngineRequest) -> None:
-    """Set what is global in torch: threads, deterministic algorithms.
+    """Set what is global: threads and how they take turns, deterministic algorithms.
 
     What engines of one process may want differently is set for each forward (`computing`).
 
@@ -52,6 +56,7 @@ def prepare_torch(request: EngineRequest) -> None:
         torch.empty(1, device=device)
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
+            sys.setswitchinterval(SWITCH_SECONDS)
             torch.use_deterministic_algorithms(request.deterministic)
             # Filling empty memory, which that brings with it, costs time and proves nothing.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -146,7 +151,8 @@ class TorchEngine:
         """Run the network, cut its output, and convert it to float32."""
         output_nczyx = _only_tensor(self._forward(batch_nczyx))
         cut = find_cut(output_nczyx.shape, len(batch_nczyx), self._request, self._output_shape)
-        return output_nczyx[cut].float()
+        # Detached, since it may be a parameter itself.
+        return output_nczyx.detach()[cut].float()
 
     def is_out_of_memory(self, error: Exception) -> bool:
         """Return whether the device had no memory left; TorchScript and cuDNN tell it in words."""
@@ -181,10 +187,12 @@ class TorchEngine:
             return self._network(batch_nczyx.contiguous(memory_format=self._layout))
 
     def _use_threads(self) -> None:
-        """Give this thread its share of the cores; OpenMP keeps their number per thread."""
+        """Give this thread its cores and its device: OpenMP and CUDA keep them per thread."""
         if self._thread == threading.get_ident():
             return
         torch.set_num_threads(self._request.threads)
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device.index or 0)
         self._threads = torch.get_num_threads()
         self._thread = threading.get_ident()
 

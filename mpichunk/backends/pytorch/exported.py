@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.exported_archive import plain_copy, schema_version, strange_parts
-from mpichunk.backends.fixed_shape import refuse_fixed_shape
-from mpichunk.backends.torch_weights import first_line
+from mpichunk.backends.pytorch.exported_archive import plain_copy, schema_version, strange_parts
+from mpichunk.backends.pytorch.weights import first_line
+from mpichunk.backends.shapes.fixed_shape import refuse_fixed_shape
 from mpichunk.errors import ModelError
 
 _TRAINING_ARGUMENT = {

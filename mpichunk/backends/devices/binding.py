@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mpichunk.backends.matching import match
+from mpichunk.backends.devices.matching import match
 from mpichunk.errors import DeviceError
 
 _KEY = "compute.device"

@@ -1,8 +1,7 @@
 """The array operations of blending in torch, on a CPU or an accelerator.
 
 Every operation writes into memory that is there already, and none waits for the device but
-`download`, and `stage` for the batch before the last. Knows no geometry beyond the slices it is
-given.
+`download`, and `stage` where many batches wait. Knows no geometry beyond the slices it is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +15,16 @@ import torch
 from torch import Tensor
 
 from mpichunk.backends.engine import FINISH_NBYTES, Scaling
-from mpichunk.backends.torch_transfer import Transfer, make_transfer
+from mpichunk.backends.pytorch.transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.processmemory import own_pages
+
+_DIVIDED_AS_FLOAT32 = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32}
+"""What torch converts to float32 before it divides by one, rounding as a copy does.
+
+It divides float16 and float64 as such, and knows little of other integers.
+"""
 
 
 @dataclass(slots=True)
@@ -40,14 +46,17 @@ class Staged:
     """Raw patches of one batch, on the device, where the computing looks for them."""
 
     patches_nczyx: Sequence[Tensor] | Tensor
-    """Those that there are: views of the source on a CPU, side by side on an accelerator."""
+    """Those that there are: views of the source, or of a layer of it that is on an accelerator.
+
+    Side by side where they are of several layers.
+    """
 
     batch_shape: tuple[int, ...]
     """(n, c, z, y, x) of the whole batch."""
 
 
 class TorchArrays:
-    """Arrays are tensors on one device.
+    """Arrays are tensors on one device, none of which asks for gradients.
 
     Args:
         device: The device.
@@ -58,6 +67,7 @@ class TorchArrays:
         self._device = device
         self._transfer = transfer or make_transfer(device)
         self._buffers: dict[str, Tensor] = {}
+        self._shaped: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # Divisors on the device: by a host number, CUDA kernels multiply by the reciprocal
         # instead, which rounds differently.
         self._divisors: dict[float, Tensor] = {}
@@ -99,41 +109,65 @@ class TorchArrays:
             views = [source[(slice(None), *slices)] for slices in where]
             return Staged(patches_nczyx=views, batch_shape=batch_shape)
         self._transfer.pace()
+        if len({z.start for z, _, _ in where}) == 1:
+            views = [self._layer(feed, z)[:, :, y, x] for z, y, x in where]
+            return Staged(patches_nczyx=views, batch_shape=batch_shape)
+        # A layer holds only until the next but one is brought.
         raw_nczyx = self._buffer("raw", batch_shape, source.dtype)[: len(where)]
         for patch_czyx, (z, y, x) in zip(raw_nczyx, where, strict=True):
-            if feed.layer_czyx is None or feed.start != z.start:
-                feed.start, feed.layer_czyx = z.start, self._transfer.bring(source[:, z])
-            patch_czyx.copy_(feed.layer_czyx[:, :, y, x])
+            patch_czyx.copy_(self._layer(feed, z)[:, :, y, x])
         return Staged(patches_nczyx=raw_nczyx, batch_shape=batch_shape)
 
-    @torch.no_grad()
+    def _layer(self, feed: Feed, z: slice) -> Tensor:
+        """Return the layer of a source on an accelerator, which is brought there if need be."""
+        assert self._transfer is not None
+        if feed.layer_czyx is None or feed.start != z.start:
+            feed.start, feed.layer_czyx = z.start, self._transfer.bring(feed.source_czyx[:, z])
+        return feed.layer_czyx
+
     def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
         """Scale and pad; see `Arrays.gather`."""
         batch_nczyx, raw_nczyx = self._buffer("batch", staged.batch_shape), staged.patches_nczyx
-        if isinstance(raw_nczyx, Tensor):
-            self._fill(batch_nczyx[: len(raw_nczyx)], raw_nczyx, scaling, turn)
-        else:
-            # One by one, so that a patch stays in the cache.
-            for patch_czyx, raw_czyx in zip(batch_nczyx, raw_nczyx, strict=False):
-                self._fill(patch_czyx, raw_czyx, scaling, turn)
-        batch_nczyx[len(raw_nczyx) :] = 0
+        size, num_patches = staged.batch_shape[0], len(raw_nczyx)
+        # On a CPU one by one, so that a patch stays in the cache.
+        step = num_patches if self._transfer is not None else 1
+        for start in range(0, num_patches, step):
+            part = slice(start, start + step)
+            self._fill(batch_nczyx[part], raw_nczyx[part], scaling, turn)
+        if num_patches < size:
+            batch_nczyx[num_patches:] = 0
         return batch_nczyx
 
-    def _fill(self, patches: Tensor, raw: Tensor, scaling: Scaling, turn: Turn) -> None:
-        """Scale and turn one patch, or several side by side."""
-        patches.copy_(raw)
+    def _fill(
+        self, patches: Tensor, raws: Sequence[Tensor] | Tensor, scaling: Scaling, turn: Turn
+    ) -> None:
+        """Scale and turn some patches of a batch."""
+        if self._is_quotient(raws[0].dtype, scaling):
+            for patch_czyx, raw_czyx in zip(patches, raws, strict=True):
+                torch.div(raw_czyx, self._divisor(scaling.divide), out=patch_czyx)
+        else:
+            for patch_czyx, raw_czyx in zip(patches, raws, strict=True):
+                patch_czyx.copy_(raw_czyx)
+            self._scale(patches, scaling)
+        if turn != STRAIGHT:
+            # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
+            turned = patches.flip(turn.flipped)
+            patches.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
+
+    def _is_quotient(self, dtype: torch.dtype, scaling: Scaling) -> bool:
+        """Return whether raw values become float32 by one kernel of an accelerator, a division."""
+        is_plain = scaling.clip is None and scaling.subtract == 0
+        return is_plain and self._transfer is not None and dtype in _DIVIDED_AS_FLOAT32
+
+    def _scale(self, patches: Tensor, scaling: Scaling) -> None:
+        """Clip, subtract and divide in place."""
         if scaling.clip is not None:
             patches.clamp_(*scaling.clip)
         if scaling.subtract != 0:
             patches.sub_(scaling.subtract)
         if scaling.divide != 1:
             patches.div_(self._divisor(scaling.divide))
-        if turn != STRAIGHT:
-            # torch flips no raw type that it hardly knows, such as uint16, and only by a copy.
-            turned = patches.flip(turn.flipped)
-            patches.copy_(turned.transpose(-2, -1) if turn.swaps_yx else turned)
 
-    @torch.no_grad()
     def activate(self, batch_nczyx: Tensor, activation: str) -> Tensor:
         """Return the batch through the activation; see `Arrays.activate`."""
         if activation == "none":
@@ -147,7 +181,6 @@ class TorchArrays:
         """Return zeros; see `Arrays.sums`."""
         return self._buffer("sums", shape).zero_()
 
-    @torch.no_grad()
     def add_turned(
         self, sum_nczyx: Tensor, batch_nczyx: Tensor, turn: Turn, moves: Sequence[Move]
     ) -> None:
@@ -159,7 +192,6 @@ class TorchArrays:
                 back = back.flip(turn.flipped) if turn.flipped else back
                 sum_czyx[(move.target, *move.where)].add_(back[(slice(None), *move.part)])
 
-    @torch.no_grad()
     def multiply(self, array: Tensor, factor: float) -> None:
         """Multiply in place."""
         array.mul_(factor)
@@ -168,38 +200,31 @@ class TorchArrays:
         """Return a copy on the device; see `Arrays.vector`."""
         return self._to_device(host)
 
-    @torch.no_grad()
-    def window(self, z: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    def window(self, z: Tensor, y: Tensor, x: Tensor, used: Tensor | None = None) -> Tensor:
         """Return the whole (z, y, x) product: with it, adding is one kernel per patch."""
-        window = self._buffer("window", (len(z), len(y), len(x)))
-        return torch.mul(z[:, None, None], y[:, None] * x, out=window)
+        return torch.mul(z[:, None, None], y[:, None] * x, out=used)
 
-    @torch.no_grad()
     def add_weighted(
         self, total_czyx: Tensor, where: Slices, patch_czyx: Tensor, part: Slices, window: Tensor
     ) -> None:
         """Multiply and add in one pass, without a temporary; see `Arrays.add_weighted`."""
         total_czyx[(slice(None), *where)].addcmul_(patch_czyx[(slice(None), *part)], window[part])
 
-    @torch.no_grad()
     def apply_mask(self, total_czyx: Tensor, mask_zyx: npt.NDArray[np.bool_]) -> None:
         """Overwrite, since zero times NaN would stay NaN."""
         total_czyx.masked_fill_(self._to_device(~mask_zyx), 0)
 
-    @torch.no_grad()
     def is_finite(self, array: Tensor) -> Tensor:
         """Return whether both extremes are finite: NaN wins both, and no tensor is made."""
         low, high = torch.aminmax(array)
         return torch.isfinite(low) & torch.isfinite(high)
 
-    @torch.no_grad()
     def gate(self, total_czyx: Tensor, channel: int, below: float, gated: Sequence[int]) -> None:
         """Overwrite where the gate is shut; see `Arrays.gate`."""
         is_shut = total_czyx[channel] >= _float32(below)
         for other in gated:
             total_czyx[other].masked_fill_(is_shut, 0)
 
-    @torch.no_grad()
     def best_channel(
         self, total_czyx: Tensor, channels: Sequence[int], out_zyx: Tensor, *, is_vote: bool
     ) -> None:
@@ -219,12 +244,10 @@ class TorchArrays:
         # Through float32: torch fills and copies no uint16 by mask, but converts to it.
         out_zyx.copy_(label)
 
-    @torch.no_grad()
     def above(self, total_czyx: Tensor, threshold: float, out_czyx: Tensor) -> None:
         """Compare; see `Arrays.above`."""
         out_czyx.copy_(total_czyx > _float32(threshold))
 
-    @torch.no_grad()
     def quantise(self, total_czyx: Tensor, out_czyx: Tensor) -> None:
         """Convert to the dtype of `out_czyx`; see `Arrays.quantise`."""
         if not out_czyx.dtype.is_floating_point:
@@ -232,7 +255,6 @@ class TorchArrays:
             total_czyx.clamp_(0, 1).mul_(torch.iinfo(out_czyx.dtype).max).round_()
         out_czyx.copy_(total_czyx)
 
-    @torch.no_grad()
     def clear(self, array: Tensor) -> None:
         """Set to zero."""
         array.zero_()
@@ -250,7 +272,7 @@ class TorchArrays:
     def host_bytes(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """Return pinned memory for an accelerator; see `Arrays.host_bytes`."""
         if self._transfer is None:
-            return np.empty(nbytes, np.uint8)
+            return own_pages(nbytes)
         host: npt.NDArray[np.uint8] = self._transfer.host_bytes(nbytes).numpy()
         return host
 
@@ -261,7 +283,6 @@ class TorchArrays:
             return self._transfer.outgoing(host.shape, host.dtype)
         return host if self._device.type == "cpu" else torch.empty_like(host, device=self._device)
 
-    @torch.no_grad()
     def send(self, array: Tensor, host_czyx: npt.NDArray[Any]) -> None:
         """Begin to copy to the host, or on the CPU do nothing; see `Arrays.send`."""
         host = torch.from_numpy(host_czyx)
@@ -293,6 +314,15 @@ class TorchArrays:
         self.wait()
         return int(memory.max_memory_allocated(self._device)) - before
 
+    def most_nbytes(self) -> int | None:
+        """Ask the accelerator's allocator; see `Arrays.most_nbytes`."""
+        if self._device.type == "cpu":
+            return None
+        memory = torch.get_device_module(self._device)
+        if not hasattr(memory, "max_memory_allocated"):
+            return None
+        return int(memory.max_memory_allocated(self._device))
+
     def device_nbytes(self) -> tuple[int, int] | None:
         """Ask driver and allocator; see `Arrays.device_nbytes`."""
         if self._device.type == "cpu":
@@ -305,6 +335,7 @@ class TorchArrays:
 
     def release(self) -> None:
         """Forget the buffers, and give the allocator's idle memory back to the device."""
+        self._shaped.clear()
         self._buffers.clear()
         if self._transfer is not None:
             self._transfer.release()
@@ -328,12 +359,22 @@ class TorchArrays:
         self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Return memory that is kept for the next call of the same name."""
-        num_values = prod(shape)
+        key = name, tuple(shape)
+        shaped = self._shaped.get(key)
+        if shaped is None or shaped.dtype != dtype:
+            shaped = self._shaped[key] = self._grown(name, prod(shape), dtype).view(*shape)
+        return shaped
+
+    def _grown(self, name: str, num_values: int, dtype: torch.dtype) -> Tensor:
+        """Return that many values of a buffer, which is made anew where it is too small."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_values or buffer.dtype != dtype:
+            # No view may keep the old one.
+            self._shaped = {key: view for key, view in self._shaped.items() if key[0] != name}
+            self._buffers.pop(name, None)
             buffer = torch.empty(num_values, dtype=dtype, device=self._device)
             self._buffers[name] = buffer
-        return buffer[:num_values].view(*shape)
+        return buffer[:num_values]
 
 
 def _float32(value: float) -> float:

@@ -1,7 +1,7 @@
 """The `pznet` backend: nets that pznet compiled for manycore CPUs, one per process.
 
 Everything but the weights is compiled into such a net: patch, channels, batch, instruction set and
-number of cores. What its engine does to a process is held off by `pznet_net`.
+number of cores. What its engine does to a process is held off by `net`.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.binding import Probe
-from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
-from mpichunk.backends.fixed_shape import refuse_fixed_shape
-from mpichunk.backends.network_output import find_cut
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.pznet_net import PznetNet, find_files, load_net
+from mpichunk.backends.pznet.net import PznetNet, find_files, load_net
+from mpichunk.backends.shapes.fixed_shape import refuse_fixed_shape
+from mpichunk.backends.shapes.network_output import find_cut
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError, UserError
 
@@ -130,7 +130,7 @@ def try_net(folder: Path) -> dict[str, list[int]]:
         report = Path(scratch) / "report.json"
         # What a trial that is killed cannot remove goes with this folder.
         environment = {**os.environ, "TMPDIR": scratch}
-        command = [sys.executable, "-m", "mpichunk.backends.pznet_net", str(folder), str(report)]
+        command = [sys.executable, "-m", "mpichunk.backends.pznet.net", str(folder), str(report)]
         try:
             done = subprocess.run(
                 command,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mpichunk.backends.local_imports import imported_files
+from mpichunk.backends.files.local_imports import imported_files
 from mpichunk.config.location import split_model_path
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError

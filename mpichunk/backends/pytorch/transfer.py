@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-NUM_SLOTS = 2
+from mpichunk.backends.engine import LAYERS_IN_FLIGHT
+
+NUM_SLOTS = LAYERS_IN_FLIGHT
 """Layers of the input, and parts of the output, that are on their way at the same time."""
 
-NUM_BATCHES_AHEAD = 2
-"""Batches that the device has been asked for and not begun."""
+MOST_BATCHES_AHEAD = 8
+"""Batches that the device has been asked for and not begun: work while the host is held up.
+
+They take no memory: each is computed where the one before was, and the layers of the input wait for
+their place. The driver's queue holds about a thousand kernels; beyond, asking waits by spinning.
+"""
+
+ENOUGH_BATCHES_AHEAD = 2
+"""As many as there need be once the device has been asked for `ENOUGH_SECONDS` of work."""
+
+ENOUGH_SECONDS = 0.02
+"""No thread of Python holds up another for longer; more would be waited for in the end."""
 
 
 @dataclass(slots=True)
@@ -39,6 +52,17 @@ class _Slot:
 
     used: Any = None
     """Event: what has read it is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A batch that the device was asked for."""
+
+    event: Any
+    """The device has begun with it."""
+
+    seconds: float
+    """When it was asked for, by a monotonic clock."""
 
 
 class Transfer:
@@ -73,13 +97,19 @@ class Transfer:
         self._in_slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._out_slots = [_Slot() for _ in range(NUM_SLOTS)]
         self._num_in = self._num_out = 0
-        self._begun: deque[Any] = deque()
+        self._begun: deque[_Asked] = deque()
 
     def pace(self) -> None:
-        """Wait until the device has begun with the batch before the last that called this."""
-        if len(self._begun) == NUM_BATCHES_AHEAD:
-            self._begun.popleft().synchronize()
-        self._begun.append(self._mark())
+        """Wait while the device has not begun with enough that it was asked for."""
+        now = monotonic()
+        while self._begun and self._is_enough(now - self._begun[0].seconds):
+            self._begun.popleft().event.synchronize()
+        self._begun.append(_Asked(event=self._mark(), seconds=now))
+
+    def _is_enough(self, seconds: float) -> bool:
+        """Return whether to wait for the oldest batch that was asked for, so long ago."""
+        least = ENOUGH_BATCHES_AHEAD if seconds > ENOUGH_SECONDS else MOST_BATCHES_AHEAD
+        return len(self._begun) >= least
 
     def bring(self, host: Tensor) -> Tensor:
         """Begin to copy from pinned memory; what comes next on the device sees it there.

@@ -1,7 +1,7 @@
 """The `openvino` backend: ONNX files, OpenVINO's own, and all that torch loads, on CPUs.
 
 Imports openvino only when it loads. Networks of torch are converted once, by one rank
-(`openvino_model`). Input and output are numpy arrays.
+(`model`). Input and output are numpy arrays.
 """
 
 from pathlib import Path
@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.binding import Probe
-from mpichunk.backends.devices import cpu_kind
+from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
-from mpichunk.backends.model_source import WEIGHTS_KEY
-from mpichunk.backends.network_output import find_cut
+from mpichunk.backends.files.source import WEIGHTS_KEY
 from mpichunk.backends.numpy_arrays import NumpyArrays
-from mpichunk.backends.openvino_model import (
+from mpichunk.backends.openvino.model import (
     convert_network,
     import_openvino,
     model_kind,
@@ -25,6 +24,7 @@ from mpichunk.backends.openvino_model import (
     read_network,
     reshape_network,
 )
+from mpichunk.backends.shapes.network_output import find_cut
 from mpichunk.config.computerules import HINTS, PRECISION_HINT
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError

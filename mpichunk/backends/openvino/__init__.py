@@ -1,0 +1,1 @@
+"""Networks run by OpenVINO: the backend and its engine, and where a network comes from."""

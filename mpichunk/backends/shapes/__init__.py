@@ -1,0 +1,1 @@
+"""What a network takes and returns, against what a run asks for. Only shapes; no framework."""
