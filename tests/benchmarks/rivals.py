@@ -131,19 +131,23 @@ def chunkflow(folder, settings):
     return run, net, version("chunkflow")
 
 
-def mpichunk(backend):
+def mpichunk(variant):
     """Whole runs, from the config to the end of the journal: input and output are zarr 3."""
 
     def prepare(folder, settings):
+        from mpichunk.processmemory import settle_allocator
         from mpichunk.ranks.comm import SerialCommunicator
         from mpichunk.rundir.history import History
         from mpichunk.verbs.run import run_on
 
+        # As the `run` verb does.
+        settle_allocator()
+
         def run(command):
-            where = folder / f"{backend}-{command['config']}"
+            where = folder / f"{variant}-{command['config']}"
             shutil.rmtree(where, ignore_errors=True)
             sets = [
-                *settings["models"][backend],
+                *settings["models"][variant],
                 f"output.volume={where / 'out.zarr'}",
                 f"run_dir={where / 'run'}",
             ]
@@ -159,7 +163,7 @@ def mpichunk(backend):
                     return np.asarray(reader.read(reader.info.domain).result())
             return None
 
-        return run, None, version(settings["packages"][backend])
+        return run, None, version(settings["packages"][variant])
 
     return prepare
 
@@ -171,6 +175,7 @@ RIVALS = {
     "chunkflow": chunkflow,
     "mpichunk-pytorch": mpichunk("pytorch"),
     "mpichunk-openvino": mpichunk("openvino"),
+    "mpichunk-openvino-avx2": mpichunk("openvino-avx2"),
 }
 
 

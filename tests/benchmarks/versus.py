@@ -21,7 +21,13 @@ import numpy as np
 from tests.benchmarks import common
 
 RIVALS = ("monai", "torch-em", "chunkflow")
-BACKENDS = ("pytorch", "openvino")
+VARIANTS = {
+    "pytorch": ["model.backend=pytorch"],
+    "openvino": ["model.backend=openvino"],
+    "openvino-avx2": ["model.backend=openvino", "model.options={ONEDNN_MAX_CPU_ISA: AVX2}"],
+}
+"""How mpichunk runs the network, by what follows its name."""
+
 MODULES = {"monai": "monai", "torch-em": "torch_em", "chunkflow": "chunkflow"}
 CALLS = {
     "bare": "eager forwards, nothing else",
@@ -30,6 +36,7 @@ CALLS = {
     "chunkflow": "chunkflow Inferencer",
     "mpichunk-pytorch": "mpichunk, pytorch, zarr to zarr",
     "mpichunk-openvino": "mpichunk, openvino, zarr to zarr",
+    "mpichunk-openvino-avx2": "the same, AVX2 at most",
 }
 TOLERANCE = 1e-4
 
@@ -111,8 +118,8 @@ def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "aligned": aligned,
         "starts": list(product(*starts)),
         "threads": options.threads,
-        "packages": {"pytorch": "torch", "openvino": "openvino"},
-        "models": {name: [f"model.backend={name}"] for name in BACKENDS},
+        "packages": {"pytorch": "torch", "openvino": "openvino", "openvino-avx2": "openvino"},
+        "models": VARIANTS,
     }
     (folder / "settings.json").write_text(json.dumps(settings))
     _write_configs(folder, settings, stride)
@@ -159,10 +166,10 @@ def start_all(
     """Return the competitors that can run here, and why others cannot."""
     pythons: dict[str, str] = {"bare": sys.executable}
     missing: dict[str, str] = {}
-    for backend in BACKENDS:
-        why = common.why_not(backend)
-        pythons |= {f"mpichunk-{backend}": sys.executable} if why is None else {}
-        missing |= {f"mpichunk-{backend}": why} if why is not None else {}
+    for variant in VARIANTS:
+        name, why = f"mpichunk-{variant}", common.why_not(variant.partition("-")[0])
+        pythons |= {name: sys.executable} if why is None else {}
+        missing |= {name: why} if why is not None else {}
     for name in RIVALS:
         python = getattr(options, name.replace("-", "_")) or options.python
         check = [python, "-W", "ignore", "-c", f"import {MODULES[name]}"]
@@ -238,12 +245,12 @@ def render(found: Mapping[str, Any]) -> str:
     rows += [[CALLS[name], f"not measured: {why}", "", "", "", ""] for name, why in missing]
     header = "what", "seconds", "with the start", "Mvox/s", "seconds / bare", "largest difference"
     lines = [common.table(header, rows), ""]
-    for backend in BACKENDS:
-        ours = seconds.get(f"mpichunk-{backend}")
+    for variant in VARIANTS:
+        ours = seconds.get(f"mpichunk-{variant}")
         for rival in RIVALS:
             if ours and rival in seconds:
                 ratio = common.ratios(seconds[rival], ours)
-                lines.append(f"{backend}: {common.spread(ratio)} times as fast as {rival}")
+                lines.append(f"{variant}: {common.spread(ratio)} times as fast as {rival}")
     lines += ["", f"{found['task']}. {common.machine_words(found['machine'])}"]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.files.source import WEIGHTS_KEY
 from mpichunk.backends.numpy_arrays import NumpyArrays
+from mpichunk.backends.openvino.instructions import OPTION, check_limit, limit_of, limited
 from mpichunk.backends.openvino.model import (
     convert_network,
     import_openvino,
@@ -79,6 +80,7 @@ class OpenvinoEngine:
         self._arrays = NumpyArrays()
         self._settings = _settings(self._core, model, request)
         self._own_settings = tuple(model.options)
+        self._limit = limit_of(model)
         self._requests: dict[int, Any] = {}
         self._compiled = self._compile(request.batch_size)
 
@@ -98,6 +100,7 @@ class OpenvinoEngine:
             device_kind=cpu_kind(),
             precision=_PRECISIONS.get(precision, precision),
             threads=int(self._compiled.get_property("INFERENCE_NUM_THREADS")),
+            kernels=() if self._limit is None else (f"{self._limit} at most",),
         )
 
     def infer(self, batch_nczyx: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -131,7 +134,8 @@ class OpenvinoEngine:
         """Return the network compiled for batches of this size: fixed shapes run faster."""
         network = reshape_network(self._network, self._path, self._request, batch_size)
         try:
-            compiled = self._core.compile_model(network, "CPU", self._settings)
+            with limited(self._limit):
+                compiled = self._core.compile_model(network, "CPU", self._settings)
         except Exception as error:
             text = str(error).strip()
             is_setting = any(name in text for name in self._own_settings)
@@ -139,6 +143,7 @@ class OpenvinoEngine:
                 f"{self._path} cannot be compiled by openvino: {text.splitlines()[-1]}",
                 key="model.options" if is_setting else "model.path",
             ) from error
+        check_limit(compiled, self._limit)
         self._requests[batch_size] = compiled.create_infer_request()
         return compiled
 
@@ -161,7 +166,7 @@ def _settings(core: Any, model: Model, request: EngineRequest) -> dict[str, Any]
         "INFERENCE_NUM_THREADS": request.threads,
         "NUM_STREAMS": 1,
     }
-    settings |= {k: value for k, value in model.options.items() if k != WEIGHTS_KEY}
+    settings |= {k: v for k, v in model.options.items() if k not in (WEIGHTS_KEY, OPTION)}
     # By itself it takes what the node is best at, and so the result depends on the node.
     settings[PRECISION_HINT] = HINTS[request.precision]
     able = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
