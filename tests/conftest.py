@@ -28,6 +28,7 @@ from tests.launch import (
     finish,
     mpirun_options,
 )
+from tests.optional import need
 
 MPI_TESTS = REPOSITORY / "tests" / "mpi"
 SLURM_TESTS = REPOSITORY / "tests" / "slurm"
@@ -58,6 +59,39 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"real data is not here: no {REAL_DATA} (MPICHUNK_TEST_DATA names another)")
     return REAL_DATA
+
+
+# ---- Places -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder, so that messages begin with the bare name of a file in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- Libraries --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """Let torch compute on one thread, whatever a test before has set."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def zoo() -> None:
+    """Skip where nothing reads packages of bioimage.io."""
+    need("bioimageio.spec", extra="bioimageio")
+
+
+@pytest.fixture
+def monai() -> None:
+    """Skip where there is no MONAI."""
+    need("monai")
 
 
 # ---- Starting the program ---------------------------------------------------------------------

@@ -16,11 +16,6 @@ from tests.endtoend import assert_same_files, write_config
 VOLUME = {"volume": "synthetic://membranes?shape=16,32,40&seed=3"}
 
 
-def need(package: str, extra: str) -> None:
-    """Skip where a package is not installed; in CI that is a failure."""
-    pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{extra}]'")
-
-
 def config_file(folder: Path, model: Any, *, name: str = "config.yaml", **sections: Any) -> Path:
     """Write a config around a model; what a section lacks has a default."""
     config: dict[str, Any] = {

@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import yaml
 
+from mpichunk import cli
 from mpichunk.geometry.box import Box
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
-from mpichunk.rundir import history, journal
+from mpichunk.rundir import journal
 from mpichunk.schedule.lookahead import LOOKAHEAD_SECONDS
 from mpichunk.volume import open_input
+from tests.journals import read_history
 
 
 def write_config(folder: Path, *, name: str = "config.yaml", **sections: Any) -> Path:
@@ -70,7 +73,20 @@ def block_lines(run_dir: Path, state: str = "done") -> list[dict[str, Any]]:
 
 def start_lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return what the journal notes at each start."""
-    return history.read_history(run_dir / journal.NAME).starts
+    return read_history(run_dir / journal.NAME).starts
+
+
+def check(config: Path) -> int:
+    """Return what `status --check` exits with."""
+    return cli.main(["status", str(config), "--check"])
+
+
+def status_of(config: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return what `status --json` prints."""
+    capsys.readouterr()
+    assert cli.main(["status", str(config), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
 
 
 def wait_until_done(process: subprocess.Popen[Any], run_dir: Path, num_blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""Small configs and volumes for tests, drawn by hypothesis or written down in one line."""
+"""Small configs, volumes and plans, drawn by hypothesis or written down in one line."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
 
 
@@ -99,3 +100,10 @@ def make_plan(config: Config, domain: Box | Triple) -> Plan:
     if not isinstance(domain, Box):
         domain = Box.from_shape((0, 0, 0), domain)
     return Plan.from_config(config, domain)
+
+
+def estimate_of(config: Config, domain: Box | Triple, **more: Any) -> Estimate:
+    """Return the estimate over a domain; keywords as of `estimate` or of `make_info`."""
+    plan = make_plan(config, domain)
+    told = {key: more.pop(key) for key in ("model_nbytes", "num_ranks", "probe") if key in more}
+    return estimate(plan, config, make_info(plan.volume, **more), **told)

@@ -8,14 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from mpichunk.nets import em_affinity_resunet
-from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from tests import onnx_maker
-
-EM_CODE = Path(em_affinity_resunet.__file__)
-EM_WEIGHTS = EM_CODE.with_suffix(".safetensors")
+from tests.realnets import EM_CODE, em_network
 
 POINTS = '''
 import torch
@@ -31,12 +26,6 @@ class Points(torch.nn.Module):
     def forward(self, x):
         return self.w(x)
 '''
-
-
-def em_network(padding: str = "same") -> torch.nn.Module:
-    network = EmAffinityResUNet(padding=padding)
-    network.load_state_dict(load_file(EM_WEIGHTS))
-    return network.eval()
 
 
 def space(name: str, size: Any, **more: Any) -> dict[str, Any]:
@@ -224,4 +213,38 @@ def write_bundle(
     (folder / "configs/inference.json").write_text(json.dumps(config))
     if metadata is not None:
         (folder / "configs/metadata.json").write_text(json.dumps(metadata))
+    return folder
+
+
+SIGMOID = [{"_target_": "Activationsd", "sigmoid": True}]
+
+
+def unet_bundle(folder: Path, **how: Any) -> Path:
+    """Write a bundle of a small random U-Net, made by MONAI as its users make it."""
+    from monai.bundle import ConfigParser
+
+    write_bundle(folder, **how)
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs/inference.json"))
+    torch.manual_seed(3)
+    network = parser.get_parsed_content("network_def").eval()
+    torch.save(network.state_dict(), folder / "models/model.pt")
+    torch.jit.script(network).save(str(folder / "models/model.ts"))
+    return folder
+
+
+def points_network(**arguments: Any) -> dict[str, Any]:
+    """Return what a bundle says of a network that multiplies."""
+    return {"network_def": {"_target_": "scripts.net.Points"} | arguments}
+
+
+def points_bundle(folder: Path, **how: Any) -> Path:
+    """Write a bundle whose network needs no MONAI."""
+    how["inference"] = (
+        points_network() | {"preprocessing": None, "postprocessing": None} | how["inference"]
+    )
+    write_bundle(folder, **how)
+    (folder / "scripts").mkdir()
+    (folder / "scripts/net.py").write_text(POINTS)
+    torch.save({"w.weight": torch.ones(2, 1, 1, 1, 1)}, folder / "models/model.pt")
     return folder

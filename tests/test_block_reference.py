@@ -7,13 +7,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest
 from mpichunk.block.inference import BlockInference, scaling_for
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.plan.plan import Plan
+from tests.engines import make_request
 from tests.geometries import cases, make_info
 from tests.reference import ReferenceMask, reference
 
@@ -29,16 +29,11 @@ def with_settings(config: Config, pad_mode: str, window: str) -> Config:
 
 
 def inference_of(config: Config, plan: Plan) -> BlockInference:
-    request = EngineRequest(
+    request = make_request(
         patch_shape=plan.patch_shape,
         crop=plan.crop,
         batch_size=config.patch.batch_size,
-        in_channels=1,
         out_channels=config.model.out_channels,
-        threads=1,
-        precision="float32",
-        device="cpu",
-        deterministic=True,
     )
     return BlockInference(
         get_backend("identity").load(config.model, request),

@@ -22,7 +22,7 @@ from mpichunk.job.canary import (
 )
 from mpichunk.plan.fit import Room
 from mpichunk.ranks.comm import SerialCommunicator
-from tests.test_inference import ENGINES, make_plan, make_request
+from tests.blockinference import ENGINES, make_plan, make_request
 
 RIGHT = np.linspace(-2, 4, 60, dtype=np.float32).reshape(3, 4, 5)
 

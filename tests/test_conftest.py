@@ -23,7 +23,7 @@ def test_skips():
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "launch.py"):
+    for name in ("conftest.py", "launch.py", "optional.py"):
         shutil.copy(REPOSITORY / "tests" / name, tmp_path / "tests")
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     return tmp_path

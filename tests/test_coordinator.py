@@ -4,16 +4,15 @@ import pickle
 import random
 from collections import defaultdict, deque
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.worker import Worker
-from mpichunk.rundir.history import read_history
-from mpichunk.rundir.journal import Journal, scan
+from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.hang import Tempo
 from mpichunk.schedule.messages import (
     Acknowledge,
@@ -21,7 +20,6 @@ from mpichunk.schedule.messages import (
     Contest,
     Contested,
     Done,
-    Failed,
     GiveBack,
     Lease,
     Request,
@@ -31,15 +29,9 @@ from mpichunk.schedule.messages import (
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
-from tests.test_worker import FakePipeline, done
-
-
-def core_of(block):
-    return Box.from_shape((block, 0, 0), (1, 4, 4))
-
-
-def failed(lease, message="unreadable"):
-    return Failed(lease=lease, error="BlockError", message=message)
+from tests.blocks import core_of, done, failed, failed_blocks
+from tests.fakeworker import FakePipeline
+from tests.journals import read_history, read_states
 
 
 class FakeJournal:
@@ -305,16 +297,13 @@ class Network:
             self.mail[source, dest].append(message)
 
 
+journaled = partial(read_states, num_blocks=60)
+
+
 @pytest.fixture
 def journal(tmp_path):
     with Journal.open(tmp_path, num_blocks=60, fingerprint={}, versions={}) as journal:
         yield journal
-
-
-def journaled(tmp_path):
-    states = np.zeros(60, np.uint8)
-    scan(tmp_path / "journal.jsonl", states)
-    return states
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
@@ -357,7 +346,7 @@ def test_every_block_ends_done_or_failed_whatever_fails(tmp_path, journal, mode,
     network.run()
     states = journaled(tmp_path)
     assert scheduler.is_finished
-    assert np.flatnonzero(states == State.FAILED).tolist() == scheduler.failed_blocks().tolist()
+    assert np.flatnonzero(states == State.FAILED).tolist() == failed_blocks(scheduler, 60)
     assert ((states == State.DONE) | (states == State.FAILED)).all()
     assert (states[[11, 12]] == State.FAILED).all()
     for failure in read_history(tmp_path / "journal.jsonl").failures(states):

@@ -18,7 +18,7 @@ import pytest
 from tests import onnx_maker
 from tests.endtoend import block_lines, write_config
 from tests.launch import Launch
-from tests.test_other_engines import need
+from tests.optional import need
 
 SHAPE = 64, 192, 192
 NUM_BLOCKS = 16

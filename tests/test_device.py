@@ -1,6 +1,7 @@
 """Precision and kernels on an NVIDIA device, against the CPU and against plain forwards on it.
 
-Left out where there is no such device. What a CPU can show stands in test_kernels.
+Left out where there is no such device. What a CPU can show stands in test_precision, test_folding
+and test_kernels.
 """
 
 import shutil
@@ -8,27 +9,27 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpichunk.backends.engine import EngineRequest, Kernels, Scaling
+from mpichunk.backends.engine import EngineRequest, Scaling
 from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.backends.pytorch.engine import SWITCH_SECONDS, TorchEngine, prepare_torch
 from mpichunk.block.inference import BlockInference, Inferred, check_engine
 from mpichunk.errors import ModelError
 from mpichunk.job.probing import probe_engine
-from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
+from tests import blockinference
+from tests.blockinference import RAW_DTYPES, make_plan, make_source, raw_values
 from tests.endtoend import read_volume, start_lines, write_config
-from tests.test_inference import make_plan, make_request, make_source
-from tests.test_network_forms import EM_CODE, EM_WEIGHTS
-from tests.test_torch_forms import export
-from tests.test_transfer import RAW_DTYPES, raw_values
+from tests.engines import make_request
+from tests.realnets import EM_CODE, EM_WEIGHTS, em_network
+from tests.torchnet import export
 
 if not torch.cuda.is_available():
     pytest.skip("no accelerator: torch sees no CUDA device", allow_module_level=True)
@@ -43,32 +44,15 @@ TOLERANCES = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2, "float16": 2e-2}
 KERNELS = ["channels_last", "fold_batch_norm", "cuda_graphs"]
 
 
-def request(*kernels: str, precision: str = "float32", **changes: object) -> EngineRequest:
-    values = {
-        "patch_shape": SHAPE,
-        "crop": (0, 0, 0),
-        "batch_size": SIZE,
-        "in_channels": 1,
-        "out_channels": 3,
-        "threads": 1,
-        "precision": precision,
-        "device": DEVICE,
-        "deterministic": True,
-        "kernels": Kernels(**dict.fromkeys(kernels, True)),
-    }
-    return EngineRequest(**values | changes)
-
-
-def network() -> nn.Module:
-    net = EmAffinityResUNet()
-    net.load_state_dict(load_file(EM_WEIGHTS))
-    return net.eval()
+def request(*kernels: str, **changes: Any) -> EngineRequest:
+    values = {"patch_shape": SHAPE, "batch_size": SIZE, "out_channels": 3, "device": DEVICE}
+    return make_request(kernels=kernels, **values | changes)
 
 
 def engine(*kernels: str, net: nn.Module | None = None, **changes: object) -> TorchEngine:
     asked = request(*kernels, **changes)
     prepare_torch(asked)
-    return TorchEngine((network() if net is None else net).to(DEVICE), asked)
+    return TorchEngine((em_network() if net is None else net).to(DEVICE), asked)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +63,7 @@ def batch() -> Tensor:
 @pytest.fixture(scope="module")
 def expected(batch: Tensor) -> Tensor:
     with torch.no_grad():
-        return network()(batch.cpu())
+        return em_network()(batch.cpu())
 
 
 @pytest.fixture(autouse=True)
@@ -132,9 +116,9 @@ def test_halves_act_on_torchscript_and_exported_programs(batch, expected, tmp_pa
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.script(network()).save(tmp_path / "net.ts")
-        torch.jit.trace(network(), batch.cpu()).save(tmp_path / "traced.ts")
-    path = export(network(), tmp_path / "net.pt2", (SIZE, 1, *SHAPE), axes=())
+        torch.jit.script(em_network()).save(tmp_path / "net.ts")
+        torch.jit.trace(em_network(), batch.cpu()).save(tmp_path / "traced.ts")
+    path = export(em_network(), tmp_path / "net.pt2", (SIZE, 1, *SHAPE), axes=())
     forms = {
         "script": torch.jit.load(tmp_path / "net.ts").eval(),
         "traced": torch.jit.load(tmp_path / "traced.ts").eval(),
@@ -251,7 +235,7 @@ def test_network_that_leaves_the_device_is_refused_as_a_graph(batch):
     class Asks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = network()
+            self.net = em_network()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) * float(x.sum().item() > 0)
@@ -271,7 +255,7 @@ def test_network_that_leaves_the_device_is_refused_as_a_graph(batch):
 @pytest.mark.parametrize("kernels", [(), ("cuda_graphs",)])
 def test_a_block_is_only_asked_for(kernels, out_dtype):
     plan = make_plan()
-    asked = make_request(plan, device=DEVICE, kernels=Kernels(**dict.fromkeys(kernels, True)))
+    asked = blockinference.make_request(plan, device=DEVICE, kernels=kernels)
     prepare_torch(asked)
     assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
     net = nn.Conv3d(2, 3, 3, padding=1).eval().to(DEVICE)

@@ -13,7 +13,7 @@ from mpichunk.block import inference as inference_module
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.inference import BlockInference
 from mpichunk.errors import BlockError, DeviceMemoryError
-from tests.test_inference import FLOAT32, Mix, make_plan, make_request
+from tests.blockinference import FLOAT32, Mix, make_plan, make_request
 
 
 def make(engine, request):

@@ -9,7 +9,8 @@ import pytest
 
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.rundir.journal import NAME, Journal
-from tests.benchmarks.scale import Case, Simulation, plan_of, simulate
+from tests.benchmarks.scale import simulate
+from tests.benchmarks.simulation import Case, Simulation, plan_of
 
 CASE = Case(num_ranks=50, num_blocks=4000, straggling=2e-3, failing=2e-3, num_deaths=3)
 

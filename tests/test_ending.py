@@ -5,14 +5,11 @@ import itertools
 import os
 import threading
 
-import numpy as np
 import pytest
 
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.geometry.box import Box
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock
 from mpichunk.rundir.runstatus import StatusReader, read_status
@@ -23,7 +20,6 @@ from mpichunk.schedule.messages import (
     FINISHED,
     Acknowledge,
     Drain,
-    Failed,
     GiveBack,
     Lease,
     Request,
@@ -32,14 +28,11 @@ from mpichunk.schedule.messages import (
 )
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.scheduler import Scheduler
-from tests.test_worker import done, leases
-from tests.test_worker import start as start_worker
+from tests.blocks import core_of, done, failed, leases
+from tests.fakeworker import start_worker
+from tests.journals import read_history, read_states
 
 NUM_BLOCKS = 40
-
-
-def core_of(block):
-    return Box.from_shape((block, 0, 0), (1, 4, 4))
 
 
 @pytest.fixture
@@ -63,21 +56,11 @@ def lease_to(coordinator, rank, num_blocks):
     return assign.leases
 
 
-def states_of(journal):
-    states = np.zeros(NUM_BLOCKS, np.uint8)
-    scan(journal.path, states)
-    return states
-
-
 def end(journal, ending, *, num_blocks):
     """End as `run` does: note why, then prove."""
     if ending is not None:
         note_end(journal, ending)
     return conclude(journal.path.parent, ending, num_blocks=num_blocks)
-
-
-def failed(lease, message="no such chunk"):
-    return Failed(lease=lease, error="BlockError", message=message)
 
 
 # ---- Drained ----------------------------------------------------------------------------------
@@ -99,7 +82,11 @@ def test_a_drained_run_leases_nothing_more_but_takes_what_is_in_flight(journal, 
     coordinator.handle(1, GiveBack(leases=(third,)))
     assert coordinator.commit(1.0) == [(1, Acknowledge(leases=(first, second)))]
     assert coordinator.assign(2.0) == []
-    assert states_of(journal)[:3].tolist() == [State.DONE, State.PENDING, State.PENDING]
+    assert read_states(journal.path.parent, NUM_BLOCKS)[:3].tolist() == [
+        State.DONE,
+        State.PENDING,
+        State.PENDING,
+    ]
     assert (scheduler.num_leased, scheduler.num_done) == (0, 1)
 
     assert end(journal, coordinator.ending, num_blocks=NUM_BLOCKS) == ExitCode.DRAINED
@@ -159,7 +146,7 @@ def test_the_breaker_stops_the_run_and_lists_what_failed(journal, caplog):
     coordinator.commit(1.0)
     code = end(journal, coordinator.ending, num_blocks=NUM_BLOCKS)
     assert code == ExitCode.BLOCKS_FAILED
-    states = states_of(journal)
+    states = read_states(journal.path.parent, NUM_BLOCKS)
     failures = read_history(journal.path).failures(states)
     assert [(f.block, f.message) for f in failures] == [
         (ours[0].block, "no such chunk"),

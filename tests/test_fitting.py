@@ -20,6 +20,7 @@ from mpichunk.job.startup import Job, prepare
 from mpichunk.plan.memory import least_nbytes
 from mpichunk.ranks.comm import SerialCommunicator
 from tests.endtoend import write_config
+from tests.engines import make_request
 
 MIB = 1 << 20
 NUM_RANKS = 3
@@ -75,17 +76,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def request(device: str) -> EngineRequest:
-    return EngineRequest(
-        patch_shape=(64, 64, 64),
-        crop=(0, 0, 0),
-        batch_size=1,
-        in_channels=1,
-        out_channels=1,
-        threads=1,
-        precision="float32",
-        device=device,
-        deterministic=True,
-    )
+    return make_request(patch_shape=(64, 64, 64), batch_size=1, out_channels=1, device=device)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import RANK_LOST, Failed, Lease
-from tests.test_worker import done
+from tests.blocks import done
 
 CORE = Box.from_shape((0, 0, 0), (1, 1, 1))
 

@@ -1,4 +1,4 @@
-"""The size of the house: files and functions stay small, and each file says what it is."""
+"""The size of the house: files and functions stay small, and each module says what it is."""
 
 import ast
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import pytest
 from tests.launch import REPOSITORY
 
 MODULES = sorted((REPOSITORY / "mpichunk").rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 
@@ -27,5 +28,10 @@ def test_module_is_small_and_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_there_are_modules() -> None:
-    assert len(MODULES) > 20
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_test_file_is_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES_OF_A_FILE
+
+
+def test_there_are_modules_and_tests() -> None:
+    assert len(MODULES) > 20 and len(TESTS) > 20

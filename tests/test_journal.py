@@ -1,5 +1,6 @@
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.job.startup import changed_versions, library_versions
 from mpichunk.rundir import journal as journals
-from mpichunk.rundir.history import read_history
 from mpichunk.rundir.journal import (
     Journal,
     read_header,
     scan,
 )
 from mpichunk.schedule.messages import Done, Failed, Lease, State
+from tests.journals import read_history, read_states
 
 CORE = Box(start=(-3, 0, 64), stop=(61, 64, 128))
 FINGERPRINT = {"input": "file:///em", "patch.shape": (20, 256, 256), "model": {"sha256": "ab"}}
@@ -49,10 +50,7 @@ def append(journal, record, state):
     journal.append(record, state, core=CORE, rank=3, host="node7")
 
 
-def states_of(run_dir, num_blocks=10):
-    states = np.zeros(num_blocks, np.uint8)
-    scan(run_dir / "journal.jsonl", states)
-    return states
+states_of = partial(read_states, num_blocks=10)
 
 
 def test_lines_are_as_documented(tmp_path):
@@ -180,7 +178,7 @@ def test_lines_are_found_however_the_file_is_cut_into_pieces(tmp_path, monkeypat
         for block in range(50):
             append(journal, failed(block) if block % 3 else done(block), "failed")
     monkeypatch.setattr(journals, "CHUNK_NBYTES", 97)
-    states = states_of(tmp_path, 50)
+    states = read_states(tmp_path, 50)
     assert (states == State.FAILED).all()
     states[3] = State.DONE
     history = read_history(tmp_path / "journal.jsonl")

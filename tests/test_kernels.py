@@ -1,4 +1,4 @@
-"""Precision and kernels on the CPU: what they change, what they must not, and what is refused.
+"""Kernels on the CPU: what they change, what they must not, and what is refused.
 
 What only an accelerator can do stands in test_device.
 """
@@ -6,175 +6,27 @@ What only an accelerator can do stands in test_device.
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest, Kernels
 from mpichunk.backends.pytorch.engine import TorchEngine
-from mpichunk.backends.pytorch.network import load_network
 from mpichunk.block.inference import check_engine
 from mpichunk.config.checks import check
 from mpichunk.config.file import load_config
-from mpichunk.config.schema import Config, Model
-from mpichunk.errors import DeviceError, ModelError
+from mpichunk.config.schema import Config
+from mpichunk.errors import ModelError
 from mpichunk.job.startup import fingerprint_of, prepare
 from mpichunk.plan.fingerprint import differences
-from mpichunk.ranks.comm import SerialCommunicator
-from mpichunk.verbs.run import run_on
-from tests.endtoend import read_volume, start_lines, write_config
+from tests.endtoend import write_config
+from tests.engines import make_request
 from tests.launch import REPOSITORY
-from tests.test_network_forms import EM_CODE, EM_WEIGHTS, NETS, PATCHES, network, scaled
-from tests.test_torch_forms import export, make_net
+from tests.realnets import EM_CODE
+from tests.torchnet import BATCH, forms, make_net
 
-HALVES = {"bfloat16": 3e-2, "float16": 5e-3}
-"""Largest difference allowed, of values in [0, 1]."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def request(**changes) -> EngineRequest:
-    values = {
-        "patch_shape": (4, 8, 8),
-        "crop": (0, 0, 0),
-        "batch_size": 2,
-        "in_channels": 1,
-        "out_channels": 2,
-        "threads": 1,
-        "precision": "float32",
-        "device": "cpu",
-        "deterministic": True,
-    }
-    kernels = Kernels(**dict.fromkeys(changes.pop("kernels", ()), True))
-    return EngineRequest(**values | changes, kernels=kernels)
-
-
-BATCH = torch.rand(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def forms(folder: Path) -> dict[str, nn.Module]:
-    """Return one network as all that torch loads."""
-    net = make_net()
-    model = Model(backend="pytorch", path=str(export(net, folder / "net.pt2")), out_channels=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Through a file: what was scripted in one process shares its graph, which runs alter.
-        torch.jit.script(nn.Sequential(*make_net().children())).save(folder / "net.ts")
-        script = torch.jit.load(folder / "net.ts").eval()
-    return {"module": net, "script": script, "exported": load_network(model, request())}
-
-
-# ---- Precision -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", HALVES)
-def test_halves_act_on_every_form_and_come_out_as_float32(tmp_path, precision):
-    with torch.no_grad():
-        expected = make_net()(BATCH)
-    for name, net in forms(tmp_path).items():
-        engine = TorchEngine(net, request(precision=precision))
-        found = engine.infer(BATCH)
-        assert found.dtype == torch.float32, name
-        assert not torch.equal(found, expected), name
-        torch.testing.assert_close(found, expected, atol=HALVES[precision], rtol=0)
-        assert torch.equal(found, engine.infer(BATCH)), name
-        assert engine.info.precision == precision
-
-
-def test_half_precision_without_effect_is_refused():
-    class Twice(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([x, 2 * x], 1)
-
-    assert TorchEngine(Twice(), request()).info.precision == "float32"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(make_net(), BATCH)
-    for net, why in ((Twice(), "no convolution"), (traced, "made by tracing")):
-        with pytest.raises(ModelError, match=f"computes in bfloat16 on cpu: .*{why}") as caught:
-            TorchEngine(net, request(precision="bfloat16"))
-        assert caught.value.key == "compute.precision"
-
-
-def test_values_that_float16_cannot_hold_are_told_as_such():
-    class Large(nn.Conv3d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 0 + 1e6 * super().forward(x)
-
-    net = Large(1, 2, 1).eval()
-    asked = request(precision="float16")
-    with pytest.raises(ModelError, match="above 65504") as caught:
-        check_engine(TorchEngine(net, asked), asked)
-    assert caught.value.key == "compute.precision"
-
-
-def test_engines_of_two_precisions_in_one_process_do_not_meet():
-    exact, half = (
-        TorchEngine(make_net(), request(precision=name)) for name in ("float32", "bfloat16")
-    )
-    first = exact.infer(BATCH).clone()
-    half.infer(BATCH)
-    assert torch.equal(exact.infer(BATCH), first)
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"precision": "tf32"}, "compute.precision"),
-        ({"kernels": ("cuda_graphs",)}, "compute.cuda_graphs"),
-    ],
-)
-def test_what_only_nvidia_devices_have_is_refused_on_a_cpu(tmp_path, changes, key):
-    path = export(make_net(), tmp_path / "net.pt2")
-    model = Model(backend="pytorch", path=str(path), out_channels=2)
-    with pytest.raises(DeviceError, match="NVIDIA") as caught:
-        get_backend("pytorch").load(model, request(**changes))
-    assert caught.value.key == key
-
-
-def test_threads_are_those_that_torch_has():
-    engine = TorchEngine(make_net(), request(threads=2))
-    torch.set_num_threads(1)
-    assert engine.info.threads == 2
-
-
-def test_a_run_in_half_precision(tmp_path):
-    sections = {
-        "input": {"volume": "synthetic://membranes?shape=16,40,40&seed=3"},
-        "model": {
-            "backend": "pytorch",
-            "path": f"{EM_CODE}:EmAffinityResUNet",
-            "weights": str(EM_WEIGHTS),
-            "out_channels": 3,
-        },
-        "patch": {"shape": [16, 32, 32], "overlap": [4, 8, 8]},
-        "block": {"shape": [16, 40, 40]},
-    }
-    outputs = {}
-    for precision in ("float32", "bfloat16"):
-        path = write_config(
-            tmp_path,
-            name=f"{precision}.yaml",
-            **sections,
-            output={"volume": f"{precision}.zarr"},
-            compute={"precision": precision, "threads": 1, "device": "cpu"},
-        )
-        assert run_on(SerialCommunicator(), path) == 0
-        outputs[precision] = read_volume(tmp_path / f"{precision}.zarr")
-    assert outputs["bfloat16"].dtype == np.float32
-    difference = np.abs(outputs["bfloat16"] - outputs["float32"])
-    assert 0 < difference.mean() < 5e-3
-    assert difference.max() < 0.1
-    (start,) = start_lines(tmp_path / "runs/bfloat16")
-    assert (start["engine"]["precision"], start["engine"]["threads"]) == ("bfloat16", 1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- Memory layout -------------------------------------------------------------------------------
@@ -183,7 +35,7 @@ def test_a_run_in_half_precision(tmp_path):
 def test_channels_last_gives_the_same_values(tmp_path):
     with torch.no_grad():
         expected = make_net()(BATCH)
-    asked = request(kernels=("channels_last",))
+    asked = make_request(kernels=("channels_last",))
     for net in forms(tmp_path).values():
         engine = TorchEngine(net, asked)
         found = engine.infer(BATCH)
@@ -195,131 +47,8 @@ def test_channels_last_gives_the_same_values(tmp_path):
 
 def test_channels_last_without_effect_is_refused():
     with pytest.raises(ModelError, match="no 3D convolution") as caught:
-        TorchEngine(nn.Sequential(nn.ReLU()), request(kernels=("channels_last",)))
+        TorchEngine(nn.Sequential(nn.ReLU()), make_request(kernels=("channels_last",)))
     assert caught.value.key == "compute.channels_last"
-
-
-# ---- Folding -------------------------------------------------------------------------------------
-
-
-def norms_of(network: nn.Module) -> int:
-    return sum(isinstance(module, nn.BatchNorm3d) for module in network.modules())
-
-
-def fold(network: nn.Module, **changes) -> TorchEngine:
-    return TorchEngine(network, request(kernels=("fold_batch_norm",), **changes))
-
-
-@pytest.mark.parametrize("form", ["module", "script"])
-def test_folding_changes_nothing_but_rounding(tmp_path, form):
-    net = forms(tmp_path)[form]
-    with torch.no_grad():
-        expected = make_net()(BATCH)
-    torch.testing.assert_close(fold(net).infer(BATCH), expected, atol=1e-5, rtol=0)
-    if form == "module":
-        assert norms_of(net) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "num_left"),
-    [
-        ("em_affinity_resunet_same", 0),
-        ("em_affinity_resunet_valid", 0),
-        # The others follow a sum, which no convolution can take in.
-        ("synapse_unet_microns1", 7),
-    ],
-)
-@pytest.mark.parametrize("form", ["module", "script"])
-def test_published_networks_are_the_same_when_folded(real_data, name, num_left, form):
-    nets = real_data / "nets"
-    with np.load(nets / "expected_io.npz") as stored:
-        image, expected = scaled(stored, name)
-
-    def make() -> nn.Module:
-        path = nets / f"{name}.ts.pt"
-        return torch.jit.load(path).eval() if form == "script" else network(name, nets)
-
-    asked = {
-        "patch_shape": PATCHES[name][1:],
-        "crop": (NETS[name][3],) * 3,
-        "batch_size": 1,
-        "out_channels": len(expected),
-    }
-    batch_nczyx = torch.from_numpy(image)
-    plain = TorchEngine(make(), request(**asked)).infer(batch_nczyx)
-    net = make()
-    found = fold(net, **asked).infer(batch_nczyx)
-    assert not torch.equal(found, plain)
-    torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
-    if form == "module":
-        assert norms_of(net) == num_left
-
-
-class Branch(nn.Module):
-    """Looks at values, which torch.fx cannot follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if x.max() > 0 else x
-
-
-class Twice(nn.Module):
-    """Uses what a convolution returns twice: it must stay as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(1, 2, 3, padding=1)
-        self.norm = nn.BatchNorm3d(2)
-        self.norm.running_var *= 3
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return self.norm(y) + y
-
-
-class Hidden(nn.Module):
-    """Takes another way while it is traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.net.norm(self.net.first(x))
-        return y if isinstance(x, torch.fx.Proxy) else y + self.net.first(x)
-
-
-@pytest.mark.parametrize(
-    ("network", "reason"),
-    [
-        (Branch(), "torch.fx cannot follow"),
-        (Twice(), "follows a convolution directly"),
-        (nn.Conv3d(1, 2, 3, padding=1), "follows a convolution directly"),
-        (Hidden(), "differs by"),
-    ],
-)
-def test_what_cannot_be_folded_is_refused_with_the_reason(network, reason):
-    with pytest.raises(ModelError, match=reason) as caught:
-        fold(network.eval())
-    assert caught.value.key == "compute.fold_batch_norm"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        script = torch.jit.trace(nn.Conv3d(1, 2, 3, padding=1).eval(), BATCH)
-    with pytest.raises(ModelError, match="no batch norm"):
-        fold(script)
-
-
-def test_an_exported_network_is_not_folded(tmp_path):
-    with pytest.raises(ModelError, match="list of operations"):
-        fold(forms(tmp_path)["exported"])
-
-
-def test_a_network_that_does_not_run_is_explained_though_it_is_to_be_folded():
-    with pytest.raises(ModelError, match="takes 1 input channels, but the input has 2"):
-        fold(make_net(), in_channels=2)
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
@@ -329,9 +58,10 @@ import sys, torch
 from torch import nn
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.errors import ModelError
-from tests.test_kernels import BATCH, request
+from tests.engines import make_request
+from tests.torchnet import BATCH
 net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Sigmoid()).eval()
-engine = TorchEngine(net, request(kernels=("compile",)))
+engine = TorchEngine(net, make_request(kernels=("compile",)))
 try:
     found = engine.infer(BATCH).clone()
     with torch.no_grad():
@@ -380,7 +110,7 @@ def test_without_a_compiler_one_message_says_so(tmp_path):
 
 def test_what_torch_compile_would_leave_as_it_is_is_refused(tmp_path):
     with pytest.raises(ModelError, match="TorchScript") as caught:
-        TorchEngine(forms(tmp_path)["script"], request(kernels=("compile",)))
+        TorchEngine(forms(tmp_path)["script"], make_request(kernels=("compile",)))
     assert caught.value.key == "compute.compile"
 
 

@@ -28,7 +28,7 @@ from mpichunk.schedule.messages import (
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from tests.fakeranks import NullDisplay
-from tests.test_worker import FakePipeline
+from tests.fakeworker import FakePipeline
 
 NOTHING = Holding(leases=(), writing=(), stop=None)
 

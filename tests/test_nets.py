@@ -8,24 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpichunk.nets import em_affinity_resunet
 from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet, Padding
 from mpichunk.volume.synthetic import Membranes
 from tests.metrics import auc
+from tests.realnets import EM_WEIGHTS, em_network
 
-WEIGHTS = Path(em_affinity_resunet.__file__).with_suffix(".safetensors")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INPUTS: dict[Padding, str] = {"same": "em_in", "valid": "em_valid_in"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def load(padding: Padding = "same") -> EmAffinityResUNet:
-    net = EmAffinityResUNet(padding=padding)
-    net.load_state_dict(load_file(WEIGHTS), strict=True)
-    return net.eval()
 
 
 def run(net: torch.nn.Module, image_zyx: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -38,7 +28,7 @@ def run(net: torch.nn.Module, image_zyx: npt.NDArray[np.uint8]) -> npt.NDArray[n
 def test_published_numbers(real_data: Path, padding: Padding) -> None:
     example = np.load(real_data / "nets" / "expected_io.npz")
     image = example[INPUTS[padding]]
-    affinity = run(load(padding), image)
+    affinity = run(em_network(padding), image)
     np.testing.assert_allclose(affinity, example[f"em_{padding}_out"], rtol=1e-4, atol=1e-4)
     published = torch.jit.load(real_data / "nets" / f"em_affinity_resunet_{padding}.ts.pt")
     np.testing.assert_allclose(affinity, run(published, image), rtol=1e-4, atol=1e-4)
@@ -46,14 +36,14 @@ def test_published_numbers(real_data: Path, padding: Padding) -> None:
 
 def test_weights_are_the_published_ones(real_data: Path) -> None:
     published = torch.load(real_data / "nets" / "em_affinity_resunet.state_dict.pt")
-    shipped = load_file(WEIGHTS)
+    shipped = load_file(EM_WEIGHTS)
     assert shipped.keys() == published.keys()
     assert all(torch.equal(shipped[name], published[name]) for name in shipped)
 
 
 def test_valid_is_the_inside_of_same() -> None:
     image = np.random.default_rng(0).integers(0, 256, (100, 100, 100), dtype=np.uint8)
-    same, valid = load("same"), load("valid")
+    same, valid = em_network("same"), em_network("valid")
     inside = run(valid, image[1:51, 1:51, 1:51])
     assert inside.shape == (3, 8, 8, 8)
     np.testing.assert_allclose(inside, run(same, image)[:, 22:30, 22:30, 22:30], atol=1e-5)
@@ -69,7 +59,7 @@ def test_membranes_of_the_computed_volume_are_found(seed: int) -> None:
     """Darkness: at most 0.85. Membrane = 1 - mean of the three affinities: at least 0.90."""
     volume = Membranes(shape=(32, 160, 160), seed=seed)
     image, truth = volume.image(volume.domain), volume.truth(volume.domain)
-    membrane = 1 - run(load(), image).mean(axis=0)
+    membrane = 1 - run(em_network(), image).mean(axis=0)
     darkness_auc, membrane_auc = auc(255 - image, truth), auc(membrane, truth)
     print(f"seed {seed}: AUC of darkness {darkness_auc:.3f}, of the network {membrane_auc:.3f}")
     assert darkness_auc <= 0.85

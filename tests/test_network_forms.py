@@ -3,7 +3,6 @@
 Against the values that its authors' framework gave, and over a real volume against one another.
 """
 
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -11,48 +10,22 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import EngineRequest
 from mpichunk.config.schema import Model
-from mpichunk.nets import em_affinity_resunet
-from mpichunk.nets.em_affinity_resunet import EmAffinityResUNet
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests import published_nets
 from tests.endtoend import read_volume, write_config
+from tests.engines import make_request
+from tests.optional import need
+from tests.realnets import EM_CODE, MESHNETS, NETS, PATCHES, network, scaled
+from tests.torchnet import export
 
-EM_CODE = em_affinity_resunet.__file__
-EM_WEIGHTS = Path(EM_CODE).with_suffix(".safetensors")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CODE = published_nets.__file__
 
-MESHNETS = {
-    "meshnet_gwm_5ch": {"width": 5, "classes": 3},
-    "meshnet_gwm_20ch": {"width": 20, "classes": 3, "elu": True},
-    "meshnet_subcortical18_30ch": {"width": 30, "classes": 18, "elu": True},
-}
-
-NETS = {
-    # name: input, divided by, output, border lost
-    "em_affinity_resunet_same": ("em_in", 255, "em_same_out", 0),
-    "em_affinity_resunet_valid": ("em_valid_in", 255, "em_valid_out", 21),
-    "meshnet_gwm_5ch": ("mri_in", 255, "meshnet_gwm_5ch_out", 0),
-    "meshnet_gwm_20ch": ("mri_in", 255, "meshnet_gwm_20ch_out", 0),
-    "meshnet_subcortical18_30ch": ("mri_in", 255, "meshnet_subcortical18_30ch_argmax", 0),
-    "synapse_unet_microns1": ("synapse_in", 255, "synapse_out", 0),
-    "ffn_fib25_convstack": ("ffn_in", 1, "ffn_out", 0),
-}
-PATCHES = {
-    # Channels and size of what is stored; the whole runs take patches of the same size.
-    "em_affinity_resunet_same": (1, 32, 40, 48),
-    "em_affinity_resunet_valid": (1, 58, 62, 66),
-    "meshnet_gwm_5ch": (1, 40, 40, 48),
-    "meshnet_gwm_20ch": (1, 40, 40, 48),
-    "meshnet_subcortical18_30ch": (1, 40, 40, 48),
-    "synapse_unet_microns1": (1, 18, 64, 72),
-    "ffn_fib25_convstack": (2, 33, 33, 33),
-}
 DYNAMIC = ("em_affinity_resunet_same",)
 """Exported for any patch; that takes torch a while, and longer where sizes are no multiples."""
 NO_ONNX = "em_affinity_resunet_valid", "ffn_fib25_convstack"
@@ -68,17 +41,6 @@ CASES = [
     for form in forms
     if not (name in NO_ONNX and form in ("onnx", "xml"))
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def need(*packages: str) -> None:
-    """Skip where a package is not installed; in CI that is a failure."""
-    for package in packages:
-        pytest.importorskip(package, reason=f"no {package}: pip install 'mpichunk[{package}]'")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +66,9 @@ def form_of(tmp_path_factory, real_data):
             return {"path": str(folder / f"{name}.xml")}
         if form == "pt2":
             path = folder / f"{name}.pt2"
-            export(network(name, nets), path, (1, *PATCHES[name]), dynamic=name in DYNAMIC)
+            # For any patch, an example of one would fix the batch.
+            batch, axes = (2, (0, 2, 3, 4)) if name in DYNAMIC else (1, ())
+            export(network(name, nets), path, (batch, *PATCHES[name]), axes=axes)
             return {"path": str(path)}
         return module_form(name, nets, folder)
 
@@ -131,47 +95,10 @@ def module_form(name: str, nets: Path, folder: Path) -> dict[str, object]:
     return {"path": f"{CODE}:MeshNet", "weights": str(weights), "arguments": MESHNETS[name]}
 
 
-def network(name: str, nets: Path) -> torch.nn.Module:
-    """Return a network with its weights."""
-    if name.startswith("em_"):
-        net: torch.nn.Module = EmAffinityResUNet(padding=name.rpartition("_")[2])
-        net.load_state_dict(load_file(EM_WEIGHTS))
-        return net.eval()
-    if name.startswith("ffn"):
-        net, state = published_nets.FFN(), torch.jit.load(nets / f"{name}.ts.pt").state_dict()
-    elif name.startswith("synapse"):
-        net, state = published_nets.SynapseUNet(), torch.load(nets / f"{name}.state_dict.pt")
-    else:
-        net = published_nets.MeshNet(**MESHNETS[name])
-        state = torch.load(nets / f"{name}.state_dict.pt")
-    net.load_state_dict(state)
-    return net.eval()
-
-
-def export(net: torch.nn.Module, path: Path, shape: tuple[int, ...], *, dynamic: bool) -> None:
-    """Save a network as torch.export does, for patches of this shape or for any."""
-    axes = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3, 4)} if dynamic else {}
-    # An example of 1 would fix an axis.
-    example = torch.zeros(2 if dynamic else shape[0], *shape[1:])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(net, (example,), dynamic_shapes=(axes,))
-        torch.export.save(program, path)
-
-
 @pytest.fixture(scope="module")
 def stored(real_data):
     with np.load(real_data / "nets" / "expected_io.npz") as file:
         return dict(file)
-
-
-def scaled(stored, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the network's input (1, c, z, y, x), and the stored output (c, z, y, x)."""
-    source, divide, output, _ = NETS[name]
-    image = stored[source].astype(np.float32)
-    image = (image / np.float32(divide)).reshape(1, -1, *image.shape[-3:])
-    expected = stored[output]
-    return image, expected.reshape(-1, *expected.shape[-3:])
 
 
 @pytest.mark.parametrize(("name", "backend", "form"), CASES)
@@ -181,16 +108,12 @@ def test_expected_values(stored, form_of, name, backend, form):
     batch_nczyx, expected = scaled(stored, name)
     labels = name == "meshnet_subcortical18_30ch"
     lost = NETS[name][3]
-    request = EngineRequest(
+    request = make_request(
         patch_shape=batch_nczyx.shape[2:],
         crop=(lost, lost, lost),
         batch_size=1,
         in_channels=batch_nczyx.shape[1],
         out_channels=18 if labels else len(expected),
-        threads=1,
-        precision="float32",
-        device="cpu",
-        deterministic=True,
     )
     model = Model(backend=backend, out_channels=request.out_channels, **form_of(name, form))
     engine = get_backend(backend).load(model, request)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from mpichunk.rundir.lock import RunLock
 from mpichunk.verbs.bench import bench_on
 from mpichunk.verbs.run import run_on
 from mpichunk.words import duration, size
-from tests.endtoend import files_of, write_config
+from tests import smallrun
+from tests.endtoend import files_of
 from tests.launch import Launch
-from tests.test_bench import SHORT
-from tests.test_run_reference import NET
+from tests.smallrun import NET, SHORT
 
 RUN = ("-m", "mpichunk", "run")
 GREEDY = """
@@ -37,20 +38,7 @@ class Net(torch.nn.Module):
 """
 
 
-def config_file(folder: Path, **sections: Any) -> Path:
-    values: dict[str, Any] = {
-        "input": {"volume": "synthetic://membranes?shape=24,40,40&seed=3"},
-        "model": {"backend": "pytorch", "path": "net.py:Net", "out_channels": 2},
-        "patch": {"shape": [8, 16, 16], "overlap": [2, 4, 4]},
-        "block": {"shape": [12, 24, 24]},
-        "output": {"volume": "out/pred.zarr", "dtype": "uint8", "chunk_shape": [12, 8, 8]},
-        "compute": {"device": "cpu", "threads": 1},
-    }
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
-    path = write_config(folder, **values)
-    (folder / "net.py").write_text(NET)
-    return path
+config_file = partial(smallrun.config_file, block={"shape": [12, 24, 24]})
 
 
 def slurm(megabytes: int) -> dict[str, str]:

@@ -1,6 +1,5 @@
-"""Whole runs under real `mpirun`: who computes what, and what interrupts it, changes no byte."""
+"""Whole runs under real `mpirun`: who computes what changes no byte."""
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -13,26 +12,20 @@ import pytest
 
 from mpichunk import cli
 from mpichunk.config.file import load_config
-from mpichunk.errors import LaunchError
 from mpichunk.geometry.box import Box
-from mpichunk.job.sight import SIGHT_SECONDS, check_sight
 from mpichunk.plan.plan import Plan
 from mpichunk.ranks.comm import SerialCommunicator
-from mpichunk.rundir import journal
-from mpichunk.rundir.layout import NONCE
 from mpichunk.volume import OutputSpec, create_output, open_output
 from tests.endtoend import (
     TRAPPED,
     assert_same_files,
     block_lines,
+    check,
     files_of,
-    kill_one_rank,
-    kill_tree,
-    most_redone,
     read_volume,
     start_lines,
+    status_of,
     trap,
-    wait_until_done,
     write_config,
 )
 
@@ -41,7 +34,6 @@ OFFSET = (-7, 100, 3)
 SHAPE = (42, 75, 94)
 DOMAIN = Box.from_shape(OFFSET, SHAPE)
 ROI = Box(start=(-4, 107, 9), stop=(31, 171, 90))
-"""Blocks that a rank holds at the same time."""
 
 
 def texture() -> np.ndarray:
@@ -192,90 +184,6 @@ def test_a_bug_on_one_rank_ends_the_whole_job_at_once(tmp_path, mpirun, identity
     assert cli.main(["status", str(config), "--check"]) == 75
 
 
-# ---- Interrupted ------------------------------------------------------------------------------
-
-
-def slow_config(folder: Path) -> Path:
-    """Write a config that takes a while: its input is computed, and read again and again."""
-    return write_config(
-        folder,
-        input={"volume": "synthetic://membranes?shape=64,168,168&seed=4"},
-        model={"backend": "identity"},
-        patch={"shape": [16, 32, 32], "overlap": [8, 16, 16]},
-        block={"shape": [16, 24, 24], "stitch": "seamless"},
-        output={"volume": "out.zarr", "dtype": "uint8", "chunk_shape": [16, 24, 24]},
-    )
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_and_resumed_on_other_ranks(tmp_path, mpirun, python, capsys):
-    undisturbed = slow_config(tmp_path / "undisturbed")
-    done = mpirun(2, *RUN, undisturbed)
-    assert done.returncode == 0, done.stderr
-    num_blocks = len(block_lines(tmp_path / "undisturbed/runs/config"))
-
-    config = slow_config(tmp_path / "killed")
-    run_dir, output = tmp_path / "killed/runs/config", tmp_path / "killed/out.zarr"
-    assert check(config) == 75
-    assert "nothing is done yet" in capsys.readouterr().out
-
-    # The first start, of one rank, has all cores: the others keep its number of threads.
-    for num_ranks, mode, num_done, kill in (
-        (1, "dynamic", 10, kill_tree),
-        (3, "static", 30, kill_tree),
-        (2, "dynamic", 50, kill_one_rank),
-    ):
-        start = python if num_ranks == 1 else partial(mpirun, num_ranks)
-        seen: list[dict[str, Any]] = []
-
-        def watch_and_kill(process, num_done=num_done, kill=kill, seen=seen):
-            wait_until_done(process, run_dir, num_done - 5)
-            seen.append(status_json(config, capsys))
-            wait_until_done(process, run_dir, num_done)
-            kill(process)
-
-        done = start(*RUN, config, "--set", f"schedule.mode={mode}", meanwhile=watch_and_kill)
-        assert done.returncode != 0
-        assert seen[0]["is_alive"]
-        assert seen[0]["num_ranks"] == num_ranks
-        assert num_done - 5 <= seen[0]["num_done"] < num_blocks == seen[0]["num_blocks"]
-        assert check(config) == 75
-        # What is lost: the blocks that ranks held, and what they reported at the very end.
-        num_journaled = len(block_lines(run_dir))
-        num_written = sum(path.suffix == "" for path in output.glob("c/*/*/*/*"))
-        print(f"{num_ranks} ranks: {num_journaled} blocks journaled, {num_written} written")
-        assert num_done <= num_journaled < num_blocks
-        shortest = min(sum(line["seconds"].values()) for line in block_lines(run_dir))
-        assert 0 <= num_written - num_journaled <= most_redone(shortest) * num_ranks
-    # What a kill leaves now and then.
-    (output / "c/0/0/0/0_ec3970eed89698c6.__lock").write_bytes(b"half a chunk")
-    done = mpirun(5, *RUN, config, "--set", "schedule.mode=static")
-    assert done.returncode == 0, done.stderr
-    assert check(config) == 0
-    assert_same_files(output, tmp_path / "undisturbed/out.zarr")
-
-    # No block that the journal knew was computed again.
-    blocks = [line["block"] for line in block_lines(run_dir)]
-    assert sorted(blocks) == list(range(num_blocks))
-    starts = start_lines(run_dir)
-    assert [line["num_ranks"] for line in starts] == [1, 3, 2, 5]
-    assert len({line["threads"] for line in starts}) == 1
-    header = journal.read_header(run_dir / journal.NAME)
-    assert header["fingerprint"]["parts"]["compute.threads"] == starts[0]["threads"]
-
-
-def check(config: Path) -> int:
-    """Return what `status --check` exits with."""
-    return cli.main(["status", str(config), "--check"])
-
-
-def status_json(config: Path, capsys: Any) -> dict[str, Any]:
-    """Return what `status --json` prints."""
-    capsys.readouterr()
-    assert cli.main(["status", str(config), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
 # ---- Started again ----------------------------------------------------------------------------
 
 
@@ -363,7 +271,7 @@ def test_a_block_that_fails_is_listed_and_alone_computed_again(tmp_path, mpirun,
     told = capsys.readouterr().out
     assert f"failed   block {victims[0]}, {plan[victims[0]].core}: could not read " in told
     assert "raw.zarr" in told
-    failures = status_json(config, capsys)["failures"]
+    failures = status_of(config, capsys)["failures"]
     assert [failure["block"] for failure in failures] == victims
     assert {failure["attempt"] for failure in failures} == {3}
 
@@ -429,47 +337,3 @@ def test_identity_imports_no_torch_and_the_other_verbs_no_mpi(tmp_path, python, 
     for arguments in (["--help"], ["plan", network], ["status", config], ["run", "--help"]):
         done = python("-m", "mpichunk", *arguments, env=environment)
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
-
-
-# ---- Ranks that do not see the run directory ---------------------------------------------------
-
-
-class Clock:
-    """Seconds that pass when somebody sleeps; at some of them something happens."""
-
-    def __init__(self, **happenings: Any) -> None:
-        self.now, self.happenings = 0.0, happenings
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        for name, happening in self.happenings.items():
-            if self.now >= float(name.removeprefix("at_")):
-                happening()
-
-
-def test_a_run_directory_may_come_late(tmp_path):
-    def appear() -> None:
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / NONCE).write_text("abc")
-
-    clock = Clock(at_20=appear)
-    check_sight(tmp_path / "run", "abc", host="node7", clock=clock, sleep=clock.sleep)
-    assert 20 <= clock.now < 21
-
-
-@pytest.mark.parametrize(
-    ("content", "found"), [(None, "it is not there"), ("another run's", "another one is there")]
-)
-def test_a_run_directory_of_another_node_is_refused(tmp_path, content, found):
-    if content is not None:
-        (tmp_path / NONCE).write_text(content)
-    clock = Clock()
-    with pytest.raises(LaunchError, match="host node7 does not see the run directory") as refused:
-        check_sight(tmp_path, "abc", host="node7", clock=clock, sleep=clock.sleep)
-    assert found in str(refused.value)
-    assert str(tmp_path) in str(refused.value)
-    assert refused.value.key == "run_dir"
-    assert SIGHT_SECONDS < clock.now < SIGHT_SECONDS + 1

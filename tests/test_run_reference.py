@@ -26,28 +26,7 @@ from tests.endtoend import start_lines
 from tests.launch import finish
 from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
-
-NET = """
-import torch
-
-class Net(torch.nn.Module):
-    '''Two convolutions with random but fixed weights; no padding if not `same`.'''
-
-    def __init__(self, same=True, channels=1, outputs=2, norm=False):
-        super().__init__()
-        torch.manual_seed(5)
-        pad = 1 if same else 0
-        self.a = torch.nn.Conv3d(channels, 4, 3, padding=pad)
-        self.b = torch.nn.Conv3d(4, outputs, 3, padding=pad)
-        if norm:
-            norm = torch.nn.BatchNorm3d(4)
-            norm.running_mean += torch.linspace(-0.3, 0.4, 4)
-            norm.running_var *= torch.linspace(0.2, 3, 4)
-            self.a = torch.nn.Sequential(self.a, norm)
-
-    def forward(self, x):
-        return self.b(torch.relu(self.a(x)))
-"""
+from tests.smallrun import NET
 
 SHAPE = (21, 30, 37)
 OFFSET = (-7, 100, 3)

@@ -1,9 +1,4 @@
-"""Copies beside the computing, on a made-up accelerator whose streams may lag behind the host.
-
-Its memory is the host's, but nothing asked of a stream happens before somebody waits for it:
-what forgets to wait computes with old bytes. What torch does outside the copies happens at once, as
-if the computing stream were always ahead: the worst case for copies.
-"""
+"""Copies beside the computing, on a made-up accelerator whose streams may lag behind the host."""
 
 from types import SimpleNamespace
 
@@ -22,90 +17,22 @@ from mpichunk.backends.pytorch.transfer import (
 )
 from mpichunk.block.inference import BlockInference
 from mpichunk.geometry.box import Box
-from tests.test_inference import Mix, make_inference, make_plan, make_request, make_source
-
-
-class LaggingStream:
-    """Keeps what it is asked for until somebody waits."""
-
-    def __init__(self):
-        self.tasks = []
-
-    def run(self):
-        while self.tasks:
-            self.tasks.pop(0)()
-
-    def wait_event(self, event):
-        self.tasks.append(event.synchronize)
-
-    def synchronize(self):
-        self.run()
-
-
-class ComputingStream(LaggingStream):
-    """Does at once what it is asked for, and waits at once."""
-
-    def wait_event(self, event):
-        event.synchronize()
-
-
-class LaggingEvent:
-    def __init__(self):
-        self.stream, self.place = None, 0
-
-    def record(self, stream):
-        self.stream = stream
-
-        def reached():
-            self.is_reached = True
-
-        self.is_reached = False
-        stream.tasks.append(reached)
-        if isinstance(stream, ComputingStream):
-            stream.run()
-
-    def synchronize(self):
-        while not self.is_reached:
-            self.stream.tasks.pop(0)()
-
-
-class LaggingModule:
-    """What `torch.cuda` is to CUDA."""
-
-    def __init__(self):
-        self.computing = ComputingStream()
-        self.current = self.computing
-
-    def Stream(self, device):  # noqa: N802
-        return LaggingStream()
-
-    def current_stream(self, device):
-        return self.current
-
-    def stream(self, stream):
-        module = self
-
-        class Context:
-            def __enter__(self):
-                module.current = stream
-
-            def __exit__(self, *exception):
-                module.current = module.computing
-
-        return Context()
-
-
-class LaggingTransfer(Transfer):
-    """Copies in its streams only when they get there."""
-
-    def _copy(self, target, source):
-        self._module.current.tasks.append(lambda: target.copy_(source))
-
-
-def lagging_arrays():
-    device = torch.device("cpu")
-    transfer = LaggingTransfer(device, LaggingModule(), LaggingEvent, is_pinned=False)
-    return TorchArrays(device, transfer)
+from tests.blockinference import (
+    RAW_DTYPES,
+    Mix,
+    make_inference,
+    make_plan,
+    make_request,
+    make_source,
+    raw_values,
+)
+from tests.lagging import (
+    ComputingStream,
+    LaggingEvent,
+    LaggingModule,
+    LaggingStream,
+    lagging_arrays,
+)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32"])
@@ -263,21 +190,6 @@ def test_buffers_do_not_grow_with_the_block(num_layers):
     assert voxels["batch"] == voxels["raw"] == 3 * 2 * q * 8 * 9
     slots = [*arrays._transfer._in_slots, *arrays._transfer._out_slots]
     assert max(slot.memory.numel() for slot in slots if slot.memory is not None) < 3 * q * 22 * 28
-
-
-def raw_values(shape, dtype):
-    """Return values of all sizes that the dtype has."""
-    rng = np.random.default_rng(0)
-    if np.dtype(dtype).kind == "f":
-        return (rng.normal(size=shape) * 1e4).astype(dtype)
-    limits = np.iinfo(dtype)
-    return rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
-
-
-RAW_DTYPES = [
-    *("uint8", "int8", "int16", "int32", "float32"),  # divided at once
-    *("uint16", "uint32", "float16", "float64"),
-]
 
 
 @pytest.mark.parametrize("dtype", RAW_DTYPES)

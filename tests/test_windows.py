@@ -14,8 +14,8 @@ from mpichunk.block.windows import Windows
 from mpichunk.geometry.blending import shares, window
 from mpichunk.geometry.box import Box
 from mpichunk.plan.plan import Plan
-from tests.test_inference import make_plan
-from tests.test_transfer import lagging_arrays
+from tests.blockinference import make_plan
+from tests.lagging import lagging_arrays
 
 SHAPE = 5, 8, 9
 Z, Y, X = (window("bump", length) for length in SHAPE)

@@ -15,9 +15,6 @@ Padding = Literal["same", "valid"]
 CHANNELS = 8, 24, 48
 """Features of the three levels, finest first."""
 
-CONTEXT = 21
-"""Voxels that `valid` loses on each side of each axis."""
-
 
 class EmAffinityResUNet(nn.Module):
     r"""Three-level residual 3D U-Net (Lee et al. 2017, arXiv:1706.00120, on an isotropic grid).

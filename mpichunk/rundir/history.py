@@ -77,13 +77,6 @@ class History:
                 self._failures[block] = len(self.starts), found
 
 
-def read_history(path: Path) -> History:
-    """Return what a whole journal tells."""
-    history = History()
-    history.follow(path)
-    return history
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tries:
     """What has gone wrong since the latest start, for who goes on in its middle."""

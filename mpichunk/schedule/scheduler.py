@@ -113,10 +113,6 @@ class Scheduler:
         """Return the state of one block."""
         return State(self._bytes[block])
 
-    def failed_blocks(self) -> npt.NDArray[np.int64]:
-        """Return the failed blocks in plan order."""
-        return np.flatnonzero(self._states == FAILED)
-
     def lease(self, rank: int, num_blocks: int, now: float) -> tuple[Lease, ...]:
         """Lease at most `num_blocks` blocks to `rank`, none if there is nothing for it now.
 

@@ -23,7 +23,7 @@ from mpichunk.roles.coordinator import Coordinator
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import Assign, Done, Request
 from mpichunk.schedule.scheduler import Scheduler
-from tests.benchmarks.scale import EDGE, plan_of
+from tests.benchmarks.simulation import EDGE, plan_of
 
 NUM_RANKS = 64
 NUM_BLOCKS = 10**6

@@ -137,7 +137,7 @@ def mpichunk(variant):
     def prepare(folder, settings):
         from mpichunk.processmemory import settle_allocator
         from mpichunk.ranks.comm import SerialCommunicator
-        from mpichunk.rundir.history import read_history
+        from mpichunk.rundir.history import History
         from mpichunk.verbs.run import run_on
 
         # As the `run` verb does.
@@ -153,7 +153,8 @@ def mpichunk(variant):
             ]
             config = folder / f"{command['config']}.yaml"
             assert run_on(SerialCommunicator(), config, sets) == 0
-            events = read_history(where / "run" / "journal.jsonl")
+            events = History()
+            events.follow(where / "run" / "journal.jsonl")
             command["blocks_seconds"] = events.end["time"] - events.starts[-1]["time"]
             if command.get("save"):
                 from mpichunk.volume import open_input

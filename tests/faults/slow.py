@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 
-from mpichunk import cli
 from tests.endtoend import write_config
 from tests.faults.program import VARIABLE
 
@@ -46,19 +45,6 @@ def program(config: Path, seconds: float = 0.1, **told: Any) -> dict[str, Any]:
         "args": ("-m", "tests.faults.program", config),
         "env": {VARIABLE: json.dumps(told)},
     }
-
-
-def check(config: Path) -> int:
-    """Return what `status --check` exits with."""
-    return cli.main(["status", str(config), "--check"])
-
-
-def status_of(config: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Return what `status --json` prints."""
-    capsys.readouterr()
-    assert cli.main(["status", str(config), "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
 
 
 def pid_of_rank(process: subprocess.Popen[Any], rank: int) -> int:

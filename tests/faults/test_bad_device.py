@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.endtoend import block_lines
-from tests.faults.slow import NUM_BLOCKS, check, slow_config
+from tests.endtoend import block_lines, check
+from tests.faults.slow import NUM_BLOCKS, slow_config
 
 PROGRAM = """
 import os, sys

@@ -6,16 +6,8 @@ from functools import partial
 import pytest
 
 from mpichunk.rundir import journal
-from tests.endtoend import assert_same_files, block_lines
-from tests.faults.slow import (
-    NUM_BLOCKS,
-    check,
-    program,
-    remount,
-    slow_config,
-    small_disk,
-    status_of,
-)
+from tests.endtoend import assert_same_files, block_lines, check, status_of
+from tests.faults.slow import NUM_BLOCKS, program, remount, slow_config, small_disk
 
 
 def finish(config, start, undisturbed):

@@ -13,15 +13,8 @@ import pytest
 from mpichunk import cli
 from mpichunk.rundir import journal
 from mpichunk.rundir.layout import STOP
-from tests.endtoend import assert_same_files, block_lines, wait_until_done
-from tests.faults.slow import (
-    NUM_BLOCKS,
-    check,
-    pid_of_rank,
-    program,
-    slow_config,
-    status_of,
-)
+from tests.endtoend import assert_same_files, block_lines, check, status_of, wait_until_done
+from tests.faults.slow import NUM_BLOCKS, pid_of_rank, program, slow_config
 
 
 def drain_and_resume(config, start, ask, undisturbed, *, seconds=0.1):

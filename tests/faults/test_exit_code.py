@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from tests.faults.slow import check, program, slow_config
+from tests.endtoend import check
+from tests.faults.slow import program, slow_config
 from tests.launch import find_mpirun, finish, mpirun_options
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from tests.endtoend import block_lines, kill_tree, wait_until_done
-from tests.faults.slow import NUM_BLOCKS, check, program, slow_config
+from tests.endtoend import block_lines, check, kill_tree, wait_until_done
+from tests.faults.slow import NUM_BLOCKS, program, slow_config
 
 RUN = ("-m", "mpichunk", "run")
 

@@ -19,11 +19,10 @@ from mpichunk import cli
 from mpichunk.errors import ExitCode
 from mpichunk.ranks.recovery import Watchdog
 from mpichunk.schedule.scheduler import MOST_DEATHS
-from tests.endtoend import assert_same_files, kill_tree, wait_until_done
+from tests.endtoend import assert_same_files, kill_tree, status_of, wait_until_done
 from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
 from tests.faults.program import VARIABLE
 from tests.faults.scenario import POINTS, Attempt, Fault, Scenario
-from tests.faults.slow import status_of
 from tests.launch import REPOSITORY, launch_environment
 
 pytestmark = pytest.mark.slow

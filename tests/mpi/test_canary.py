@@ -10,7 +10,7 @@ from mpichunk.backends.identity import IdentityEngine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError
 from mpichunk.job.canary import find_off_ranks, find_sound_ranks
-from tests.test_inference import make_plan, make_request
+from tests.blockinference import make_plan, make_request
 
 RIGHT = np.linspace(-2, 4, 200_000, dtype=np.float32).reshape(2, 100_000)
 HOW = {"device": "some device", "precision": "float32"}

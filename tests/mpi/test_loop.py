@@ -1,15 +1,18 @@
 import random
 import time
 from collections import Counter
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import pytest
 
 from mpichunk.ranks.comm import SerialCommunicator
-from mpichunk.rundir.journal import Journal, scan
+from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.messages import State
+from tests.blocks import failed_blocks
 from tests.fakeranks import NullDisplay, run
+from tests.journals import read_states
 
 
 @pytest.fixture
@@ -21,10 +24,7 @@ def journal(comm, world, tmp_path):
         yield journal
 
 
-def states_of(tmp_path):
-    states = np.zeros(40, np.uint8)
-    scan(tmp_path / "journal.jsonl", states)
-    return states
+states_of = partial(read_states, num_blocks=40)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
@@ -64,7 +64,7 @@ def test_failed_blocks_are_tried_on_other_ranks_and_then_given_up(comm, tmp_path
     for block in (3, 13, 23, 33):
         assert sum(block in blocks for blocks in ranks) == min(3, comm.size)
     if comm.rank == 0:
-        assert ran.scheduler.failed_blocks().tolist() == [3, 13, 23, 33]
+        assert failed_blocks(ran.scheduler, 40) == [3, 13, 23, 33]
         assert (np.flatnonzero(states_of(tmp_path) == State.FAILED) == [3, 13, 23, 33]).all()
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.endtoend import start_lines
-from tests.faults.slow import status_of
+from tests.endtoend import start_lines, status_of
 from tests.slurm.batch import Job
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mpichunk import cli
-from tests.endtoend import assert_same_files, block_lines, start_lines
-from tests.faults.slow import NUM_BLOCKS, check, slow_config, status_of
+from tests.endtoend import assert_same_files, block_lines, check, start_lines, status_of
+from tests.faults.slow import NUM_BLOCKS, slow_config
 from tests.slurm.site import openmpi_under_srun, told
 
 NODES = ("--nodes=4", "--ntasks-per-node=2")

@@ -1,0 +1,219 @@
+"""Bad models and what networks must not return: which key, which words."""
+
+import pytest
+import torch
+from torch import nn
+
+from mpichunk.backends import get_backend
+from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.shapes.size_advice import size_advice
+from mpichunk.block.inference import check_engine
+from mpichunk.config.schema import Model
+from mpichunk.errors import ModelError
+from tests.modelfolder import load, make_request, pytorch, write_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("nets"))
+
+
+# ---- Bad models: which key, which words --------------------------------------------------------
+
+TINY = "net.py:Tiny"
+BAD_MODELS = [
+    # path, weights, arguments, key, words of the message
+    (None, None, {}, "model.path", ["needs model.path", "TorchScript"]),
+    ("absent.pt", None, {}, "model.path", ["absent.pt", "does not exist"]),
+    ("absent.py:Net", None, {}, "model.path", ["absent.py", "does not exist"]),
+    (".", None, {}, "model.path", ["is a directory"]),
+    ("net.py", None, {}, "model.path", ["net.py:Name"]),
+    ("text.pt", None, {}, "model.path", ["text.pt", "not a TorchScript file"]),
+    ("empty.pt", None, {}, "model.path", ["not a TorchScript file"]),
+    ("cut_script.pt", None, {}, "model.path", ["cut short"]),
+    ("plain.pt", None, {}, "model.path", ["checkpoint", "model.weights"]),
+    ("plain.safetensors", None, {}, "model.path", ["weights only", "model.weights"]),
+    ("program.pt2", None, {}, "patch.shape", ["patches of [4, 4, 4] only", "dynamic axes"]),
+    ("net.onnx", None, {}, "model.path", ["no network of torch", "onnxruntime or openvino"]),
+    (
+        "net.py:Tinny",
+        "plain.pt",
+        {},
+        "model.path",
+        ["no network 'Tinny'", "Tiny", "factory"],
+    ),
+    ("nothing.py:Net", None, {}, "model.path", ["no network 'Net'", "no class or function"]),
+    ("needs_missing.py:Net", None, {}, "model.path", ["needs_missing.py:3", "no_such_package"]),
+    ("broken.py:Net", None, {}, "model.path", ["broken.py:1", "SyntaxError"]),
+    ("exits.py:Net", None, {}, "model.path", ["SystemExit"]),
+    ("net.py:not_a_network", None, {}, "model.path", ["makes a int", "torch.nn.Module"]),
+    ("net.py:failing", None, {}, "model.arguments", ["net.py:", "my_weights.bin"]),
+    (TINY, "plain.pt", {"widht": 3}, "model.arguments", ["widht"]),
+    (TINY, "absent.pt", {}, "model.weights", ["absent.pt", "does not exist"]),
+    (TINY, "text.pt", {}, "model.weights", ["text.pt", "not a checkpoint"]),
+    (TINY, "empty.pt", {}, "model.weights", ["empty.pt", "no weights that can be read"]),
+    (TINY, "cut.pt", {}, "model.weights", ["cut.pt", "no weights that can be read"]),
+    (TINY, "bad.safetensors", {}, "model.weights", ["bad.safetensors", "no weights"]),
+    (TINY, "script.pt", {}, "model.weights", ["TorchScript belongs in model.path"]),
+    (TINY, "code.pt", {}, "model.weights", ["code.pt", "would run print"]),
+    (TINY, "plain_pickle.pt", {}, "model.weights", ["would run print"]),
+    (TINY, "whole_module.pt", {}, "model.weights", ["would run torch.nn.modules.linear.Linear"]),
+    (TINY, "missing.pt", {}, "model.weights", ["1 names", "missing, first 'last.bias'"]),
+    (TINY, "unexpected.pt", {}, "model.weights", ["unknown to it, first 'renamed.weight'"]),
+    (TINY, "plain.pt", {"width": 3}, "model.weights", ["'first.weight': (2, 1, 3, 3, 3), not (3,"]),
+    (TINY, "no_tensors.pt", {}, "model.weights", ["keys optimizer, epoch", "state_dict"]),
+    (TINY, "list.pt", {}, "model.weights", ["holds a list"]),
+    ("script.pt", None, {"width": 3}, "model.arguments", ["remove model.arguments"]),
+]
+
+
+@pytest.mark.parametrize(("path", "weights", "arguments", "key", "words"), BAD_MODELS)
+def test_bad_model_is_one_message_with_its_key(folder, capfd, path, weights, arguments, key, words):
+    model = Model.model_construct(
+        backend="pytorch",
+        path=path and str(folder / path),
+        weights=weights and str(folder / weights),
+        arguments=arguments,
+    )
+    with pytest.raises(ModelError) as caught:
+        load(model)
+    message = str(caught.value)
+    assert caught.value.key == key, message
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert "ran code" not in "".join(capfd.readouterr())
+
+
+def test_a_network_without_weights_is_refused_when_its_values_are_random(folder):
+    with pytest.raises(ModelError, match="are random") as caught:
+        load(pytorch(folder / TINY))
+    assert caught.value.key == "model.weights"
+    load(pytorch(folder / "net.py:Half"))  # has none to set
+
+
+def test_missing_files_are_told_before_torch_is_imported(folder):
+    for model in (
+        pytorch(folder / "absent.pt"),
+        pytorch(folder / TINY, weights=str(folder / "absent.pt")),
+    ):
+        with pytest.raises(ModelError, match="does not exist"):
+            get_backend("pytorch").model_files(model)
+
+
+# ---- What networks return ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["tuple", "list", "dict", "double"])
+def test_the_only_tensor_is_taken(folder, what):
+    engine = load(pytorch(folder / "net.py:Returns", arguments={"what": what}), crop=(1, 2, 3))
+    batch = torch.rand(1, 1, 8, 12, 16)
+    found = engine.infer(batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, batch[:, :, 1:-1, 2:-2, 3:-3])
+
+
+BAD_OUTPUTS = [
+    ("Returns", {"what": "two"}, {}, "model.path", ["a tuple with 2 tensors", "wrap it"]),
+    ("Returns", {"what": "none"}, {}, "model.path", ["a NoneType"]),
+    ("Returns", {"what": "text"}, {}, "model.path", ["a str"]),
+    ("Returns", {"what": "flat"}, {}, "model.path", ["shape (1, 8, 12, 16)", "(1, 1, z, y, x)"]),
+    ("Returns", {"what": "error"}, {}, "model.path", ["net.py:", "KeyError", "no such layer"]),
+    ("Returns", {"what": "nan"}, {}, "model.weights", ["NaN or inf"]),
+    (
+        "Returns",
+        {"what": "stretched"},
+        {"out_channels": 2},
+        "model.out_channels",
+        ["returned 3 channels", "is 2", "set it to 3"],
+    ),
+    ("Lossy", {}, {}, "patch.crop", ["(4, 8, 12)", "set patch.crop: [2, 2, 2]"]),
+    ("Lossy", {}, {"crop": (1, 2, 2)}, "patch.crop", ["[1, 2, 2]", "set patch.crop: [2, 2, 2]"]),
+    ("Odd", {}, {}, "patch.crop", ["(7, 12, 16)", "no patch.crop fits"]),
+    (
+        "Half",
+        {},
+        {"patch_shape": (5, 18, 16)},
+        "patch.shape",
+        ["multiples of [1, 4, 4]", "[5, 16, 16] or [5, 20, 16]"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "changes", "key", "words"), BAD_OUTPUTS)
+def test_bad_output_is_found_before_any_block(folder, name, arguments, changes, key, words):
+    model = pytorch(f"{folder / 'net.py'}:{name}", arguments=arguments)
+    with pytest.raises(ModelError) as caught:
+        check_engine(load(model, **changes), make_request(**changes))
+    message = str(caught.value)
+    assert caught.value.key == key, message
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_wrong_number_of_input_channels_is_named(folder):
+    request = make_request(in_channels=2)
+    for path, weights in ((TINY, str(folder / "plain.pt")), ("script.pt", None)):
+        engine = load(pytorch(folder / path, weights=weights), in_channels=2)
+        with pytest.raises(ModelError, match="takes 1 input channels, but the input has 2"):
+            check_engine(engine, request)
+
+
+def test_memory_and_determinism_have_their_own_keys():
+    engine = TorchEngine(nn.Identity(), make_request())
+    error = engine.explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"))
+    assert error.key == "patch.batch_size" and "out of memory" in str(error)
+    error = engine.explain(
+        RuntimeError("max_pool does not have a deterministic implementation, but you set ...")
+    )
+    assert error.key == "compute.deterministic"
+
+
+def test_a_network_that_has_cut_its_border_is_taken_as_it_is(folder):
+    engine = load(pytorch(folder / "net.py:Lossy"), crop=(2, 2, 2))
+    batch = torch.rand(1, 1, 8, 12, 16)
+    torch.testing.assert_close(engine.infer(batch), batch[:, :, 2:-2, 2:-2, 2:-2])
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 0), (21, 21, 21)])
+def test_real_valid_network_names_its_crop_and_the_sizes_without_a_shift(real_data, crop):
+    # Of 52 voxels it drops the last two: a crop of 22 would fit the numbers and shift the image.
+    model = pytorch(real_data / "nets" / "em_affinity_resunet_valid.ts.pt")
+    changes = {"patch_shape": (52, 50, 53), "out_channels": 3, "crop": crop}
+    with pytest.raises(ModelError) as caught:
+        check_engine(load(model, **changes), make_request(**changes))
+    assert caught.value.key == "patch.crop"
+    assert "set patch.shape: [50, 50, 50] and patch.crop: [21, 21, 21]" in str(caught.value)
+
+
+def test_real_same_network_names_its_multiples(real_data):
+    model = pytorch(real_data / "nets" / "em_affinity_resunet_same.ts.pt")
+    changes = {"patch_shape": (20, 30, 32), "out_channels": 3}
+    with pytest.raises(ModelError) as caught:
+        check_engine(load(model, **changes), make_request(**changes))
+    assert caught.value.key == "patch.shape"
+    assert "takes multiples of [4, 4, 4]" in str(caught.value)
+    assert "[20, 28, 32] or [20, 32, 32]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("multiples", "remainders", "shape", "words"),
+    [
+        ((1, 16, 16), (0, 0, 0), (20, 250, 256), "to [20, 240, 256] or [20, 256, 256]"),
+        ((4, 4, 4), (2, 2, 2), (64, 66, 66), "to [62, 66, 66] or [66, 66, 66]"),
+        ((8, 8, 8), (0, 0, 0), (4, 8, 8), "to [8, 8, 8]"),
+        ((64, 64, 64), (0, 0, 0), (65, 65, 65), ""),
+    ],
+)
+def test_size_advice(multiples, remainders, shape, words):
+    tried = []
+
+    def accepts(candidate):
+        tried.append(candidate)
+        return all(n % m == r for n, m, r in zip(candidate, multiples, remainders, strict=True))
+
+    advice = size_advice(accepts, shape)
+    if words:
+        assert advice.endswith(words), advice
+    assert len(tried) <= 26 and max(max(t) for t in tried) <= 64 + 7 + 32
+    assert not size_advice(lambda _: False, shape)
+    assert not size_advice(lambda _: True, shape)
