@@ -9,8 +9,9 @@ import pytest
 
 from mpichunk.geometry.box import Triple
 from mpichunk.plan.estimate import Estimate
+from mpichunk.plan.memory import unexplained_nbytes
 from mpichunk.plan.probe import Pace, Probe
-from tests.geometries import estimate_of, make_config
+from tests.geometries import estimate_of, make_config, make_info, make_plan
 
 
 def memory_of(found: Estimate) -> dict[str, tuple[int | None, int | None, int | None]]:
@@ -146,6 +147,37 @@ def test_quick_writing_needs_less_memory(
     core = 16**3 * 4
     assert parts["output of the blocks in flight"][0] == num_cores * core
     assert parts["output being encoded"][0] == num_encoded * core
+
+
+def test_what_bench_has_found_besides_is_added() -> None:
+    """The peak of `bench`, and a tenth, is what is projected of the blocks that it ran."""
+    config = make_config((10, 10, 10), (16, 16, 16))
+    probe = Probe(seconds=1.0, nbytes=1, device="cpu", resident_nbytes=10**8, start_nbytes=10**9)
+
+    def projected(probe: Probe) -> int:
+        found = estimate_of(config, (64, 64, 64), probe=probe)
+        return sum(cpu or 0 for cpu, _, _ in memory_of(found).values())
+
+    peak, known = 2 * 10**8, projected(replace(probe, start_nbytes=None))
+    plan = make_plan(config, (64, 64, 64))
+
+    def unexplained(peak: int) -> int:
+        return unexplained_nbytes(
+            plan,
+            config,
+            make_info(plan.volume),
+            estimate_of(config, plan.volume).work,
+            peak_nbytes=peak,
+            num_blocks=64,
+            memory="cpu",
+            probe=probe,
+        )
+
+    more = unexplained(peak)
+    assert more == peak * 11 // 10 - known > 0
+    told = replace(probe, start_nbytes=None, more_nbytes=more)
+    assert projected(told) == peak * 11 // 10
+    assert unexplained(10**7) == 0
 
 
 def test_what_a_loaded_rank_holds_replaces_what_was_guessed() -> None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.block.hostpool import HostPool
 from mpichunk.errors import BlockError
 
@@ -48,3 +49,19 @@ def test_a_host_without_memory_fails_the_block(error):
 
     with pytest.raises(BlockError, match=r"no memory for 96 B of a block: .*block\.shape"):
         HostPool(allocate).take((1, 2, 3, 4), np.dtype(np.float32))
+
+
+def test_pages_of_a_host_are_lent_given_back_and_lent_again():
+    pool = HostPool(NumpyArrays().host_bytes)
+    first = pool.take((1, 2, 3, 4), np.dtype(np.float32))
+    first[...] = 7
+    pool.give_back(first)
+    again = pool.take((1, 1, 3, 4), np.dtype(np.float32))
+    assert np.shares_memory(first, again) and (again == 7).all()
+    assert not np.shares_memory(again, pool.take((1, 1, 3, 4), np.dtype(np.float32)))
+    assert pool.take((1, 0, 3, 4), np.dtype(np.float32)).size == 0
+
+
+def test_a_host_says_that_it_has_no_pages():
+    with pytest.raises(BlockError, match=r"no memory for .* of a block: .*block\.shape"):
+        HostPool(NumpyArrays().host_bytes).take((1, 1 << 20, 1 << 20, 1 << 20), np.dtype(np.uint8))

@@ -237,6 +237,10 @@ def test_less_does_not_replace_more(tmp_path: Path) -> None:
     del kept["probe"]["resident_nbytes"], kept["probe"]["start_nbytes"]
     (job.run_dir / "probe.json").write_text(json.dumps(kept))
     assert job.probe() == replace(before, resident_nbytes=None, start_nbytes=None)
+    # What ranks held besides is of these blocks only.
+    kept["of_peak"] = "of others"
+    (job.run_dir / "probe.json").write_text(json.dumps(kept))
+    assert job.probe() == replace(before, resident_nbytes=None, start_nbytes=None, more_nbytes=0)
     elsewhere = Probe(seconds=9.0, nbytes=1, device="cuda:0 H200", free_nbytes=1 << 30)
     # What another process is about to write is in nobody's way.
     (job.run_dir / "probe.json.tmp").mkdir()

@@ -107,8 +107,9 @@ def test_bytes_under_way_are_bounded(
     disk, core = Disk(), Box.from_shape(ORIGIN, core_shape)
     parts = write_parts(core, ORIGIN, unit, voxel_nbytes)
     written = Writing(parts, disk.begin, voxel_nbytes)
-    assert disk.most_under_way * voxel_nbytes == expected
+    assert disk.num_begun == 1
     written.result()
+    assert disk.most_under_way * voxel_nbytes == expected
     assert disk.durable == list(parts)
     bound = most_under_way(core_shape, unit, voxel_nbytes)
     assert disk.most_under_way * voxel_nbytes <= bound <= prod(core_shape) * voxel_nbytes
@@ -123,3 +124,18 @@ def test_after_a_failure_nothing_is_under_way_and_nothing_more_begins() -> None:
         written.result()
     # One more was begun when the first was durable.
     assert disk.num_under_way == 0 and disk.num_begun == 5 < len(parts)
+
+
+def test_what_was_begun_is_waited_for_where_the_next_cannot_begin() -> None:
+    core = Box.from_shape((0, 0, 0), (64, 1024, 1024))
+    disk = Disk()
+
+    def begin(part: Box) -> BlockFuture[None]:
+        if disk.num_begun == 3:
+            raise MemoryError
+        return disk.begin(part)
+
+    written = Writing(write_parts(core, (0, 0, 0), (64, 64, 64), 4), begin, 4)
+    with pytest.raises(MemoryError):
+        written.result()
+    assert disk.num_under_way == 0 and len(disk.durable) == 3

@@ -276,8 +276,10 @@ class Pipeline:
             return
         started = monotonic()
         written = self._writer.write(core, core_czyx)
-        checksum = checksum_of(core_czyx)
-        written.result()
+        try:
+            checksum = checksum_of(core_czyx)
+        finally:
+            written.result()
         self._put(
             Done(
                 lease=lease,
@@ -290,5 +292,5 @@ class Pipeline:
                 batch_size=inferred.batch_size,
             )
         )
-        # Not after a failure: other chunks of the core may still be on their way to the disk.
+        # Not after a failure: other chunks of what failed may still be on their way to the disk.
         inferred.release()

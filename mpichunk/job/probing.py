@@ -121,20 +121,27 @@ def write_probe(run_dir: Path, config: Config, model_files: Sequence[Path], prob
     Raises:
         OSError: the run directory cannot be written.
     """
-    cause = {"of": _cause(config, model_files), "of_pace": _cause_of_pace(config)}
+    cause = {
+        "of": _cause(config, model_files),
+        "of_pace": _cause_of_pace(config),
+        "of_peak": _cause_of_peak(config, model_files),
+    }
     _write(run_dir, PROBE, {**cause, "probe": asdict(probe)})
 
 
 def read_probe(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Probe | None:
     """Return what the last forward told; None if there was none, or it was of something else.
 
-    Without its pace, where blocks are read or written otherwise than they were.
+    Without its pace, where blocks are read or written otherwise than they were; without what ranks
+    held besides, where anything is otherwise.
     """
     try:
         kept = json.loads((run_dir / PROBE).read_text(encoding="utf-8"))
         if kept["of"] != _cause(config, model_files):
             return None
         probe = Probe(**kept["probe"])
+        if kept.get("of_peak") != _cause_of_peak(config, model_files):
+            probe = replace(probe, more_nbytes=0)
         if probe.pace is None or kept.get("of_pace") != _cause_of_pace(config):
             return replace(probe, pace=None)
         return replace(probe, pace=Pace(**kept["probe"]["pace"]))

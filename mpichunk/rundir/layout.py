@@ -5,6 +5,7 @@ there too, in `model-<hash>`, and locks in `lock.<number>`.
 """
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -43,5 +44,10 @@ def replace_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.rename(path)
+    except OSError as error:
+        # What the user knows by name.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

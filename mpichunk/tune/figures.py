@@ -125,7 +125,9 @@ def largest_batch(
         if fits:
             break
         size = known + (size - known) // 2
-    return Largest(num_patches=max(size, known), is_run=True)
+    # None fits with so much to spare, or so it seems.
+    most = max(size, known)
+    return Largest(num_patches=most, is_run=True) if most else None
 
 
 def extrapolated_batch(rows: Sequence[Row], available: int | None) -> int | None:

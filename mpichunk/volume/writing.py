@@ -18,7 +18,7 @@ from mpichunk.volume.future import BlockFuture
 class Writing:
     """A core that is being written.
 
-    The first parts begin at once, the others while `result` waits.
+    The first part begins at once, the others while `result` waits.
 
     Args:
         parts: What is to be written, in this order.
@@ -34,7 +34,7 @@ class Writing:
         self._voxel_nbytes = voxel_nbytes
         self._under_way: deque[tuple[int, BlockFuture[None]]] = deque()
         self._nbytes = 0
-        self._fill()
+        self._begin_next()
 
     def result(self) -> None:
         """Return once all bytes are durable.
@@ -44,6 +44,7 @@ class Writing:
             DiskFullError: there is no space or no quota left; the same message for every core.
         """
         try:
+            self._fill()
             while self._under_way:
                 nbytes, future = self._under_way.popleft()
                 future.result()
@@ -56,10 +57,17 @@ class Writing:
                     future.result()
 
     def _fill(self) -> None:
-        """Begin what the window has room for."""
-        while self._waiting:
-            nbytes = self._waiting[0].num_voxels * self._voxel_nbytes
-            if self._under_way and self._nbytes + nbytes > WINDOW_NBYTES:
-                break
-            self._under_way.append((nbytes, self._begin(self._waiting.popleft())))
-            self._nbytes += nbytes
+        """Begin what the window has room for, one part at least."""
+        while self._waiting and (
+            not self._under_way or self._nbytes + self._next_nbytes <= WINDOW_NBYTES
+        ):
+            self._begin_next()
+
+    @property
+    def _next_nbytes(self) -> int:
+        return self._waiting[0].num_voxels * self._voxel_nbytes
+
+    def _begin_next(self) -> None:
+        nbytes = self._next_nbytes
+        self._under_way.append((nbytes, self._begin(self._waiting.popleft())))
+        self._nbytes += nbytes

@@ -82,7 +82,8 @@ class OpenvinoEngine:
         self._own_settings = tuple(model.options)
         self._limit = limit_of(model)
         self._requests: dict[int, Any] = {}
-        self._compiled = self._compile(request.batch_size)
+        with limited(self._limit):
+            self._compiled = self._compile(request.batch_size)
 
     @property
     def arrays(self) -> NumpyArrays:
@@ -134,8 +135,7 @@ class OpenvinoEngine:
         """Return the network compiled for batches of this size: fixed shapes run faster."""
         network = reshape_network(self._network, self._path, self._request, batch_size)
         try:
-            with limited(self._limit):
-                compiled = self._core.compile_model(network, "CPU", self._settings)
+            compiled = self._core.compile_model(network, "CPU", self._settings)
         except Exception as error:
             text = str(error).strip()
             is_setting = any(name in text for name in self._own_settings)

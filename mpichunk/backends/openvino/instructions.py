@@ -27,11 +27,13 @@ def limit_of(model: Model) -> str | None:
         ModelError: oneDNN knows no such ones.
     """
     found = model.options.get(OPTION)
-    if found is not None and found not in NARROWER:
+    if found is None:
+        return None
+    if str(found) not in NARROWER:
         raise ModelError(
             f"{OPTION} is {found!r}; expected {' or '.join(NARROWER)}", key="model.options"
         )
-    return found
+    return str(found)
 
 
 @contextmanager
