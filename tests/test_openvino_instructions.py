@@ -9,6 +9,7 @@ import pytest
 from mpichunk.backends.openvino.instructions import OPTION, limit_of, limited
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
+from tests import onnx_maker
 from tests.launch import REPOSITORY
 
 PROGRAM = """
@@ -21,17 +22,14 @@ from mpichunk.errors import ModelError
 
 shape = 8, 16, 16
 request = EngineRequest(
-    patch_shape=shape, crop=(0, 0, 0), batch_size=1, in_channels=1, out_channels=3, threads=1,
+    patch_shape=shape, crop=(0, 0, 0), batch_size=1, in_channels=1, threads=1,
+    out_channels=json.loads(sys.argv[1])["out_channels"],
     precision="float32", device="cpu", deterministic=True,
 )
 batch = np.random.default_rng(0).random((1, 1, *shape), dtype=np.float32)
-nets = sys.argv[1]
 for limit in sys.argv[2:]:
     options = {} if limit == "none" else {"ONEDNN_MAX_CPU_ISA": limit}
-    model = Model(
-        backend="openvino", path=nets + ".py:EmAffinityResUNet", weights=nets + ".safetensors",
-        out_channels=3, options=options,
-    )
+    model = Model(backend="openvino", options=options, **json.loads(sys.argv[1]))
     try:
         engine = get_backend("openvino").load(model, request)
     except ModelError as error:
@@ -48,11 +46,20 @@ for limit in sys.argv[2:]:
 """
 
 
-def load_one_by_one(python, *limits):
+NETS = str(REPOSITORY / "mpichunk/nets/em_affinity_resunet")
+MODEL = {
+    "path": f"{NETS}.py:EmAffinityResUNet",
+    "weights": f"{NETS}.safetensors",
+    "out_channels": 3,
+}
+
+
+def load_one_by_one(python, *limits, model=MODEL):
     pytest.importorskip("openvino", reason="no openvino: pip install 'mpichunk[openvino]'")
-    nets = REPOSITORY / "mpichunk/nets/em_affinity_resunet"
     env = {k: v for k, v in os.environ.items() if k != OPTION}
-    done = python("-c", PROGRAM, nets, *limits, env={**env, "PYTHONPATH": str(REPOSITORY)})
+    done = python(
+        "-c", PROGRAM, json.dumps(model), *limits, env={**env, "PYTHONPATH": str(REPOSITORY)}
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -65,6 +72,14 @@ def test_no_wider_instructions_are_taken_and_values_stay(python):
     # torch, in the same process, is left alone.
     assert not narrow["is_set"]
     np.testing.assert_allclose(narrow["values"], wide["values"], atol=1e-5)
+
+
+def test_a_network_that_is_not_converted_here_is_limited_too(python, tmp_path):
+    """As on all ranks but one: nothing was compiled for a comparison before."""
+    model = {"path": str(onnx_maker.convolution(tmp_path / "net.onnx")), "out_channels": 2}
+    (narrow,) = load_one_by_one(python, "AVX2", model=model)
+    assert "refused" not in narrow
+    assert not [name for name in narrow["kernels"] if "avx512" in name]
 
 
 def test_a_limit_that_comes_too_late_is_refused(python):

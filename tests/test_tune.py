@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpichunk.backends.openvino.instructions import OPTION
 from mpichunk.bench.figures import Spread
 from mpichunk.config.schema import Config
 from mpichunk.tune.figures import Difference, Largest, Row, difference, largest_batch, verdict
@@ -17,6 +18,7 @@ from tests.geometries import make_config
 CPU = Facts(
     device="cpu", installed=frozenset({"pytorch", "openvino", "onnxruntime"}), has_compiler=False
 )
+WIDE = replace(CPU, has_avx512=True)
 CUDA = Facts(device="cuda:0", installed=frozenset({"pytorch", "openvino"}), has_compiler=True)
 
 
@@ -129,6 +131,27 @@ def test_what_differs_too_much_is_never_chosen() -> None:
     assert search(config(), CUDA, speed, tolerance=0.1)[0].variant.precision == "bfloat16"
 
 
+def test_openvino_is_tried_without_avx512_and_then_in_batches() -> None:
+    def speed(variant: Variant) -> float:
+        fast = 2.0 if variant.backend == "openvino" else 1.0
+        wide = 1.4 if variant.instructions == "AVX2" else 1.0
+        return fast * wide * min(variant.batch_size, 2)
+
+    best, rows = search(config(), WIDE, speed)
+    narrow = [item.variant.name for item in rows if item.variant.instructions]
+    assert narrow[0] == "openvino float32 + AVX2 at most, batch 1", "halves have no AVX2"
+    assert narrow[1:] == [f"openvino float32 + AVX2 at most, batch {n}" for n in (2, 4, 8)]
+    assert best.variant.name == narrow[1]
+    # Nor on top of what does not run, where there is nothing wider, or a second time.
+    _, rows = search(config(), WIDE, lambda v: "no" if v.backend == "openvino" else 1.0)
+    assert not any(item.variant.instructions for item in rows)
+    assert not any(item.variant.instructions for item in search(config(), CPU, speed)[1])
+    asked = config("openvino", model={"options": {OPTION: "AVX2"}})
+    names = [item.variant.name for item in search(asked, WIDE, lambda variant: 1.0)[1]]
+    assert names.count("openvino float32 + AVX2 at most, batch 1") == 1
+    assert "openvino float32, batch 1" in names and "openvino bfloat16, batch 1" in names
+
+
 def test_refusals_end_a_series_and_nothing_else() -> None:
     def speed(variant: Variant) -> float | str:
         return "no room" if variant.batch_size > 2 else float(variant.batch_size)
@@ -220,3 +243,25 @@ def test_options_of_another_backend_are_left_behind() -> None:
     hinted = config("openvino", model={"options": {"INFERENCE_PRECISION_HINT": "f32"}})
     found = with_settings(hinted, {"compute.precision": "bfloat16"})
     assert (found.compute.precision, found.model.options) == ("bfloat16", {})
+
+
+def test_narrower_instructions_are_one_option_beside_the_users() -> None:
+    options = {"NUM_STREAMS": 1, "weights_key": "ema"}
+    limited = Variant(backend="openvino", batch_size=1, instructions="AVX2")
+    for backend, kept in (("openvino", options), ("pytorch", {"weights_key": "ema"})):
+        asked = config(backend, model={"options": options})
+        found = with_settings(asked, limited.settings)
+        assert found.model.options == {**kept, OPTION: "AVX2"}
+        assert variant_of(found) == limited
+        changes = changed(asked, limited.settings)
+        assert changes.pop("model.options") == found.model.options
+        assert changes == ({} if backend == "openvino" else {"model.backend": "openvino"})
+        assert changed(found, limited.settings) == {}
+        assert with_settings(asked, changed(asked, limited.settings)) == found
+        # And back.
+        assert changed(found, replace(limited, instructions=None).settings) == {
+            "model.options": kept
+        }
+    # A word of openvino's only.
+    odd = config("pytorch", model={"options": {OPTION: "AVX2"}})
+    assert variant_of(odd).instructions is None

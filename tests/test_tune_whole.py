@@ -17,6 +17,7 @@ from mpichunk.config.schema import Config
 from mpichunk.job.startup import prepare
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.tune import measure as measure_module
+from mpichunk.tune import trial as trial_module
 from mpichunk.tune.figures import Row
 from mpichunk.tune.variants import Facts, Variant, baseline, variant_of
 from mpichunk.verbs import tune as tune_module
@@ -28,12 +29,12 @@ from tests.realnets import EM_CODE, EM_WEIGHTS
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure briefly, and compile nothing, which takes half a minute."""
+    """Measure briefly; compile nothing, and start no processes, which takes half a minute."""
     monkeypatch.setattr(measure_module, "TURN_SECONDS", 0.01)
     whole = tune_module.facts_of
 
     def facts_of(job: Any) -> Facts:
-        return whole(job, lambda name: None)
+        return replace(whole(job, lambda name: None), has_avx512=False)
 
     monkeypatch.setattr(tune_module, "facts_of", facts_of)
 
@@ -57,6 +58,7 @@ def em_config(folder: Path, **more: Any) -> Path:
 
 TUNED = {
     "model.backend",
+    "model.options",
     "patch.batch_size",
     "compute.precision",
     "compute.channels_last",
@@ -154,8 +156,8 @@ def test_what_is_compared_is_activated(
     )
     start = baseline(job.config)
     meter.measure(start)
-    load = measure_module.load_engine
-    monkeypatch.setattr(measure_module, "load_engine", lambda *how: Off(load(*how)))
+    load = trial_module.load_engine
+    monkeypatch.setattr(trial_module, "load_engine", lambda *how: Off(load(*how)))
     found = meter.measure(replace(start, batch_size=2))
     assert found.difference is not None
     assert found.difference.largest == pytest.approx(expected, rel=0.01)

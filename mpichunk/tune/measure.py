@@ -1,12 +1,13 @@
 """Measures one variant with real forwards, in turns with the baseline, on patches of the volume.
 
-Loads networks one after another in this process. Knows no order of trials and no config files.
+Loads networks one after another, in this process or one of their own (`trial`, `apart`). Knows no
+order of trials and no config files.
 """
 
 import logging
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,22 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.backends.numpy_arrays import scale
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
 from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
-from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
 from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import host_room, memory_groups
-from mpichunk.job.probing import forward_nbytes
 from mpichunk.job.startup import Job
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.probe import Probe
-from mpichunk.ranks.comm import SerialCommunicator
+from mpichunk.tune.apart import Apart
 from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
-from mpichunk.tune.variants import Variant, with_settings
+from mpichunk.tune.trial import Trial, job_of, reason
+from mpichunk.tune.variants import Variant
 from mpichunk.volume import Reader
 from mpichunk.words import size
 
@@ -47,27 +46,6 @@ NUM_WEIGHED = 3
 """What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A network as one variant runs it, and a batch on its device."""
-
-    variant: Variant
-    job: Job
-    engine: Engine
-    request: EngineRequest
-    batch_nczyx: DeviceArray
-
-    def forwards(self, count: int) -> float:
-        """Return the seconds of so many forwards."""
-        arrays = self.engine.arrays
-        arrays.wait()
-        started = perf_counter()
-        for _ in range(count):
-            self.engine.infer(self.batch_nczyx)
-        arrays.wait()
-        return perf_counter() - started
 
 
 class Meter:
@@ -96,14 +74,14 @@ class Meter:
         self._num_repeats = num_repeats
         self._num_local = num_local
         self._deadline = deadline
-        self._baseline: Loaded | None = None
+        self._baseline: Trial | None = None
         self._expected: Outputs | None = None
         self._forward_nbytes: dict[Variant, tuple[int, int]] = {}
         self.available: int | None = None
         """Memory that a rank may take where the baseline computes, bytes; None if nobody knows."""
 
     @property
-    def baseline(self) -> Loaded:
+    def baseline(self) -> Trial:
         """The baseline, once it was measured."""
         assert self._baseline is not None
         return self._baseline
@@ -124,14 +102,14 @@ class Meter:
         return row
 
     def _measure_baseline(self, variant: Variant) -> Row:
-        loaded = self._load(variant)
+        loaded = Trial.load(self._job, variant, self._patches_nczyx)
         try:
             loaded.engine.infer(loaded.batch_nczyx)
         except UserError:
             raise
         except Exception as error:
             raise loaded.engine.explain(error) from error
-        self._baseline, self._expected = loaded, self._outputs(loaded)
+        self._baseline, self._expected = loaded, loaded.outputs()
         self.available = self._room(loaded)
         count = _count(loaded)
         seconds = [loaded.forwards(count) / count for _ in range(self._num_repeats)]
@@ -151,25 +129,17 @@ class Meter:
             return Row(variant=variant, refused=words, is_tried=False)
         if too_large := self._too_large(variant):
             return Row(variant=variant, refused=too_large)
-        self.baseline.engine.arrays.release()
-        loaded = None
-        # What loading says is the same for all.
-        logging.disable(logging.INFO)
         try:
-            loaded = self._load(variant)
-            return self._compare(loaded)
+            with self._loading(variant) as loaded:
+                return self._compare(loaded)
         except DEVICE_FAILURES as error:
-            return Row(variant=variant, refused=_reason(error))
-        finally:
-            logging.disable(logging.NOTSET)
-            if loaded is not None:
-                loaded.engine.arrays.release()
+            return Row(variant=variant, refused=reason(error))
 
-    def _compare(self, loaded: Loaded) -> Row:
+    def _compare(self, loaded: Trial | Apart) -> Row:
         """Measure in turns: baseline, variant, baseline, variant."""
         base, expected = self.baseline, self._expected
         assert expected is not None
-        apart = difference(self._outputs(loaded), expected)
+        apart = difference(loaded.outputs(), expected)
         counts = _count(base), _count(loaded)
         seconds, speedups = [], []
         for _ in range(self._num_repeats):
@@ -184,30 +154,22 @@ class Meter:
             nbytes=self._nbytes(loaded, median(seconds) * loaded.variant.batch_size),
         )
 
-    def _load(self, variant: Variant) -> Loaded:
-        """Load the network as a variant runs it."""
-        job = replace(self._job, config=with_settings(self._job.config, variant.settings))
-        binding = bind_ranks(SerialCommunicator(), job, fresh=True).of(0)
-        request = engine_request(job, binding)
-        engine = load_engine(job, request, prepare_network(job, request))
-        host = np.stack(list(islice(cycle(self._patches_nczyx), variant.batch_size)))
-        batch_nczyx = engine.arrays.upload(host)
-        return Loaded(
-            variant=variant, job=job, engine=engine, request=request, batch_nczyx=batch_nczyx
-        )
+    @contextmanager
+    def _loading(self, variant: Variant) -> Iterator[Trial | Apart]:
+        """Load the network as a variant runs it, and give back at last what it took."""
+        self.baseline.release()
+        # What loading says is the same for all.
+        logging.disable(logging.INFO)
+        try:
+            with closing(self._load(variant)) as loaded:
+                yield loaded
+        finally:
+            logging.disable(logging.NOTSET)
 
-    def _outputs(self, loaded: Loaded) -> Outputs:
-        """Return what would be blended for each of the patches, on the host: activated."""
-        found: list[Any] = []
-        arrays, step = loaded.engine.arrays, loaded.variant.batch_size
-        for start in range(0, len(self._patches_nczyx), step):
-            part = self._patches_nczyx[start : start + step]
-            host = np.stack(list(islice(cycle(part), step)))
-            output = loaded.engine.infer(arrays.upload(host))
-            written = arrays.activate(output, loaded.job.config.model.activation)
-            # A copy: the next forward may overwrite it.
-            found += list(np.array(arrays.download(written))[: len(part)])
-        return np.stack(found)
+    def _load(self, variant: Variant) -> Trial | Apart:
+        """Load the network; where instructions are limited, not here: oneDNN has looked already."""
+        load = Trial.load if variant.instructions is None else Apart
+        return load(self._job, variant, self._patches_nczyx)
 
     def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
         """Run forwards of a batch that should fit; return whether it does.
@@ -220,29 +182,24 @@ class Meter:
         """
         if self.available is None or perf_counter() + NUM_WEIGHED * seconds > self._deadline:
             return None
-        self.baseline.engine.arrays.release()
-        loaded = None
-        logging.disable(logging.INFO)
         try:
-            loaded = self._load(variant)
-            nbytes = self._nbytes(loaded, seconds)
-            return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
+            with self._loading(variant) as loaded:
+                nbytes = self._nbytes(loaded, seconds)
         except DEVICE_FAILURES as error:
-            log.debug("%s: %s", variant.name, _reason(error))
+            log.debug("%s: %s", variant.name, reason(error))
             return False
-        finally:
-            logging.disable(logging.NOTSET)
-            if loaded is not None:
-                loaded.engine.arrays.release()
+        return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
 
-    def _nbytes(self, loaded: Loaded, seconds: float) -> int | None:
+    def _nbytes(self, loaded: Trial | Apart, seconds: float) -> int | None:
         """Return what a rank takes where the network computes, its forward measured."""
-        forward = forward_nbytes(loaded.engine, loaded.request)
+        forward = loaded.forward_nbytes()
         if forward is None:
             return None
         key = replace(loaded.variant, batch_size=1)
         self._forward_nbytes[key] = loaded.variant.batch_size, forward
-        return self._need(loaded.job, Probe(seconds=seconds, nbytes=forward, device=""))
+        return self._need(
+            job_of(self._job, loaded.variant), Probe(seconds=seconds, nbytes=forward, device="")
+        )
 
     def _need(self, job: Job, probe: Probe) -> int:
         """Return what a rank takes where the network computes."""
@@ -252,7 +209,7 @@ class Meter:
         is_on_cpu = self._baseline is None or self._baseline.request.device == "cpu"
         return found.cpu_nbytes if is_on_cpu else found.device_nbytes
 
-    def _room(self, loaded: Loaded) -> int | None:
+    def _room(self, loaded: Trial) -> int | None:
         """Return what a rank may take where a network computes."""
         if loaded.request.device == "cpu":
             groups = [(group, self._num_local) for group in memory_groups()]
@@ -266,8 +223,7 @@ class Meter:
         if known is None or known[0] >= variant.batch_size or self.available is None:
             return ""
         forward = known[1] * variant.batch_size // known[0]
-        job = replace(self._job, config=with_settings(self._job.config, variant.settings))
-        need = self._need(job, Probe(seconds=0, nbytes=forward, device=""))
+        need = self._need(job_of(self._job, variant), Probe(seconds=0, nbytes=forward, device=""))
         if need <= (1 - HEADROOM) * self.available:
             return ""
         return (
@@ -312,13 +268,7 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
 
 
-def _count(loaded: Loaded) -> int:
+def _count(loaded: Trial | Apart) -> int:
     """Return how many forwards fill a turn, after one that warms up."""
     loaded.forwards(1)
     return max(1, int(TURN_SECONDS / max(loaded.forwards(1), 1e-9)))
-
-
-def _reason(error: BaseException) -> str:
-    """Return in one line why a variant does not run."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

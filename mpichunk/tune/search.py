@@ -2,7 +2,8 @@
 
 Knows nothing of how a variant is measured: that is a function, which never raises.
 
-    baseline -> precisions x layout, backends -> + folding, compiling, graphs -> batch sizes
+    baseline -> precisions x layout, backends -> openvino without AVX-512
+        -> torch's best + folding, compiling, graphs -> batch sizes
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from mpichunk.tune.variants import (
     batch_sizes,
     first_round,
     more_kernels,
+    narrower,
 )
 
 PATIENCE = 2
@@ -41,8 +43,16 @@ class Search:
         best = start = self._try(baseline(self._config))
         for variant in first_round(self._config, self._facts):
             best = self._better(best, self._try(variant))
+        for variant in self._narrower():
+            best = self._better(best, self._try(variant))
         # Also where another backend leads so far: with kernels, this one may overtake it.
         return self._best_batch(self._better(best, self._with_kernels(start)))
+
+    def _narrower(self) -> list[Variant]:
+        """Return what was measured, with narrower instructions, unless that was tried."""
+        tried = [row.variant for row in self.rows]
+        measured = [row.variant for row in self.rows if not row.refused]
+        return [v for v in narrower(measured, self._facts) if v not in tried]
 
     def _with_kernels(self, best: Row) -> Row:
         """Add kernels to the best variant of the baseline's backend, each that helps."""

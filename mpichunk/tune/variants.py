@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpichunk.backends.files.source import WEIGHTS_KEY
+from mpichunk.backends.openvino.instructions import OPTION
 from mpichunk.config.checks import check
 from mpichunk.config.computerules import KERNELS, PRECISION_HINT, PRECISIONS
 from mpichunk.config.schema import Config
@@ -15,6 +16,12 @@ from mpichunk.errors import ConfigError
 
 MOST_PATCHES = 64
 """Batches are not made larger: devices are busy long before."""
+
+INSTRUCTIONS = f"model.options.{OPTION}"
+"""The key of the widest instructions, beside which the user's other options stay."""
+
+NARROW = "AVX2"
+"""What is tried instead of AVX-512."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,21 +34,27 @@ class Variant:
     kernels: tuple[str, ...] = ()
     """Kernel options that are on, in the order of `KERNELS`."""
 
+    instructions: str | None = None
+    """The widest that convolutions of openvino may take; None for all that there are."""
+
     @property
     def name(self) -> str:
         """In words, e.g. "pytorch bfloat16 + channels_last, batch 2"."""
-        how = " + ".join((self.precision, *self.kernels))
+        limit = () if self.instructions is None else (f"{self.instructions} at most",)
+        how = " + ".join((self.precision, *self.kernels, *limit))
         return f"{self.backend} {how}, batch {self.batch_size}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """Values by config key."""
         kernels = {f"compute.{name}": name in self.kernels for name in KERNELS}
+        limit = {INSTRUCTIONS: self.instructions} if self.backend == "openvino" else {}
         return {
             "model.backend": self.backend,
             "patch.batch_size": self.batch_size,
             "compute.precision": self.precision,
             **kernels,
+            **limit,
         }
 
     def plus(self, kernel: str) -> "Variant":
@@ -63,6 +76,9 @@ class Facts:
     has_compiler: bool
     """Whether torch.compile finds what it needs."""
 
+    has_avx512: bool = False
+    """Whether the network computes on a CPU with AVX-512."""
+
     @property
     def kind(self) -> str:
         """`cpu`, `cuda` or another one."""
@@ -71,11 +87,13 @@ class Facts:
 
 def variant_of(config: Config) -> Variant:
     """Return how a config runs its network."""
+    backend, limit = config.model.backend, config.model.options.get(OPTION)
     return Variant(
-        backend=config.model.backend,
+        backend=backend,
         batch_size=config.patch.batch_size,
         precision=config.compute.precision,
         kernels=config.compute.kernels,
+        instructions=str(limit) if backend == "openvino" and limit is not None else None,
     )
 
 
@@ -108,6 +126,21 @@ def first_round(config: Config, facts: Facts) -> list[Variant]:
     return [variant for variant in dict.fromkeys(found) if variant != start]
 
 
+def narrower(measured: Sequence[Variant], facts: Facts) -> list[Variant]:
+    """Return those of openvino once more, each without AVX-512.
+
+    In float32 only: AVX2 has no arithmetic of halves.
+    """
+    if not facts.has_avx512:
+        return []
+    found = [
+        replace(variant, instructions=NARROW)
+        for variant in measured
+        if (variant.backend, variant.precision) == ("openvino", "float32")
+    ]
+    return list(dict.fromkeys(found))
+
+
 def more_kernels(best: Variant, facts: Facts) -> list[str]:
     """Return what can be added to the best so far, one after the other."""
     if best.backend != "pytorch":
@@ -134,25 +167,38 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         ConfigError: they do not go together.
     """
     values = config.model_dump()
+    values["model"]["options"] = _options(config, settings)
     for key, value in settings.items():
-        section, name = key.split(".")
-        values[section][name] = value
-    options = values["model"]["options"]
-    if settings.get("model.backend", config.model.backend) != config.model.backend:
-        # They are words of the other backend, but for what tells where the weights are.
-        values["model"]["options"] = {k: v for k, v in options.items() if k == WEIGHTS_KEY}
-    elif "compute.precision" in settings and PRECISION_HINT in options:
-        del options[PRECISION_HINT]
+        if key != INSTRUCTIONS:
+            section, name = key.split(".")
+            values[section][name] = value
     found = check(values)
     if isinstance(found, Config):
         return found
     raise ConfigError(found, [f"{problem.key}: {problem.message}" for problem in found])
 
 
+def _options(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the model that go with other values."""
+    options = dict(config.model.options)
+    if settings.get("model.backend", config.model.backend) != config.model.backend:
+        # They are words of the other backend, but for what tells where the weights are.
+        options = {key: value for key, value in options.items() if key == WEIGHTS_KEY}
+    elif settings.get("compute.precision", config.compute.precision) != config.compute.precision:
+        options.pop(PRECISION_HINT, None)
+    if INSTRUCTIONS in settings:
+        options.pop(OPTION, None)
+        if settings[INSTRUCTIONS] is not None:
+            options[OPTION] = settings[INSTRUCTIONS]
+    return options
+
+
 def changed(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings that differ from what the config says."""
+    """Return, by config key, what differs from what the config says; options as a whole."""
     own = variant_of(config).settings
-    return {key: value for key, value in settings.items() if own[key] != value}
+    found = {k: v for k, v in settings.items() if k != INSTRUCTIONS and own[k] != v}
+    options = _options(config, settings)
+    return found if options == config.model.options else {**found, "model.options": options}
 
 
 def _backends(config: Config) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """The `tune` verb: tries how this config's network runs best here, and writes the winner.
 
-One process, no MPI. Touches neither the output nor the run directory; changes no geometry, and no
-results beyond the tolerance.
+No MPI; one process, and another one for what a library looks at once per process. Touches neither
+the output nor the run directory; changes no geometry, and no results beyond the tolerance.
 """
 
 import json
@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.optional import PACKAGES, is_installed
 from mpichunk.config.edit import edit
 from mpichunk.config.file import LoadedConfig, dump_config, load_config
@@ -129,7 +130,12 @@ def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Fac
     has_compiler = any(which(name) for name in compilers)
     if device != "cpu":
         has_compiler = has_compiler and find_spec("triton") is not None
-    return Facts(device=device, installed=frozenset(installed), has_compiler=has_compiler)
+    return Facts(
+        device=device,
+        installed=frozenset(installed),
+        has_compiler=has_compiler,
+        has_avx512=device == "cpu" and cpu_kind() == "cpu AVX512",
+    )
 
 
 def _num_local(job: Job) -> int:
@@ -169,12 +175,10 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
     Raises:
         UserError: it cannot be written.
     """
-    changes, config = dict(tuning.changes), with_settings(loaded.config, tuning.changes)
-    if config.model.options != loaded.config.model.options:
-        changes["model.options"] = config.model.options
+    config = with_settings(loaded.config, tuning.changes)
     if target.absolute().parent == loaded.path.absolute().parent:
         given = dict(_override(text) for text in overrides)
-        text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **changes})
+        text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **tuning.changes})
     else:
         text = dump_config(config)
     comment = comment_of(tuning, loaded.path.name)

@@ -78,9 +78,11 @@ class OpenvinoEngine:
         self._path = Path(str(model.path))
         self._request = request
         self._arrays = NumpyArrays()
-        self._settings = _settings(self._core, model, request)
         self._own_settings = tuple(model.options)
         self._limit = limit_of(model)
+        # To be asked what this CPU is able of is enough for oneDNN to look.
+        with limited(self._limit):
+            self._settings = _settings(self._core, model, request)
         self._requests: dict[int, Any] = {}
         with limited(self._limit):
             self._compiled = self._compile(request.batch_size)
