@@ -151,7 +151,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     held = Held.most(comm.allgather(settle(engine, loading)))
     ranks = comm.allgather(mine)
     figures = combine(ranks)
-    estimate, on_cpu = job.estimate(), request.device == "cpu"
+    estimate = job.estimate()
     if figures.seconds_per_batch > 0:
         room = device_room(engine)
         probe = Probe(
@@ -164,7 +164,9 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
             pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
         )
         on_rank_0(comm, lambda: keep_probe(job, _complete(job, probe, ranks, num_blocks)))
-    advice = suggest(figures, job.config, estimate.work, on_cpu=on_cpu, num_blocks=num_blocks)
+    advice = suggest(
+        figures, job.config, estimate.work, device=request.device, num_blocks=num_blocks
+    )
     return Bench(
         config=job.config,
         work=estimate.work,
