@@ -42,7 +42,7 @@ from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
 from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
-from mpichunk.plan.memory import unexplained_nbytes
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT, unexplained_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.processmemory import settle_allocator, trim
@@ -293,9 +293,11 @@ def _measure(
         first = repeat * comm.size * num_blocks + place
         return [blocks[(first + comm.size * i) % len(blocks)] for i in range(num_blocks)]
 
-    # What happens only once, such as pages of memory that are touched first, is no part of it.
-    first = on_every_rank(comm, lambda: trial.whole(share(num_repeats - 1)[:1]))
-    half = max(1, first.num_batches * num_blocks // 2)
+    # What happens only once, such as pages of memory that are touched first, is no part of it: as
+    # many blocks have memory as are on their way at a time.
+    warming = share(num_repeats - 1)[:1] * min(num_blocks, BLOCKS_IN_FLIGHT)
+    first = on_every_rank(comm, lambda: trial.whole(warming))
+    half = max(1, first.num_batches * num_blocks // (2 * first.num_blocks))
     for repeat in range(num_repeats):
         before = _together(comm, lambda: trial.bare(half))
         whole.append(_together(comm, partial(trial.whole, share(repeat))))
