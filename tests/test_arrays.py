@@ -1,6 +1,7 @@
 """The array operations, numpy and torch alike."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,3 +212,11 @@ def test_quantise_is_the_same_in_numpy_and_torch(dtype):
         results.append(found)
     np.testing.assert_array_equal(*results)
     assert results[0].dtype == dtype and results[0].flags.c_contiguous
+
+
+def test_a_device_that_counts_no_memory_says_nothing(monkeypatch):
+    """`torch.mps` has neither peaks nor what resets them."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    arrays = TorchArrays(torch.device("meta"))
+    assert arrays.peak_nbytes(lambda: pytest.fail("nothing is to be weighed")) is None
+    assert arrays.most_nbytes() is None

@@ -135,12 +135,12 @@ def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> 
     assert set(STAGE_OF.values()) <= set(STAGES)
 
 
-def advice_of(figures: RankFigures, *, on_cpu: bool = True, **more: Any) -> list[str]:
+def advice_of(figures: RankFigures, *, device: str = "cpu", **more: Any) -> list[str]:
     model = {"backend": "pytorch", "path": "/n.pt"}
     config = make_config((8, 8, 8), (16, 16, 16), **({"model": model} | more))
     plan = make_plan(config, (64, 64, 64))
     found = suggest(
-        combine([figures]), config, work_of(plan, (32, 32, 32)), on_cpu=on_cpu, num_blocks=4
+        combine([figures]), config, work_of(plan, (32, 32, 32)), device=device, num_blocks=4
     )
     return [f"{advice.key}: {advice.message}" for advice in found]
 
@@ -149,7 +149,7 @@ def test_advice_is_about_what_takes_the_time() -> None:
     network = advice_of(rank([2.0], [1.9]))
     assert network[0].startswith("model.backend: 95% of the time is the network's own")
     assert any("openvino" in line for line in network)
-    on_device = advice_of(rank([2.0], [1.9]), on_cpu=False)
+    on_device = advice_of(rank([2.0], [1.9]), device="cuda:0")
     assert any(line.startswith("patch.batch_size") for line in on_device)
     assert not any("openvino" in line for line in on_device)
     (blending, *_) = advice_of(rank([2.0], [0.5], accumulate=2.0))
@@ -169,12 +169,14 @@ def test_advice_is_about_what_takes_the_time() -> None:
 
 def test_advice_where_an_accelerator_waits_for_its_host() -> None:
     own = gpu(forward=3.0, read=3.0, write=4.0, host=6.0)
-    keys = [line.partition(":")[0] for line in advice_of(own, on_cpu=False)]
+    keys = [line.partition(":")[0] for line in advice_of(own, device="cuda:0")]
     assert keys == ["patch.batch_size", "compute.cuda_graphs"]
     graphs = {"compute": {"cuda_graphs": True}}
-    (line,) = advice_of(own, on_cpu=False, **graphs)
+    (line,) = advice_of(own, device="cuda:0", **graphs)
     assert "the device waits for the host" in line
-    (_, _, busy) = advice_of(replace(own, stages=own.stages | {"host": 0.1}), on_cpu=False)
+    (line,) = advice_of(own, device="xpu:0")
+    assert "the device waits for the host" in line, "CUDA graphs are of NVIDIA devices"
+    (_, _, busy) = advice_of(replace(own, stages=own.stages | {"host": 0.1}), device="cuda:0")
     assert busy.startswith("compute.threads")
 
 

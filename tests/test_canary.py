@@ -86,9 +86,9 @@ def test_alone_on_the_cpu_there_is_nothing_to_compare():
 def test_alone_and_off():
     comm = SerialCommunicator()
     how = {"device": "cuda:0 X", "precision": "float32"}
-    assert find_off_ranks(comm, lambda: RIGHT * 1.0001, reference=lambda: RIGHT, **how) == {}
+    assert find_off_ranks(comm, lambda: RIGHT * 1.0001, reference=lambda _: RIGHT, **how) == {}
     with pytest.raises(DeviceError, match=r"computes wrongly: a test patch is off by 0.5"):
-        find_off_ranks(comm, lambda: RIGHT * 0.5, reference=lambda: RIGHT, **how)
+        find_off_ranks(comm, lambda: RIGHT * 0.5, reference=lambda _: RIGHT, **how)
 
 
 def test_a_network_that_runs_nowhere_is_the_users_mistake():
@@ -119,7 +119,7 @@ def test_a_coarse_precision_is_judged_as_such():
     def golden():
         return np.full((2, 4), 1.02, np.float32)
 
-    def reference():
+    def reference(others_nbytes):
         return np.ones((2, 4), np.float32)
 
     how = {"reference": reference, "device": "cuda:0 X"}
@@ -138,7 +138,7 @@ def test_a_bug_stays_a_bug():
 
 
 def test_a_reference_that_breaks_down_is_done_without(caplog):
-    def break_down():
+    def break_down(others_nbytes):
         raise RuntimeError("Illegal instruction")
 
     off = find_off_ranks(
@@ -158,8 +158,8 @@ def test_the_host_gets_no_second_network_that_it_has_no_room_for(monkeypatch, ca
     engine = IdentityEngine(request)
     asked = []
 
-    def room(num_local, groups, *, own_nbytes):
-        asked.append(num_local)
+    def room(num_local, groups, *, own_nbytes, idle_nbytes):
+        asked.append((num_local, idle_nbytes))
         nbytes = own_nbytes + (1 << 30 if has_room else 1000)
         return Room(nbytes=nbytes, words="the host has little")
 
@@ -170,7 +170,7 @@ def test_the_host_gets_no_second_network_that_it_has_no_room_for(monkeypatch, ca
     monkeypatch.setattr(type(backend), "load", lambda *asked: loaded.append(asked) or load(*asked))
     how = Model(backend="identity"), request, lambda: engine
     assert find_sound_ranks(SerialCommunicator(), *how)[1] == (0,)
-    assert asked == [1]
+    assert asked == [(1, 0)]
     assert len(loaded) == has_room
     assert (
         "the host has little), so ranks are compared with the median" in caplog.text

@@ -27,6 +27,7 @@ from mpichunk.schedule.messages import (
 )
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
+from tests.blocks import done
 from tests.fakeranks import NullDisplay
 from tests.fakeworker import FakePipeline
 
@@ -85,6 +86,7 @@ class SlowJournal:
 
     def __init__(self, time):
         self._time, self._is_new = time, False
+        self.places = SimpleNamespace(begin=lambda: None, checksum=lambda block: None)
 
     def append(self, *_, **__):
         self._is_new = True
@@ -207,6 +209,20 @@ def test_a_coordinator_whose_disk_is_slow_is_heard_of_and_looks_after_the_others
     assert time[0] > 40.0
     sent = [message for dest, messages in comm.sent for message in messages if dest == 1]
     assert sum(isinstance(message, Heard) for message in sent) >= 6
+
+
+def test_a_slow_disk_is_no_sleep_also_where_messages_are_taken_in():
+    """What two ranks have written is compared with the journal, and so is synced before."""
+    time, seen = [0.0], []
+    comm = PlayedRanks(0, 2)
+    lead = make_lead(comm, num_blocks=100, journal=SlowJournal(time))
+    loop = make_loop(comm, lead, time=time, depth=0)
+    loop.monitor.step = lambda *_, disk_seconds, **__: seen.append(disk_seconds) or []
+    (lease,) = lead.coordinator._scheduler.lease(1, 1, 0.0)
+    lead.coordinator.give_up_rank(1)
+    comm.arriving.append([(1, [done(lease), done(lease)])])
+    loop._turn(0.0)
+    assert (time, seen) == ([3.0], [3.0])
 
 
 # ---- Asked to end -------------------------------------------------------------------------------

@@ -129,6 +129,18 @@ def test_a_late_block_is_written_only_when_the_coordinator_allows_it():
     assert GiveBack(leases=leases(0)) in worker.step()
 
 
+def test_how_the_run_ends_is_told_again_when_those_who_were_told_are_lost_as_well():
+    worker, _, _ = start_worker()
+    worker.handle(Stop(reason="failures", why="all blocks fail"))
+    for _ in range(3):
+        holding = worker.rejoin()
+        assert holding.stop == Stop(reason="failures", why="all blocks fail")
+        assert not holding.is_idle and not worker.is_stopped
+    worker.handle(Stop(reason="finished"))
+    assert worker.rejoin().stop == Stop(reason="finished")
+    assert worker.rejoin().is_idle
+
+
 def test_what_is_at_hand_goes_on_with_another_coordinator():
     worker, pipeline, _ = start_worker(depth=3, own_blocks=[7, 8, 9, 10])
     worker.step()

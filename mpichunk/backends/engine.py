@@ -296,7 +296,10 @@ class Arrays(Protocol):
         """Return when the device has done all that was asked of it."""
 
     def peak_nbytes(self, call: Callable[[], None]) -> int | None:
-        """Return the device memory that a call takes at its peak; None for a host's memory."""
+        """Return the device memory that a call takes at its peak.
+
+        None, and no call, for a host's memory, or if nobody says.
+        """
 
     def most_nbytes(self) -> int | None:
         """Return the most device memory that was ever taken, the network's included.

@@ -230,9 +230,13 @@ def _block_seconds(
 
 
 def suggest(
-    figures: Figures, config: Config, work: Work, *, on_cpu: bool, num_blocks: int
+    figures: Figures, config: Config, work: Work, *, device: str, num_blocks: int
 ) -> Iterator[Advice]:
-    """Yield what would make a run of this config faster, the largest part of its time first."""
+    """Yield what would make a run of this config faster, the largest part of its time first.
+
+    `device` is where ranks compute, as an engine is asked for it.
+    """
+    on_cpu = device == "cpu"
     if figures.num_patches == 0:
         yield Advice(
             key="roi",
@@ -245,7 +249,7 @@ def suggest(
         BLENDING: _about_blending(config, on_cpu),
         READING: _about_reading(work),
         WRITING: _about_writing(config),
-        HOST: _about_host(figures, config, on_cpu),
+        HOST: _about_host(figures, config, device),
     }
     if figures.efficiency.median >= _WELL:
         yield from pieces[NETWORK]
@@ -334,19 +338,20 @@ def _about_writing(config: Config) -> Iterator[Advice]:
         )
 
 
-def _about_host(figures: Figures, config: Config, on_cpu: bool) -> Iterator[Advice]:
+def _about_host(figures: Figures, config: Config, device: str) -> Iterator[Advice]:
     """Neither the device nor the storage is what is waited for."""
+    on_cpu = device == "cpu"
     if not on_cpu:
         yield Advice(
             key="patch.batch_size",
             message=f"{figures.host:.0%} of the time the device waits for the host, which has work "
             "with each batch: larger batches or larger patches need less of it",
         )
-    if not on_cpu and config.model.backend == "pytorch" and not config.compute.cuda_graphs:
+    has_graphs = device.startswith("cuda") and config.model.backend == "pytorch"
+    if has_graphs and not config.compute.cuda_graphs:
         yield Advice(
             key="compute.cuda_graphs",
-            message="on NVIDIA devices, a forward that is replayed by one launch leaves the host "
-            "time for the rest",
+            message="a forward that is replayed by one launch leaves the host time for the rest",
         )
     if figures.own_host < figures.host / 2:
         yield Advice(

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
@@ -31,7 +31,7 @@ WARM_SECONDS = 10.0
 """A block that takes longer is not run twice to see its stages."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Trial:
     """One rank's network and volumes, to be measured."""
 
@@ -46,6 +46,9 @@ class Trial:
     make_inference: Callable[[Engine], BlockInference]
     """Puts an inference around an engine."""
 
+    _inference: BlockInference | None = field(default=None, init=False)
+    """That of the last pass, with the memory of its blocks."""
+
     def whole(self, blocks: Sequence[int]) -> Pass:
         """Run blocks through the pipeline of a run, as many at a time; bytes are written.
 
@@ -57,7 +60,8 @@ class Trial:
 
     def _whole(self, blocks: Sequence[int]) -> Pass:
         """Run blocks through the pipeline."""
-        inference = self.make_inference(self.engine)
+        inference, self._inference = self._inference or self.make_inference(self.engine), None
+        num_batches = inference.num_batches
         records: Records = queue.SimpleQueue()
         waiting = iter(blocks)
         done: list[Done] = []
@@ -90,11 +94,14 @@ class Trial:
                     pipeline.abandon()
                 raise
             seconds = perf_counter() - started
+        # In a run, memory is fresh for the first blocks only. After a pass that was interrupted it
+        # may still be in use.
+        self._inference = inference
         return Pass(
             seconds=seconds,
             num_voxels=sum(item.num_voxels for item in done),
             num_patches=sum(item.num_patches for item in done),
-            num_batches=inference.num_batches,
+            num_batches=inference.num_batches - num_batches,
             nbytes_read=sum(item.nbytes_read for item in done),
             nbytes_written=sum(item.nbytes_written for item in done),
             num_blocks=len(done),
@@ -107,7 +114,11 @@ class Trial:
         return _in_thread(lambda: self._forwards(num_batches))
 
     def stages(self, index: int) -> dict[str, float]:
-        """Return the seconds of each stage of one block, none beside another."""
+        """Return the seconds of each stage of one block, none beside another.
+
+        The memory of the passes before is given back: this takes some of its own.
+        """
+        self._inference = None
         return _in_thread(lambda: self._stages(index))
 
     def _stages(self, index: int) -> dict[str, float]:

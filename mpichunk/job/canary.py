@@ -71,6 +71,9 @@ class Finding:
     error: UserError | None = None
     """Why there is no output."""
 
+    held_nbytes: int = 0
+    """What its process holds of its host's memory."""
+
 
 def deviation(found: Output, reference: Output) -> float:
     """Return the largest |difference| as a share of the largest |reference|."""
@@ -134,8 +137,8 @@ def find_sound_ranks(
             raise refusal
         return check_engine(engine, request)
 
-    def on_cpu() -> Output:
-        _require_room(model, request, engine)
+    def on_cpu(others_nbytes: int) -> Output:
+        _require_room(model, request, engine, others_nbytes)
         return check_engine(get_backend(model.backend).load(model, cpu), cpu)
 
     is_cpu = (request.device, request.precision) == (cpu.device, cpu.precision)
@@ -155,7 +158,7 @@ def find_off_ranks(
     comm: Communicator,
     golden: Callable[[], Output],
     *,
-    reference: Callable[[], Output] | None,
+    reference: Callable[[int], Output] | None,
     device: str,
     precision: str,
 ) -> dict[int, str]:
@@ -165,7 +168,7 @@ def find_off_ranks(
         comm: The ranks; all must call this.
         golden: Runs the golden batch on this rank.
         reference: Makes the float32 result of this rank's CPU, where that is not what `golden`
-            does; called on the coordinator only.
+            does; called on the coordinator only, with what the other ranks of its host hold.
         device: Where this rank computes, in words.
         precision: That of `golden` on this rank.
 
@@ -178,13 +181,22 @@ def find_off_ranks(
         output = golden()
     except DEVICE_FAILURES as refused:
         error = _as_refusal(refused, device)
-    mine = Finding(rank=comm.rank, host=comm.host, device=device, precision=precision, error=error)
+    mine = Finding(
+        rank=comm.rank,
+        host=comm.host,
+        device=device,
+        precision=precision,
+        error=error,
+        held_nbytes=held_nbytes(),
+    )
     findings = comm.allgather(mine)
     _refuse_if_nobody_can(findings)
     if comm.size > 1 or reference is not None:
         wanted = None
         if comm.is_coordinator:
-            wanted = output if reference is None else _attempt(reference)
+            others = [item for item in findings if item.rank != comm.rank]
+            others_nbytes = sum(item.held_nbytes for item in others if item.host == comm.host)
+            wanted = output if reference is None else _attempt(reference, others_nbytes)
         findings = _compare(comm, mine, output, wanted)
         # Of two nobody knows which one is right.
         if comm.bcast(reference is None and _differ_mostly(findings)):
@@ -226,8 +238,14 @@ def _differ_mostly(findings: Sequence[Finding]) -> bool:
     return len(able) > 2 and 2 * len(judge(able)) > len(able)
 
 
-def _require_room(model: Model, request: EngineRequest, engine: Engine) -> None:
+def _require_room(model: Model, request: EngineRequest, engine: Engine, others_nbytes: int) -> None:
     """Refuse to load the network on the host as well, where that does not fit beside the ranks.
+
+    Args:
+        model: The network.
+        request: What this rank's engine was asked for.
+        engine: This rank's engine.
+        others_nbytes: What the other ranks of this host hold.
 
     Raises:
         MemoryError: it does not, by the weights and what a forward of one patch takes.
@@ -244,7 +262,8 @@ def _require_room(model: Model, request: EngineRequest, engine: Engine) -> None:
     need = weights + HOST_FACTOR * patch
     # The other ranks wait, and hold what they hold.
     held = held_nbytes()
-    room = host_room(1, [(group, 1) for group in memory_groups()], own_nbytes=held)
+    groups = [(group, 1) for group in memory_groups()]
+    room = host_room(1, groups, own_nbytes=held, idle_nbytes=others_nbytes)
     if need > room.nbytes - held:
         raise MemoryError(f"it would take about {size(need)} there: {room.words}")
 
@@ -260,10 +279,10 @@ def _refuse_if_nobody_can(findings: Sequence[Finding]) -> None:
     raise first
 
 
-def _attempt(reference: Callable[[], Output]) -> Output | None:
+def _attempt(reference: Callable[[int], Output], others_nbytes: int) -> Output | None:
     """Return the reference, None where the network does not run on this CPU."""
     try:
-        return reference()
+        return reference(others_nbytes)
     except DEVICE_FAILURES as error:
         log.warning(
             "the network does not run on this CPU (%s), so ranks are compared with the median of "

@@ -48,7 +48,7 @@ def host_room(
         environ: where Slurm may have put a limit.
         available_nbytes: what the host has available; default: ask it.
         own_nbytes: what this process holds; default: ask.
-        idle_nbytes: what the host's ranks that compute nothing hold.
+        idle_nbytes: what the host's other ranks hold, which compute nothing meanwhile.
     """
     if available_nbytes is None:
         available_nbytes = psutil.virtual_memory().available
@@ -66,7 +66,8 @@ def host_room(
     limit = slurm_nbytes(environ)
     if limit is not None:
         # Of the whole job, also what its ranks hold already.
-        words = f"Slurm grants {size(limit)} on a node{_shared(num_local)}"
+        idle = f", other ranks hold {size(idle_nbytes)} of it" if idle_nbytes else ""
+        words = f"Slurm grants {size(limit)} on a node{idle}{_shared(num_local)}"
         rooms.append(Room(nbytes=max(0, limit - idle_nbytes) // num_local, words=words))
     return min(rooms, key=lambda room: room.nbytes)
 

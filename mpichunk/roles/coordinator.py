@@ -93,15 +93,15 @@ class Coordinator:
         self._excluded: set[int] = set()
         self._newly_excluded: list[int] = []
         self._retries: dict[int, tuple[int, Failed]] = {}
-        self._is_stopped = False
 
         self.ending: Stop | None = None
         """Why no more blocks are leased, once that is so."""
 
-    @property
-    def is_ended(self) -> bool:
+        self.is_ended = False
         """Whether every rank has been told to stop."""
-        return self._is_stopped
+
+        self.disk_seconds = 0.0
+        """What the journal has taken so far."""
 
     def handle(self, rank: int, message: ToCoordinator) -> None:
         """Take in a message of a rank."""
@@ -169,7 +169,7 @@ class Coordinator:
         self._demand.clear()
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
-        self._is_stopped = False
+        self.is_ended = False
         self._contested.clear()
         for rank, lease, state in fates:
             self._note_death(rank, lease, state)
@@ -258,18 +258,20 @@ class Coordinator:
         """Sync the journal, acknowledge what is in it, and stop the ranks when all is done."""
         if self._scheduler.is_finished:
             self._end(FINISHED, "")
-        is_stop_due = self.ending is not None and not self._is_stopped
+        is_stop_due = self.ending is not None and not self.is_ended
         if now < self._next_sync and not is_stop_due:
             return []
-        took = self._sync()
+        before = self.disk_seconds
+        self._sync()
+        took = self.disk_seconds - before
         self._next_sync = now + max(SYNC_SECONDS, min(took / SYNC_SHARE, took + 50 * SYNC_SECONDS))
         outgoing: list[Outgoing] = [
             (rank, Acknowledge(leases=tuple(leases)))
             for rank, leases in self._unacknowledged.items()
         ]
         self._unacknowledged.clear()
-        if self.ending is not None and not self._is_stopped:
-            self._is_stopped = True
+        if self.ending is not None and not self.is_ended:
+            self.is_ended = True
             outgoing += [(rank, self.ending) for rank in self._ranks]
         return outgoing
 
@@ -283,19 +285,18 @@ class Coordinator:
         elif reason == FAILURES:
             log.error("ending early: %s", why)
 
-    def _sync(self) -> float:
-        """Make the journal durable; end the run when that cannot be done. Return seconds.
+    def _sync(self) -> None:
+        """Make the journal durable; end the run when that cannot be done.
 
         What is not in the journal is acknowledged all the same, else no rank would ever end: its
         blocks count as not done, and are computed again by the next start.
         """
         try:
-            return self._journal.sync()
+            self.disk_seconds += self._journal.sync()
         except OSError as error:
             self._journal.give_up()
             why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
             self._end(FAILURES, why)
-            return 0.0
 
     def _release(self, rank: int, lease: Lease) -> None:
         """Let another rank write a block that this one will not; what it promised ends, too."""
@@ -380,11 +381,10 @@ class Coordinator:
         """Lease no more blocks to a rank on which everything fails, while others do well."""
         log.error(
             "rank %d (%s) gets no more blocks: one after another fails there, and not on others; "
-            "the last one: %s: %s",
+            "the last one: %s",
             rank,
             self._hosts[rank],
-            failed.error,
-            failed.message,
+            f"{failed.error}: {failed.message}",
         )
         self._excluded.add(rank)
         self._newly_excluded.append(rank)

@@ -215,6 +215,7 @@ class Loop:
     def _turn(self, now: float) -> bool:
         """Do all that can be done without waiting; return whether there was anything."""
         comm, lead = self.comm, self.lead
+        disk_before = 0.0 if lead is None else lead.coordinator.disk_seconds
         arrived = comm.receive()
         for source, messages in arrived:
             if source == comm.coordinator:
@@ -228,9 +229,8 @@ class Loop:
         disk_seconds = 0.0
         if lead is not None:
             outgoing += lead.coordinator.assign(now)
-            begun = self.clock()
             outgoing += lead.coordinator.commit(now)
-            disk_seconds = self.clock() - begun
+            disk_seconds = lead.coordinator.disk_seconds - disk_before
         outgoing += self.monitor.step(
             lead, now, is_asked_to_end=self._is_asked_to_end, disk_seconds=disk_seconds
         )

@@ -65,7 +65,7 @@ class Holding:
     """Those of them that it writes or has written: nobody else may."""
 
     stop: Stop | None
-    """What it was told, if it was told to stop."""
+    """What it was told last, if it was ever told to stop."""
 
     is_idle: bool = False
     """Whether it computes nothing: it would compute wrongly, or was told that all is done."""
@@ -112,6 +112,7 @@ class Worker:
         self._waiting: deque[Lease] = deque()
         self._num_asked = 0
         self._stop: Stop | None = None
+        self._last_stop: Stop | None = None
         self._given_back: list[Lease] = []
         self._contested: list[Lease] = []
         self._unsent: list[Record] = []
@@ -188,7 +189,9 @@ class Worker:
         self._unsent = list(self.unacknowledged.values())
         self._next_report = float("-inf")
         self._permits.ask_again()
-        stop, self._stop = self._stop, None
+        # Told again and again: whoever was to learn it by now may be lost as well.
+        self._last_stop, self._stop = self._stop or self._last_stop, None
+        stop = self._last_stop
         if stop is not None and stop.reason == FINISHED:
             # Nothing more may be written here: all was done, or this rank is left out.
             self._depth = 0

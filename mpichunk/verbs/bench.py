@@ -42,7 +42,7 @@ from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
 from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
-from mpichunk.plan.memory import unexplained_nbytes
+from mpichunk.plan.memory import BLOCKS_IN_FLIGHT, unexplained_nbytes
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.processmemory import settle_allocator, trim
@@ -151,7 +151,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     held = Held.most(comm.allgather(settle(engine, loading)))
     ranks = comm.allgather(mine)
     figures = combine(ranks)
-    estimate, on_cpu = job.estimate(), request.device == "cpu"
+    estimate = job.estimate()
     if figures.seconds_per_batch > 0:
         room = device_room(engine)
         probe = Probe(
@@ -164,7 +164,9 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
             pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
         )
         on_rank_0(comm, lambda: keep_probe(job, _complete(job, probe, ranks, num_blocks)))
-    advice = suggest(figures, job.config, estimate.work, on_cpu=on_cpu, num_blocks=num_blocks)
+    advice = suggest(
+        figures, job.config, estimate.work, device=request.device, num_blocks=num_blocks
+    )
     return Bench(
         config=job.config,
         work=estimate.work,
@@ -291,9 +293,11 @@ def _measure(
         first = repeat * comm.size * num_blocks + place
         return [blocks[(first + comm.size * i) % len(blocks)] for i in range(num_blocks)]
 
-    # What happens only once, such as pages of memory that are touched first, is no part of it.
-    first = on_every_rank(comm, lambda: trial.whole(share(num_repeats - 1)[:1]))
-    half = max(1, first.num_batches * num_blocks // 2)
+    # What happens only once, such as pages of memory that are touched first, is no part of it: as
+    # many blocks have memory as are on their way at a time.
+    warming = share(num_repeats - 1)[:1] * min(num_blocks, BLOCKS_IN_FLIGHT)
+    first = on_every_rank(comm, lambda: trial.whole(warming))
+    half = max(1, first.num_batches * num_blocks // (2 * first.num_blocks))
     for repeat in range(num_repeats):
         before = _together(comm, lambda: trial.bare(half))
         whole.append(_together(comm, partial(trial.whole, share(repeat))))

@@ -45,9 +45,7 @@ def status(
             with another config.
     """
     while isinstance(run := _find_run(config_path, overrides), _NotStarted):
-        if run.starting is None and not check:
-            raise run.error
-        print(_not_started(run, as_json=as_json), flush=True)
+        _print_not_started(run, as_json=as_json, check=check)
         if not watch or run.starting is None:
             return ExitCode.DRAINED if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
@@ -56,11 +54,15 @@ def status(
         _check_same_config(run.config, run_dir)
     reader = StatusReader(run_dir)
     while True:
-        with run.locating():
-            found = reader.read()
-        print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
-        if not watch or not (found.is_alive or found.starting):
-            return found.exit_code if check else ExitCode.ALL_DONE
+        found = _read(reader, run)
+        if isinstance(found, _NotStarted):
+            _print_not_started(found, as_json=as_json, check=check)
+            is_going_on, code = found.starting is not None, ExitCode.DRAINED
+        else:
+            print(json.dumps(_as_json(found), indent=2) if as_json else _text(found), flush=True)
+            is_going_on, code = bool(found.is_alive or found.starting), found.exit_code
+        if not watch or not is_going_on:
+            return code if check else ExitCode.ALL_DONE
         time.sleep(WATCH_SECONDS)
 
 
@@ -92,6 +94,27 @@ def _find_run(config_path: Path, overrides: Sequence[str]) -> LoadedConfig | _No
         starting = find_starting(error.run_dir)
         return _NotStarted(run_dir=error.run_dir, error=error, starting=starting)
     return loaded
+
+
+def _read(reader: StatusReader, run: LoadedConfig) -> RunStatus | _NotStarted:
+    """Return the status of a run that has been started, unless `run --fresh` begins it anew."""
+    try:
+        with run.locating():
+            return reader.read()
+    except NotStartedError as error:
+        run_dir = Path(run.config.run_dir)
+        return _NotStarted(run_dir=run_dir, error=error, starting=find_starting(run_dir))
+
+
+def _print_not_started(run: _NotStarted, *, as_json: bool, check: bool) -> None:
+    """Print the status of a run that has no journal.
+
+    Raises:
+        UserError: no job is about to begin one, and it is not for `check`.
+    """
+    if run.starting is None and not check:
+        raise run.error
+    print(_not_started(run, as_json=as_json), flush=True)
 
 
 def _not_started(run: _NotStarted, *, as_json: bool) -> str:

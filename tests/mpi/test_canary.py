@@ -23,8 +23,18 @@ def golden(comm, bad, factor=1.5):
 @pytest.mark.mpi(min_ranks=2)
 @pytest.mark.parametrize("bad", [(), (0,), (1,)])
 def test_by_the_cpu_of_the_coordinator(world, bad):
-    off = find_off_ranks(world, golden(world, bad), reference=lambda: RIGHT, **HOW)
+    beside = []
+
+    def reference(others_nbytes):
+        beside.append(others_nbytes)
+        return RIGHT
+
+    off = find_off_ranks(world, golden(world, bad), reference=reference, **HOW)
     assert tuple(off) == bad
+    # Each of the others has at least numpy in memory.
+    others = [r for r in world.alive if r != world.rank and world.hosts[r] == world.host]
+    assert len(beside) == world.is_coordinator
+    assert all(nbytes > len(others) * (10 << 20) for nbytes in beside)
 
 
 @pytest.mark.mpi(min_ranks=2)
@@ -43,7 +53,7 @@ def test_the_coordinator_is_off_where_most_ranks_differ_from_it(world):
 @pytest.mark.mpi(min_ranks=3)
 @pytest.mark.parametrize("bad", [(0,), (2,)])
 def test_by_the_median(world, bad):
-    def no_cpu():
+    def no_cpu(others_nbytes):
         raise ModelError("made for one device only")
 
     off = find_off_ranks(world, golden(world, bad), reference=no_cpu, **HOW)
@@ -90,7 +100,7 @@ def test_what_nobody_can_load_is_told_once(comm):
 
 def test_all_off(comm):
     with pytest.raises(DeviceError, match="rank 0 on"):
-        find_off_ranks(comm, lambda: RIGHT * 2, reference=lambda: RIGHT, **HOW)
+        find_off_ranks(comm, lambda: RIGHT * 2, reference=lambda _: RIGHT, **HOW)
 
 
 def test_all_refuse(comm):
@@ -105,5 +115,5 @@ def test_all_refuse(comm):
 def test_small_differences_are_no_fault(comm, caplog):
     caplog.set_level(logging.WARNING, logger="mpichunk")
     output = RIGHT * np.float32(1 + 1e-6 * comm.rank)
-    assert find_off_ranks(comm, lambda: output, reference=lambda: RIGHT, **HOW) == {}
+    assert find_off_ranks(comm, lambda: output, reference=lambda _: RIGHT, **HOW) == {}
     assert caplog.records == []

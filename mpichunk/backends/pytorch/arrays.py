@@ -306,8 +306,10 @@ class TorchArrays:
         """Ask the accelerator's allocator; see `Arrays.peak_nbytes`."""
         if self._device.type == "cpu":
             return None
-        self.wait()
         memory = torch.get_device_module(self._device)
+        if not hasattr(memory, "reset_peak_memory_stats"):
+            return None
+        self.wait()
         memory.reset_peak_memory_stats(self._device)
         before = int(memory.memory_allocated(self._device)) - self.kept_nbytes()
         call()
