@@ -139,7 +139,7 @@ def test_the_config_that_is_written_says_so_and_runs(
     assert rows[found["best"]]["settings"][f"model.options.{OPTION}"] == "AVX2"
     options = {"NUM_STREAMS": 1, OPTION: "AVX2"}
     assert found["changes"] == {"model.options": options}
-    assert found["largest_batch"]["is_run"]
+    assert found["largest_batch"]["num_patches"] >= 2
     target = tmp_path / "my-tuned.yaml"
     written = load_config(target).config
     assert written.model.options == options and variant_of(written) == NARROW

@@ -42,6 +42,9 @@ MOST_PATCHES_SEEN = 64
 TURN_SECONDS = 0.5
 """How long one variant is measured before it is the other's turn."""
 
+HOPELESS = 0.3
+"""A variant of so little of the baseline's speed gets no second turn."""
+
 NUM_WEIGHED = 3
 """What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
 
@@ -85,6 +88,11 @@ class Meter:
         """The baseline, once it was measured."""
         assert self._baseline is not None
         return self._baseline
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether networks compute on a CPU."""
+        return self.baseline.request.device == "cpu"
 
     def measure(self, variant: Variant) -> Row:
         """Return what was found; the first variant is the baseline, whose failures are raised.
@@ -146,6 +154,8 @@ class Meter:
             before = base.forwards(counts[0]) / (counts[0] * base.variant.batch_size)
             seconds.append(loaded.forwards(counts[1]) / (counts[1] * loaded.variant.batch_size))
             speedups.append(before / seconds[-1])
+            if speedups[-1] < HOPELESS:
+                break
         return Row(
             variant=loaded.variant,
             seconds=Spread.of(seconds),
@@ -174,12 +184,15 @@ class Meter:
     def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
         """Run forwards of a batch that should fit; return whether it does.
 
-        None if there is no time, or nobody knows what they took.
+        None if there is no time, or nobody knows what they took, or on a host: one that does not
+        fit there is no error, but the end of this process, with all that was found.
 
         Args:
             variant: what is to be run.
             seconds: what one forward is expected to take.
         """
+        if self.is_on_host:
+            return None
         if self.available is None or perf_counter() + NUM_WEIGHED * seconds > self._deadline:
             return None
         try:
