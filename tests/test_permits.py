@@ -3,7 +3,7 @@
 import threading
 import time
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpichunk.schedule.messages import Lease, State
@@ -156,6 +156,7 @@ def test_leases_that_wait_for_a_rank_that_was_given_up_are_written_once(seed, se
     mode=st.sampled_from(["dynamic", "static"]),
     seconds=st.sampled_from([0.0, 0.02, 0.3]),
 )
+@example(seed=10000001, size=4, mode="static", seconds=0.0)
 @settings(max_examples=200, deadline=None)
 def test_a_rank_that_stood_still_and_comes_back_writes_nothing_of_others(seed, size, mode, seconds):
     world = World(

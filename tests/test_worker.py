@@ -218,6 +218,60 @@ def test_a_rank_that_has_stood_still_asks_for_all_its_own_blocks(seconds):
     assert asks == dict.fromkeys(range(4), seconds > 5.0)
 
 
+@pytest.mark.parametrize("seconds", [4.0, 6.0])
+@pytest.mark.parametrize("is_made_late", [False, True])
+def test_a_rank_that_stood_still_before_its_first_turn_asks_for_its_own_blocks(
+    seconds, is_made_late
+):
+    """It is watched from the start, not from its first turn on."""
+    now = [seconds if is_made_late else 0.0]
+    permits = Permits(threading.Event(), clock=lambda: now[0])
+    worker, _, _ = start_worker(
+        depth=1, own_blocks=range(2), permits=permits, clock=lambda: now[0], since=0.0
+    )
+    now[0] = seconds
+    worker.handle(Heard(lease_seconds=10.0))
+    worker.step()
+    assert asked_for(worker, permits, leases(0)[0]) == (seconds > 5.0)
+
+
+@pytest.mark.parametrize("seconds", [4.0, 6.0])
+def test_a_rank_that_has_not_heard_of_the_coordinator_asks_for_its_own_blocks(seconds):
+    """What is long it learns by that: the first word may be late."""
+    now = [0.0]
+    permits = Permits(threading.Event(), clock=lambda: now[0])
+    worker, pipeline, _ = start_worker(
+        depth=1, own_blocks=range(2), permits=permits, clock=lambda: now[0]
+    )
+    now[0] = seconds
+    asks = []
+    for block in range(2):
+        worker.step()
+        (lease,) = leases(block)
+        asks.append(asked_for(worker, permits, lease))
+        worker.handle(Heard(lease_seconds=10.0))
+        pipeline.finish(lease)
+    # The second one it took only after it had heard.
+    assert asks == [True, seconds > 5.0]
+
+
+def test_a_rank_that_stood_still_since_ranks_were_lost_asks_for_what_it_gave_back():
+    """Also when it has taken no turn since: what it says then may cross a new lease."""
+    now = [0.0]
+    permits = Permits(threading.Event(), clock=lambda: now[0])
+    worker, pipeline, _ = start_worker(depth=1, permits=permits, clock=lambda: now[0])
+    worker.handle(Heard(lease_seconds=10.0))
+    worker.step()
+    (lease,) = leases(0)
+    worker.handle(Assign(leases=(lease,)))
+    worker.rejoin()
+    now[0] = 6.0
+    pipeline.records.put(Failed(lease=lease, error="OSError", message=""))
+    worker.step()
+    worker.handle(Assign(leases=(lease,)))
+    assert asked_for(worker, permits, lease)
+
+
 def test_what_was_refused_once_asks_when_it_is_leased_again():
     """That it was given back may cross the new lease on its way."""
     permits = Permits(threading.Event())

@@ -85,6 +85,7 @@ class Worker:
         own_blocks: With static scheduling, the blocks that are this rank's without asking.
         permits: Lets the pipeline write what is not late; default: everything.
         clock: Monotonic seconds.
+        since: When the ranks had not yet agreed on what is whose; default: now.
     """
 
     def __init__(
@@ -97,13 +98,14 @@ class Worker:
         own_blocks: Iterable[int] = (),
         permits: Permits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        since: float | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._records = records
         self._counters = counters
         self._depth = depth
         self._own = OwnRun(own_blocks)
-        self._standstill = Standstill()
+        self._standstill = Standstill(clock() if since is None else since)
         self._doubtful: set[int] = set()
         self._permits = permits or Permits(threading.Event())
         self._clock = clock
@@ -180,7 +182,7 @@ class Worker:
         blocks that were not begun are handed out like any others.
         """
         self._own.drop()
-        self._standstill.forget()
+        self._standstill.forget(self._clock())
         self._doubtful.clear()
         self._num_asked = 0
         self._take_waiting(len(self._waiting))
@@ -299,7 +301,7 @@ class Worker:
                 return
             lease = Lease(block=block, attempt=1)
             self._take(lease)
-            if self._standstill.has_been:
+            if self._standstill.may_have_been:
                 self._permits.contest(lease)
 
     def _look_for_standstill(self, now: float) -> None:
@@ -339,7 +341,7 @@ class Worker:
 
     def _doubt(self, leases: Iterable[Lease]) -> None:
         """Remember what has ended here undone, if it may have been taken from this rank before."""
-        if self._standstill.has_been:
+        if self._standstill.may_have_been:
             self._doubtful.update(lease.block for lease in leases)
 
     def _take_waiting(self, num_leases: int) -> list[Lease]:

@@ -4,6 +4,7 @@ The rank's view: with static scheduling, its run. Knows no messages and no clock
 """
 
 from collections.abc import Iterable, Iterator
+from math import isinf
 
 DOUBT_SHARE = 0.5
 """Of what a lease may take: the coordinator knows by signs of life, hence late, what moved last."""
@@ -38,14 +39,18 @@ class OwnRun:
 
 
 class Standstill:
-    """Whether a rank has stood still for so long that it may have been given up."""
+    """Whether a rank has stood still for so long that it may have been given up.
 
-    def __init__(self) -> None:
+    Args:
+        since: As `forget`.
+    """
+
+    def __init__(self, since: float) -> None:
         self._num_steps = -1
-        self._moved = float("inf")
+        self._moved = since
 
-        self.has_been = False
-        """Whether it ever has: what it was not given since may be others' by now."""
+        self.may_have_been = True
+        """Whether it ever has, or cannot know yet: what it was not given since may be others'."""
 
     def look(self, num_steps: int, now: float, lease_seconds: float, *, is_idle: bool) -> bool:
         """Return whether it stands still, or has until now.
@@ -53,17 +58,26 @@ class Standstill:
         Args:
             num_steps: Changes whenever a block comes forward.
             now: Seconds.
-            lease_seconds: How long a single step may take.
+            lease_seconds: How long a single step may take; infinite: not known yet.
             is_idle: Whether it computes nothing, so that it need not move.
         """
+        if isinf(lease_seconds):
+            # Not a move, either: until the first word comes it may have stood still all along.
+            return False
+        is_first = self._num_steps < 0
         stands = now - self._moved > DOUBT_SHARE * lease_seconds
-        self.has_been |= stands
-        if is_idle or num_steps != self._num_steps or self._num_steps < 0:
+        self.may_have_been = stands or (self.may_have_been and not is_first)
+        if is_idle or is_first or num_steps != self._num_steps:
             self._num_steps, self._moved = num_steps, now
         return stands
 
-    def forget(self) -> None:
-        """Begin anew, with what the ranks have agreed upon."""
-        self.has_been = False
-        self._moved = float("inf")
+    def forget(self, since: float) -> None:
+        """Begin anew, with what the ranks have agreed upon.
+
+        Args:
+            since: Seconds, before they had. Counted from then, not from the first look: the
+                coordinator gives up, and leases the own run of, also a rank that never took a turn.
+        """
+        self.may_have_been = True
+        self._moved = since
         self._num_steps = -1

@@ -322,7 +322,13 @@ def _compute(
     depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
     own_blocks = leading.own_blocks
     worker = Worker(
-        pipeline, records, counters, depth=depth, own_blocks=own_blocks, permits=permits
+        pipeline,
+        records,
+        counters,
+        depth=depth,
+        own_blocks=own_blocks,
+        permits=permits,
+        since=leading.started,
     )
     interval = min(PROGRESS_SECONDS, schedule.min_lease_seconds / 4)
     silence = schedule.min_lease_seconds
