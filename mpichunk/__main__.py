@@ -1,7 +1,5 @@
 """`python -m mpichunk`."""
 
-import sys
+from mpichunk.cli import entry
 
-from mpichunk.cli import main
-
-sys.exit(main())
+entry()

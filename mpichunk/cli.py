@@ -5,9 +5,12 @@ is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mpichunk import __version__
 from mpichunk.errors import ExitCode, UserError
@@ -35,6 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has left; nobody is there to be told.
         sys.stderr.close()
         return ExitCode.UNEXPECTED
+
+
+def entry() -> NoReturn:
+    """Run one verb and end the process with its exit code."""
+    code = main()
+    if code == ExitCode.UNEXPECTED and threading.active_count() > 1:
+        # What was interrupted may compute on, and a framework's thread that wakes up while the
+        # interpreter ends takes the process down with a dump of its stack.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

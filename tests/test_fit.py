@@ -76,9 +76,12 @@ def test_what_fits_to_the_byte_is_not_refused(memory: Memory) -> None:
 def test_between_what_all_need_and_what_some_need_there_is_doubt() -> None:
     need = need_of(1, 512)
     least, most = least_nbytes(need.parts(), "cpu"), needed(need)
-    (encoded,) = [part for part in need.parts() if part.name == "output being encoded"]
-    assert most - least == encoded.cpu_nbytes
-    assert encoded.cpu_nbytes and encoded.cpu_nbytes > 0
+    doubtful = [part for part in need.parts() if not part.is_certain]
+    assert [part.name for part in doubtful] == [
+        "output being encoded",
+        "more, a guess until `bench` is run",
+    ]
+    assert most - least == total_nbytes(doubtful, "cpu") > 0
     for nbytes in (least, most - 1):
         assert refusal(need, nbytes) is None
         words = doubt(need, nbytes)
@@ -105,7 +108,7 @@ def test_few_blocks_need_less_than_many() -> None:
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.5, 0.3])
 def test_the_largest_batch_that_fits_is_named(share: float, memory: Memory) -> None:
     need = need_of(1000, nbytes=10_000 * MIB)
-    limit = int(share * needed(need, memory))
+    limit = int(share * least_nbytes(need.parts(), memory))
     error = refusal(need, limit, memory)
     assert error is not None and error.key == "patch.batch_size"
     match = re.search(r"patch\.batch_size (\d+), not 1000", str(error))
@@ -141,7 +144,8 @@ def test_where_nothing_fits_the_patch_is_too_large() -> None:
 
 def test_before_the_first_forward_its_memory_does_not_count() -> None:
     unknown, known = need_of(nbytes=None), need_of(nbytes=500 * MIB)
-    assert needed(known) == needed(unknown) + 500 * MIB
+    # And half of it, for what it may take more in a run than alone.
+    assert needed(known) == needed(unknown) + 750 * MIB
     assert refusal(unknown, needed(unknown)) is None
     assert refusal(known, needed(unknown)) is not None
 

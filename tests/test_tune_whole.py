@@ -106,8 +106,7 @@ def test_tune_tells_all_and_writes_a_config_that_runs(
     assert rows["openvino float32, batch 1"]["difference"]["largest"] < 1e-4
     assert found["best"] in rows
     largest_batch = found["largest_batch"]
-    # On a host, too large a batch would end the process.
-    assert largest_batch["num_patches"] >= 1 and not largest_batch["is_run"]
+    assert largest_batch["num_patches"] >= 1
     # Whatever is the fastest here, it is what the written config says, and that one runs.
     written = load_config(tmp_path / "config-tuned.yaml").config
     best = rows[found["best"]]["settings"]

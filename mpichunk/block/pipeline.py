@@ -29,12 +29,20 @@ from mpichunk.geometry.box import Box
 from mpichunk.geometry.masking import BoolArray, MaskGrid
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.plan.plan import Block, Plan
+from mpichunk.processmemory import trim
 from mpichunk.rundir.checksum import checksum_of
 from mpichunk.schedule.messages import Done, Dropped, Failed, Lease, Record, Records
 from mpichunk.volume import Reader, Writer
 
 NUM_IO_THREADS = 2
 """Blocks read, and blocks written, at the same time."""
+
+TRIM_SECONDS = 30.0
+"""How often memory is given back that has become free between what is used.
+
+What comes and goes does not always lie where it lay before. Taking the rest of it anew costs a
+forward less than a second.
+"""
 
 BLOCK_FAILURES = (BlockError, OSError, MemoryError, RuntimeError)
 """What fails one block and not the job: storage, memory, the framework. The rest is a bug."""
@@ -136,6 +144,7 @@ class Pipeline:
         self._wake = wake
         self._may_write = may_write
         self._num_steps = 0
+        self._trimmed = monotonic()
         self._stepping = threading.Lock()
         self._is_abandoned = False
         self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
@@ -240,6 +249,9 @@ class Pipeline:
         self._settler.submit(
             self._guarded, self._settle, lease, block.core, inferred, loaded, started
         )
+        if monotonic() - self._trimmed > TRIM_SECONDS:
+            trim()
+            self._trimmed = monotonic()
 
     def _settle(
         self, lease: Lease, core: Box, inferred: Inferred, loaded: Loaded, started: float

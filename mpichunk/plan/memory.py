@@ -43,6 +43,12 @@ START_SPREAD = 10
 Measured with OpenVINO, which converts the network in memory: 960 to 1062 MiB.
 """
 
+HEAP_SPREAD = 2
+"""A forward of torch on a CPU takes up to half as much again in a run as alone.
+
+What reads and writes meanwhile leaves holes that the next forward's arrays do not fit into.
+"""
+
 PEAK_SPREAD = 10
 """One run may take a tenth more than another of the same blocks.
 
@@ -130,8 +136,7 @@ def memory_of(
     if config.model.backend != "identity":
         parts.append(_on_device("inside the network", None if probe is None else probe.nbytes))
     if probe is not None:
-        more = _on_host("more, as `bench` has found", probe.more_nbytes)
-        parts.append(replace(more, is_certain=False))
+        parts.append(_more_part(config, probe))
     if probe is not None and probe.start_nbytes is not None:
         parts.append(_start_part(parts, probe.start_nbytes))
     return tuple(
@@ -185,6 +190,19 @@ def _program_parts(
     if backend != "identity":
         yield _on_host("torch" if backend == "pytorch" else backend, ENGINE_NBYTES[backend])
         yield _on_device("weights", model_nbytes)
+
+
+def _more_part(config: Config, probe: Probe) -> MemoryPart:
+    """Return what a rank holds beyond all that is known; a guess, until `bench` has weighed it."""
+    is_guess = probe.pace is None and config.model.backend == "pytorch"
+    guess = (probe.nbytes or 0) // HEAP_SPREAD if is_guess else 0
+    return MemoryPart(
+        name="more, a guess until `bench` is run" if is_guess else "more, as `bench` has found",
+        cpu_nbytes=probe.more_nbytes + guess,
+        host_nbytes=probe.more_nbytes,
+        device_nbytes=0,
+        is_certain=False,
+    )
 
 
 def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:

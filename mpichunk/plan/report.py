@@ -307,6 +307,8 @@ def _forecast_row(expected: Forecast | None) -> tuple[str, str, str] | None:
         return None
     ranks = count(expected.num_ranks, "rank")
     remark = f"predicted for {ranks}, {expected.idle_share:.1%} of it idle at the end"
+    if expected.num_ranks > 1:
+        remark += "; as if each stayed as fast as in `bench`"
     return "wall time", duration(expected.seconds), remark
 
 

@@ -42,8 +42,8 @@ MOST_PATCHES_SEEN = 64
 TURN_SECONDS = 0.5
 """How long one variant is measured before it is the other's turn."""
 
-HOPELESS = 0.3
-"""A variant of so little of the baseline's speed gets no second turn."""
+HOPELESS = 0.1
+"""A variant of less than this share of the baseline's speed is not measured at length."""
 
 NUM_WEIGHED = 3
 """What weighing a batch takes, in forwards: one to warm up, one that is measured, and loading."""
@@ -147,6 +147,8 @@ class Meter:
         """Measure in turns: baseline, variant, baseline, variant."""
         base, expected = self.baseline, self._expected
         assert expected is not None
+        if hopeless := self._hopeless(loaded):
+            return Row(variant=loaded.variant, refused=hopeless)
         apart = difference(loaded.outputs(), expected)
         counts = _count(base), _count(loaded)
         seconds, speedups = [], []
@@ -154,8 +156,6 @@ class Meter:
             before = base.forwards(counts[0]) / (counts[0] * base.variant.batch_size)
             seconds.append(loaded.forwards(counts[1]) / (counts[1] * loaded.variant.batch_size))
             speedups.append(before / seconds[-1])
-            if speedups[-1] < HOPELESS:
-                break
         return Row(
             variant=loaded.variant,
             seconds=Spread.of(seconds),
@@ -163,6 +163,14 @@ class Meter:
             difference=apart,
             nbytes=self._nbytes(loaded, median(seconds) * loaded.variant.batch_size),
         )
+
+    def _hopeless(self, loaded: Trial | Apart) -> str:
+        """Return why a variant is not measured at length; "" if it should be."""
+        # The first forward may compile.
+        loaded.forwards(1)
+        share = loaded.forwards(1) / loaded.variant.batch_size
+        share /= self.baseline.forwards(1) / self.baseline.variant.batch_size
+        return f"a forward takes {share:.0f} times as long" if share > 1 / HOPELESS else ""
 
     @contextmanager
     def _loading(self, variant: Variant) -> Iterator[Trial | Apart]:

@@ -123,6 +123,8 @@ def first_round(config: Config, facts: Facts) -> list[Variant]:
             # One may help only together with the other.
             if backend == "pytorch":
                 found.append(variant.plus("channels_last"))
+    # What is exact first: there may be no time for all.
+    found.sort(key=lambda variant: variant.precision != "float32")
     return [variant for variant in dict.fromkeys(found) if variant != start]
 
 

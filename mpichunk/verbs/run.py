@@ -312,26 +312,24 @@ def _compute(
 
     Returns, on the coordinator, why they have ended.
     """
-    job, schedule = leading.job, leading.job.config.schedule
-    wake = threading.Event()
+    job, wake = leading.job, threading.Event()
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, part, records, permits, wake)
     counters = Counters(lambda: part.inference.device_peak_nbytes)
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
-    own_blocks = leading.own_blocks
     worker = Worker(
         pipeline,
         records,
         counters,
         depth=depth,
-        own_blocks=own_blocks,
+        own_blocks=leading.own_blocks,
         permits=permits,
         since=leading.started,
     )
-    interval = min(PROGRESS_SECONDS, schedule.min_lease_seconds / 4)
-    silence = schedule.min_lease_seconds
+    silence = job.config.schedule.min_lease_seconds
+    interval = min(PROGRESS_SECONDS, silence / 4)
 
     def take_over() -> Lead:
         lead_terminal()

@@ -253,8 +253,9 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     who, seen = f"rank {facts.rank} on {facts.host}", _what_is_seen(facts)
     if kind != "auto":
         raise DeviceError(
-            f"{who} has no device {device!r}: {seen}; take `auto` or `cpu`, ask the launcher for "
-            "accelerators, or install a torch that is built for them",
+            f"{who} has no device {device!r}: {seen}; take `auto` or `cpu` (NVIDIA's and AMD's "
+            "are `cuda`), ask the launcher for accelerators, or install a torch that is built for "
+            "them",
             key=_KEY,
         )
     if facts.gpu_hints:
