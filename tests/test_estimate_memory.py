@@ -9,7 +9,7 @@ import pytest
 
 from mpichunk.geometry.box import Triple
 from mpichunk.plan.estimate import Estimate
-from mpichunk.plan.memory import unexplained_nbytes
+from mpichunk.plan.memory import START_SPREAD, unexplained_nbytes
 from mpichunk.plan.probe import Pace, Probe
 from tests.geometries import estimate_of, make_config, make_info, make_plan
 
@@ -204,7 +204,7 @@ def test_a_rank_takes_at_least_what_loading_takes(start_nbytes: int) -> None:
     without = estimate_of(config, (64, 64, 64), probe=probe)
     found = estimate_of(config, (64, 64, 64), probe=replace(probe, start_nbytes=start_nbytes))
     # And a tenth, by which starts differ.
-    most_nbytes = start_nbytes + start_nbytes // 10
+    most_nbytes = start_nbytes + start_nbytes // START_SPREAD
     assert found.cpu_nbytes == max(most_nbytes, without.cpu_nbytes)
     assert found.host_nbytes == max(most_nbytes, without.host_nbytes)
     assert found.device_nbytes == without.device_nbytes
