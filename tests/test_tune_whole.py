@@ -186,6 +186,24 @@ def test_a_batch_is_run_before_it_is_said_to_fit(
     assert meter.is_fitting(larger, 0.01) is None
 
 
+def test_what_is_far_slower_is_not_measured_at_length(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(load_config(em_config(tmp_path)).config)
+    patches_nczyx, _ = measure_module.read_patches(job)
+    meter = measure_module.Meter(
+        job, patches_nczyx, num_repeats=1, num_local=1, deadline=time.perf_counter() + 60
+    )
+    start = baseline(job.config)
+    meter.measure(start)
+    other = replace(start, batch_size=2)
+    monkeypatch.setattr(measure_module, "HOPELESS", 1e-6)
+    assert not meter.measure(other).refused
+    monkeypatch.setattr(measure_module, "HOPELESS", 1e6)
+    found = meter.measure(other)
+    assert "times as long" in found.refused and found.is_tried
+
+
 def test_the_table_is_for_people(
     tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
