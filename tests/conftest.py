@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 # Threads of numerical libraries, also in the processes that tests start: cores are few, tests many.
@@ -72,6 +72,21 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # ---- Libraries --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _own_imports() -> Iterator[None]:
+    """Take back what loading a network leaves in Python: the folder of its file, its neighbours.
+
+    A run loads one network; tests load many, from folders whose files have the same names.
+    """
+    before = list(sys.path)
+    yield
+    added = tuple(folder + os.sep for folder in sys.path if folder and folder not in before)
+    sys.path[:] = before
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(added):
+            del sys.modules[name]
 
 
 @pytest.fixture

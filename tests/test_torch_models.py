@@ -104,9 +104,7 @@ def test_weights_in_every_form(folder, weights):
         ("script.pt", {}),  # weights of a file replace those that TorchScript holds
     ],
 )
-def test_forms_of_networks(folder, path, arguments, monkeypatch):
-    # A process has one network, but tests before this one may have loaded another `net`.
-    monkeypatch.delitem(sys.modules, "net", raising=False)
+def test_forms_of_networks(folder, path, arguments):
     model = pytorch(folder / path, weights=str(folder / "half.pt"), arguments=arguments)
     engine = load(model, batch_size=2)
     batch = torch.from_numpy(RNG.normal(size=(2, 1, 8, 12, 16)).astype(np.float32))
