@@ -80,12 +80,12 @@ def _own_imports() -> Iterator[None]:
 
     A run loads one network; tests load many, from folders whose files have the same names.
     """
-    before = list(sys.path)
+    path, modules = list(sys.path), set(sys.modules)
     yield
-    added = tuple(folder + os.sep for folder in sys.path if folder and folder not in before)
-    sys.path[:] = before
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(added):
+    added = tuple(folder + os.sep for folder in sys.path if folder and folder not in path)
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(added):
             del sys.modules[name]
 
 

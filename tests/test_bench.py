@@ -133,7 +133,8 @@ def test_plan_and_run_know_the_probe(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["plan", str(path), "--json"]) == 0
     probe = json.loads(capsys.readouterr().out)["probe"]
     assert probe["seconds"] == found["seconds_per_batch"]
-    assert probe["nbytes"] > 0 and probe["device"] == "cpu, 1 CPU threads"
+    # A network this small may fit into pages that are there.
+    assert probe["nbytes"] is not None and probe["device"] == "cpu, 1 CPU threads"
     assert main(["plan", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "for one rank, measured on cpu, 1 CPU threads" in text and "unmeasured" not in text
