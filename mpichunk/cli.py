@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb that looks ahead."""
-    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
+    plan = _add_verb(
+        verbs,
+        "plan",
+        "say what a run would do and cost, before it is run; runs no network, so whether "
+        "patch.shape suits it is for `bench` or `run` to say",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
         "--schema",
