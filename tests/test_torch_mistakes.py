@@ -64,7 +64,13 @@ BAD_MODELS = [
     (TINY, "code.pt", {}, "model.weights", ["code.pt", "would run print"]),
     (TINY, "plain_pickle.pt", {}, "model.weights", ["would run print"]),
     (TINY, "whole_module.pt", {}, "model.weights", ["would run torch.nn.modules.linear.Linear"]),
-    (TINY, "missing.pt", {}, "model.weights", ["1 names", "missing, first 'last.bias'"]),
+    (
+        TINY,
+        "missing.pt",
+        {},
+        "model.weights",
+        ["1 name of the network is missing, first 'last.bias'"],
+    ),
     (TINY, "unexpected.pt", {}, "model.weights", ["unknown to it, first 'renamed.weight'"]),
     (TINY, "plain.pt", {"width": 3}, "model.weights", ["'first.weight': (2, 1, 3, 3, 3), not (3,"]),
     (TINY, "no_tensors.pt", {}, "model.weights", ["keys optimizer, epoch", "state_dict"]),
@@ -168,7 +174,7 @@ def test_wrong_number_of_input_channels_is_named(folder):
     request = make_request(in_channels=2)
     for path, weights in ((TINY, str(folder / "plain.pt")), ("script.pt", None)):
         engine = load(pytorch(folder / path, weights=weights), in_channels=2)
-        with pytest.raises(ModelError, match="takes 1 input channels, but the input has 2"):
+        with pytest.raises(ModelError, match="takes 1 input channel, but the input has 2"):
             check_engine(engine, request)
 
 

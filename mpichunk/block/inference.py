@@ -41,6 +41,7 @@ from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Slices, Triple, subtract
 from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
 from mpichunk.plan.plan import Block
+from mpichunk.words import count
 
 _BYTE = Scaling(divide=255.0)
 
@@ -196,12 +197,12 @@ class BlockInference:
             )
         self._batch_size //= 2
         log.warning(
-            "block %d: %s is out of memory (%s); this rank runs %d patches per forward from now "
+            "block %d: %s is out of memory (%s); this rank runs %s per forward from now "
             "on instead of %d, and its values may differ by rounding",
             block.index,
             device,
             reason,
-            self._batch_size,
+            count(self._batch_size, "patch", "patches"),
             self._request.batch_size,
         )
 

@@ -37,6 +37,7 @@ from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import replace_text
 from mpichunk.schedule.messages import State
 from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
+from mpichunk.words import count
 
 RECORDED_LIBRARIES = (
     "numpy",
@@ -253,9 +254,9 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:
         raise JournalError(
-            f"{job.run_dir / journal.NAME} has {num_done} finished blocks, but the output "
-            f"{job.config.output.volume} that they were written to is gone; put it back, let "
-            "`verify --repair` mark them undone, or compute every block again with --fresh",
+            f"{job.run_dir / journal.NAME} has {count(num_done, 'finished block')}, but the output "
+            f"{job.config.output.volume} that was written to is gone; put it back, let "
+            "`verify --repair` mark what is gone undone, or compute every block again with --fresh",
             key="output.volume",
         )
     todo: npt.NDArray[np.bool_] = states != State.DONE

@@ -13,7 +13,7 @@ from mpichunk.bench.figures import Spread
 from mpichunk.config.edit import render_value
 from mpichunk.tune.figures import HEADROOM, Largest, Row, verdict
 from mpichunk.tune.variants import MOST_PATCHES
-from mpichunk.words import size
+from mpichunk.words import count, size
 
 WIDTH = 110
 _NAME = 46
@@ -91,7 +91,7 @@ def _number(value: float) -> float | str:
 
 def render_tuning(tuning: Tuning) -> str:
     """Return the table and what follows from it."""
-    patches = f"{tuning.num_patches} patches of the volume"
+    patches = count(tuning.num_patches, "patch", "patches") + " of the volume"
     if not tuning.is_real:
         patches = "made-up patches, since those of the volume that were looked at are blank"
     lines = [
@@ -137,11 +137,11 @@ def _notes(tuning: Tuning) -> list[str]:
     )
     largest = tuning.largest_batch
     if largest is not None:
-        most = f"up to {largest.num_patches}"
+        most = "up to " + count(largest.num_patches, "patch", "patches")
         if largest.num_patches == MOST_PATCHES:
-            most = f"{MOST_PATCHES}, the most that is tried,"
+            most = f"{MOST_PATCHES} patches, the most that is tried,"
         fit = "fit" if largest.is_run else "should fit"
-        text += f" Batches of {most} patches {fit} with {HEADROOM:.0%} to spare"
+        text += f" Batches of {most} {fit} with {HEADROOM:.0%} to spare"
         text += "." if largest.is_run else ": an extrapolation, which was not run."
     return wrap(text, WIDTH)
 
@@ -176,7 +176,8 @@ def comment_of(tuning: Tuning, source: str) -> str:
         f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
         f"{best.variant.name}: {spread.median:.2f} times as fast as "
         f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
-        f"{tuning.num_repeats} repeats), the network alone: `mpichunk bench` measures the whole.",
+        f"{count(tuning.num_repeats, 'repeat')}), the network alone: `mpichunk bench` measures "
+        f"the whole.",
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",

@@ -9,6 +9,7 @@ from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.shapes.size_advice import OutputShape, shape_advice, size_advice
 from mpichunk.errors import ModelError
 from mpichunk.geometry.box import add, subtract, triple
+from mpichunk.words import count
 
 Cut = tuple[slice, slice, slice, slice, slice]
 """What to keep of (n, c, z, y, x)."""
@@ -39,7 +40,7 @@ def find_cut(
         )
     if found[1] != request.out_channels:
         raise ModelError(
-            f"the network returned {found[1]} channels, but model.out_channels is "
+            f"the network returned {count(found[1], 'channel')}, but model.out_channels is "
             f"{request.out_channels}; set it to {found[1]}",
             key="model.out_channels",
         )
