@@ -51,6 +51,9 @@ class Tuning:
     written: str | None = None
     """The config that was written."""
 
+    is_interrupted: bool = False
+    """Whether there was more to try."""
+
 
 def tuning_json(tuning: Tuning) -> dict[str, Any]:
     """Return everything as JSON values; numbers that are not finite as text."""
@@ -66,6 +69,7 @@ def tuning_json(tuning: Tuning) -> dict[str, Any]:
         "changes": tuning.changes,
         "begun": tuning.begun,
         "written": tuning.written,
+        "interrupted": tuning.is_interrupted,
     }
 
 
@@ -148,6 +152,10 @@ def _notes(tuning: Tuning) -> list[str]:
 
 def _conclusion(tuning: Tuning) -> list[str]:
     """Return what to change."""
+    if tuning.is_interrupted:
+        lines = ["INTERRUPTED: more was to be tried, and no config was written."]
+        lines.append(f"The best until then: {tuning.best.variant.name}.")
+        return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if not tuning.changes:
         return [f"The config runs the best there is: {tuning.best.variant.name}."]
     lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
