@@ -258,13 +258,20 @@ def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
         # Only a run that has begun stands in the way of the new settings, and that is told.
         journal = tmp_path / "runs/my/journal.jsonl"
         printed = " ".join(capsys.readouterr().out.split())
-        cure = "another run_dir AND another output.volume"
+        cure = "another output.volume"
         comment = " ".join(target.read_text().replace("\n# ", " ").split())
         assert cure in comment
         assert (cure in printed) == journal.exists()
         assert (f"The run in {journal.parent} has begun" in comment) == journal.exists()
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.touch()
+        assert Path(written.run_dir) == target.parent / "runs" / target.stem
+    # Where the config names the run directory, that must be another one, too.
+    named = tmp_path / "named.yaml"
+    how += ["--set", f"run_dir={tmp_path}/runs/my"]
+    assert main(["tune", str(path), *how, "--write", str(named)]) == 0
+    assert "another run_dir AND another output.volume" in " ".join(capsys.readouterr().out.split())
+    assert load_config(named).config.run_dir == str(tmp_path / "runs/my")
     text = (tmp_path / "my-tuned.yaml").read_text()
     assert "# my own words\n" in text and "# and here\n" in text and "path: net.onnx" in text
 

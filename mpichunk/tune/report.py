@@ -48,6 +48,9 @@ class Tuning:
     begun: str | None = None
     """Run directory of the config, if its run has begun."""
 
+    keeps_run_dir: bool = False
+    """Whether the config that is written names the same run directory."""
+
     written: str | None = None
     """The config that was written."""
 
@@ -163,16 +166,22 @@ def _conclusion(tuning: Tuning) -> list[str]:
     if tuning.written:
         lines.append(f"written to {tuning.written}")
         if tuning.begun is not None:
-            lines += wrap(f"{_begun_words(tuning.begun)}.", WIDTH)
+            lines += wrap(f"{_begun_words(tuning)}.", WIDTH)
     return lines
 
 
-def _begun_words(run_dir: str) -> str:
+def _begun_words(tuning: Tuning) -> str:
     """Return why the config that is written cannot run as it is, and what to change in it."""
     return (
-        f"The run in {run_dir} has begun with the old settings and cannot go on with these: "
-        "before you run the new config, give it another run_dir AND another output.volume"
+        f"The run in {tuning.begun} has begun with the old settings, and values of both are not "
+        f"mixed: before you run the new config, set in it {_others(tuning)}"
     )
+
+
+def _others(tuning: Tuning) -> str:
+    """Return what the new config must not share with a run of the old one."""
+    volume = "another output.volume"
+    return f"another run_dir AND {volume}" if tuning.keeps_run_dir else volume
 
 
 def comment_of(tuning: Tuning, source: str) -> str:
@@ -189,10 +198,9 @@ def comment_of(tuning: Tuning, source: str) -> str:
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",
-        f"{_begun_words(tuning.begun)}."
+        f"{_begun_words(tuning)}."
         if tuning.begun is not None
-        else f"Once a run of {source} has begun, this needs another run_dir AND another "
-        "output.volume.",
+        else f"Once a run of {source} has begun, this needs {_others(tuning)}.",
     ]
     lines = [line for part in text for line in wrap(part, 98)]
     return "".join(f"# {line}\n" for line in lines)

@@ -74,6 +74,8 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
         _refuse_target(target)
         with loaded.locating():
             tuning = _tune(loaded.config, options)
+        is_named = "run_dir" in loaded.lines or "run_dir" in loaded.overrides
+        tuning = replace(tuning, keeps_run_dir=is_named)
         if tuning.changes and not tuning.is_interrupted:
             _write(target, loaded, overrides, tuning)
             tuning = replace(tuning, written=str(target))
@@ -192,6 +194,10 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
         UserError: it cannot be written.
     """
     config = with_settings(loaded.config, tuning.changes)
+    if not tuning.keeps_run_dir:
+        # Where it is left open the name of a config gives it.
+        run_dir = target.absolute().parent / "runs" / target.stem
+        config = config.model_copy(update={"run_dir": str(run_dir)})
     if target.absolute().parent == loaded.path.absolute().parent:
         given = dict(_override(text) for text in overrides)
         text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **tuning.changes})
