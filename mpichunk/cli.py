@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpichunk: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
-        hint = "; the same command goes on where it stopped" if options.verb == "run" else ""
-        print(f"mpichunk: interrupted{hint}", file=sys.stderr)
+        print(f"mpichunk: interrupted{_INTERRUPTED.get(options.verb, '')}", file=sys.stderr)
         return ExitCode.UNEXPECTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.
@@ -97,7 +96,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb that looks ahead."""
-    plan = _add_verb(verbs, "plan", "say what a run would do and cost, before it is run")
+    plan = _add_verb(
+        verbs,
+        "plan",
+        "say what a run would do and cost, before it is run; runs no network, so whether "
+        "patch.shape suits it is for `bench` or `run` to say",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
         "--schema",
@@ -310,6 +314,12 @@ class _PrintSchema(argparse.Action):
         print(json_schema())
         parser.exit()
 
+
+_INTERRUPTED = {
+    "run": "; the same command goes on where it stopped",
+    "tune": "; no config was written",
+}
+"""What an interrupt means to a verb, where that is not plain."""
 
 _VERBS = {
     "run": _run,

@@ -30,9 +30,14 @@ def size(nbytes: int | None) -> str:
     return f"{value:.0f} B" if unit == 0 else f"{value:.{1 if value < 100 else 0}f} {_UNITS[unit]}"
 
 
-def count(number: int, word: str, plural: str = "s") -> str:
-    """Return a number and its word, with the ending of the plural if it must be."""
-    return f"{number:,} {word}{'' if number == 1 else plural}"
+def count(number: int, word: str, plural: str | None = None) -> str:
+    """Return a number and its word, in the plural if it must be; default: with an `s`."""
+    return f"{number:,} {agree(number, word, plural or f'{word}s')}"
+
+
+def agree(number: int, singular: str, plural: str) -> str:
+    """Return the form of a word that goes with a number."""
+    return singular if number == 1 else plural
 
 
 def either(words: Sequence[str]) -> str:

@@ -134,10 +134,10 @@ def test_plan_and_run_know_the_probe(tmp_path: Path, capsys: pytest.CaptureFixtu
     probe = json.loads(capsys.readouterr().out)["probe"]
     assert probe["seconds"] == found["seconds_per_batch"]
     # A network this small may fit into pages that are there.
-    assert probe["nbytes"] is not None and probe["device"] == "cpu, 1 CPU threads"
+    assert probe["nbytes"] is not None and probe["device"] == "cpu, 1 CPU thread"
     assert main(["plan", str(path)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "for one rank, measured on cpu, 1 CPU threads" in text and "unmeasured" not in text
+    assert "for one rank, measured on cpu, 1 CPU thread" in text and "unmeasured" not in text
     # Another network, patch or device is another forward; what only follows it is not.
     assert main(["plan", str(path), "--set", "patch.shape=[8,12,12]"]) == 0
     assert "unmeasured" in capsys.readouterr().out

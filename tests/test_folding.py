@@ -132,5 +132,5 @@ def test_an_exported_network_is_not_folded(tmp_path):
 
 
 def test_a_network_that_does_not_run_is_explained_though_it_is_to_be_folded():
-    with pytest.raises(ModelError, match="takes 1 input channels, but the input has 2"):
+    with pytest.raises(ModelError, match="takes 1 input channel, but the input has 2"):
         fold(make_net(), in_channels=2)

@@ -8,7 +8,8 @@ import torch
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
-from mpichunk.block.inference import BlockInference, check_engine, is_blank, scaling_for
+from mpichunk.block.blank import is_blank
+from mpichunk.block.inference import BlockInference, check_engine, scaling_for
 from mpichunk.block.slab import parts
 from mpichunk.config.schema import Normalize
 from mpichunk.errors import BlockError, ModelError, UserError
@@ -137,7 +138,7 @@ def test_what_float16_cannot_hold_fails_the_block(name, value):
     source_czyx[(slice(None), *core)][0, -1, -1, -1] = value
     inference = make_inference(plan, name, scaling=Scaling())
     assert np.isfinite(inference.run(block, source_czyx, None, FLOAT32).core()).all()
-    with pytest.raises(BlockError, match="values that float16 cannot, above 65504, near"):
+    with pytest.raises(BlockError, match="values that float16 cannot, above 65504: 1 of"):
         inference.run(block, source_czyx, None, np.dtype(np.float16)).core()
     source_czyx[source_czyx == value] = value * 0.9
     found = inference.run(block, source_czyx, None, np.dtype(np.float16)).core()
@@ -195,28 +196,6 @@ def test_batch_size_does_not_change_the_bytes(name):
     ]
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
-
-
-@each_engine
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_in_the_result_fails_the_block_and_names_the_place(name, bad):
-    plan = make_plan()
-    block = plan[3]
-    source_czyx = make_source(block, dtype=np.float32)
-    core = block.core.slices(block.input_box.start)
-    view = source_czyx[(slice(None), *core)]
-    view[0, -1, -1, -1] = bad
-    inference = make_inference(plan, name, scaling=Scaling())
-    with pytest.raises(BlockError) as caught, np.errstate(invalid="ignore"):
-        inference.run(block, source_czyx, None, np.dtype(np.uint8)).core()
-    assert "NaN or inf near" in str(caught.value)
-
-    # What the mask excludes is not the user's concern.
-    mask = np.ones(block.output_box.shape, bool)
-    mask[tuple(slice(n - 6, None) for n in mask.shape)] = False
-    with np.errstate(invalid="ignore"):
-        found = inference.run(block, source_czyx, mask, FLOAT32)
-    assert np.isfinite(found.core()).all()
 
 
 def test_small_slabs_change_nothing(monkeypatch):

@@ -106,7 +106,7 @@ BAD = [
         onnx_maker.convolution,
         {"in_channels": 2},
         "model.path",
-        ["takes 1 input channels, but the input has 2"],
+        ["takes 1 input channel, but the input has 2"],
     ),
     (
         onnx_maker.convolution,

@@ -44,7 +44,7 @@ def test_lines_come_often_at_first_and_then_rarely():
         display.update(summed(blocks=second // 4, voxels=second * 1e6, busy=3), float(second))
     assert 50 < len(lines) < 100
     assert lines[-1].startswith("8")
-    assert "of 1000 blocks, 1.00 Mvox/s, " in lines[-1]
+    assert "of 1,000 blocks, 1.00 Mvox/s, " in lines[-1]
     assert "min left, 3 of 4 ranks busy" in lines[-1]
 
 
@@ -54,7 +54,7 @@ def test_failures_are_told():
     display.update(summed(failures=2), 1.0)
     display.close()
     assert lines == [
-        "0 of 9 blocks, 0.00 Mvox/s, time left unknown, 0 of 1 ranks busy, 2 attempts failed"
+        "0 of 9 blocks, 0.00 Mvox/s, time left unknown, 0 of 1 rank busy, 2 attempts failed"
     ]
 
 

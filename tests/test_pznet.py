@@ -241,7 +241,7 @@ def test_what_ends_the_process_is_tried_in_another(copy, spoil, words):
     ("changes", "key", "words"),
     [
         ({"patch_shape": (4, 8, 16)}, "patch.shape", ["compiled for patches of [4, 8, 8] only"]),
-        ({"in_channels": 2}, "model.path", ["takes 1 input channels, but the input has 2"]),
+        ({"in_channels": 2}, "model.path", ["takes 1 input channel, but the input has 2"]),
     ],
 )
 def test_another_shape_is_refused_before_the_net_is_loaded(standin, changes, key, words):

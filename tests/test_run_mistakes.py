@@ -172,6 +172,28 @@ def test_an_output_that_another_run_has_written_is_refused(attempt, tmp_path):
     assert attempt(run_dir="elsewhere")[0] == 0
 
 
+def test_the_run_that_has_written_an_output_is_named_with_what_differs(attempt, tmp_path):
+    """As when a config that was tuned is run where the one before has."""
+    assert attempt(run_dir="runs/first")[0] == 0
+    code, told = attempt(run_dir="runs/second", patch={"batch_size": 2})
+    assert code == 2 and ": output.volume: " in told
+    assert f"but the one in {tmp_path}/runs/first, with other settings:" in told
+    assert "\n  patch.batch_size: 1 then, 2 now\n" in told
+    assert "set output.volume to another place, or run the other one's config" in told
+    # The same settings under another name go on where that run is.
+    code, told = attempt(run_dir="runs/second")
+    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to go on with it" in told
+    assert attempt(run_dir="runs/first")[0] == 0
+    # What the message names mends it.
+    code, told = attempt(
+        run_dir="runs/second", patch={"batch_size": 2}, output={"volume": "new.zarr"}
+    )
+    assert code == 0, told
+    # In the run directory of the other run both must change.
+    code, told = attempt(run_dir="runs/first", patch={"batch_size": 2})
+    assert code == 2 and "set another run_dir AND output.volume" in told
+
+
 def test_a_mask_of_unknown_scale_must_cover_the_input(attempt, tmp_path):
     with h5py.File(tmp_path / "mask.h5", "w") as file:
         file["mask"] = np.ones((4, 6, 6), np.uint8)

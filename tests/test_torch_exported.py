@@ -71,7 +71,7 @@ def test_exported_for_one_shape_only(tmp_path):
     for changes, key, words in (
         ({"patch_shape": (4, 8, 10)}, "patch.shape", "patches of [4, 8, 8] only"),
         ({"batch_size": 1}, "patch.batch_size", "set patch.batch_size: 2"),
-        ({"in_channels": 2}, "model.path", "takes 1 input channels, but the input has 2"),
+        ({"in_channels": 2}, "model.path", "takes 1 input channel, but the input has 2"),
     ):
         with pytest.raises(ModelError) as caught:
             load(path, changes=changes)

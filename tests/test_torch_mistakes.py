@@ -1,15 +1,21 @@
 """Bad models and what networks must not return: which key, which words."""
 
+import json
+import re
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.pytorch.engine import TorchEngine
-from mpichunk.backends.shapes.size_advice import size_advice
+from mpichunk.backends.shapes.size_advice import shape_advice, size_advice
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
+from mpichunk.geometry.box import triple
 from tests.modelfolder import load, make_request, pytorch, write_models
 
 
@@ -58,7 +64,13 @@ BAD_MODELS = [
     (TINY, "code.pt", {}, "model.weights", ["code.pt", "would run print"]),
     (TINY, "plain_pickle.pt", {}, "model.weights", ["would run print"]),
     (TINY, "whole_module.pt", {}, "model.weights", ["would run torch.nn.modules.linear.Linear"]),
-    (TINY, "missing.pt", {}, "model.weights", ["1 names", "missing, first 'last.bias'"]),
+    (
+        TINY,
+        "missing.pt",
+        {},
+        "model.weights",
+        ["1 name of the network is missing, first 'last.bias'"],
+    ),
     (TINY, "unexpected.pt", {}, "model.weights", ["unknown to it, first 'renamed.weight'"]),
     (TINY, "plain.pt", {"width": 3}, "model.weights", ["'first.weight': (2, 1, 3, 3, 3), not (3,"]),
     (TINY, "no_tensors.pt", {}, "model.weights", ["keys optimizer, epoch", "state_dict"]),
@@ -129,6 +141,14 @@ BAD_OUTPUTS = [
     ("Lossy", {}, {}, "patch.crop", ["(4, 8, 12)", "set patch.crop: [2, 2, 2]"]),
     ("Lossy", {}, {"crop": (1, 2, 2)}, "patch.crop", ["[1, 2, 2]", "set patch.crop: [2, 2, 2]"]),
     ("Odd", {}, {}, "patch.crop", ["(7, 12, 16)", "no patch.crop fits"]),
+    # A size that it does not take is no border to be cut: the crop is right as it is.
+    (
+        "Pooled",
+        {},
+        {"patch_shape": (5, 18, 16)},
+        "patch.shape",
+        ["(5, 16, 16)", "multiples of [1, 4, 4]", "set patch.shape: [5, 16, 16] or [5, 20, 16]"],
+    ),
     (
         "Half",
         {},
@@ -154,7 +174,7 @@ def test_wrong_number_of_input_channels_is_named(folder):
     request = make_request(in_channels=2)
     for path, weights in ((TINY, str(folder / "plain.pt")), ("script.pt", None)):
         engine = load(pytorch(folder / path, weights=weights), in_channels=2)
-        with pytest.raises(ModelError, match="takes 1 input channels, but the input has 2"):
+        with pytest.raises(ModelError, match="takes 1 input channel, but the input has 2"):
             check_engine(engine, request)
 
 
@@ -174,15 +194,19 @@ def test_a_network_that_has_cut_its_border_is_taken_as_it_is(folder):
     torch.testing.assert_close(engine.infer(batch), batch[:, :, 2:-2, 2:-2, 2:-2])
 
 
-@pytest.mark.parametrize("crop", [(0, 0, 0), (21, 21, 21)])
-def test_real_valid_network_names_its_crop_and_the_sizes_without_a_shift(real_data, crop):
+@pytest.mark.parametrize(
+    ("crop", "key"), [((0, 0, 0), "patch.crop"), ((21, 21, 21), "patch.shape")]
+)
+def test_real_valid_network_names_its_crop_and_the_sizes_without_a_shift(real_data, crop, key):
     # Of 52 voxels it drops the last two: a crop of 22 would fit the numbers and shift the image.
     model = pytorch(real_data / "nets" / "em_affinity_resunet_valid.ts.pt")
     changes = {"patch_shape": (52, 50, 53), "out_channels": 3, "crop": crop}
     with pytest.raises(ModelError) as caught:
         check_engine(load(model, **changes), make_request(**changes))
-    assert caught.value.key == "patch.crop"
-    assert "set patch.shape: [50, 50, 50] and patch.crop: [21, 21, 21]" in str(caught.value)
+    assert caught.value.key == key
+    message = str(caught.value)
+    assert "set patch.shape: [50, 50, 50] or [54, 50, 54]" in message
+    assert ("and patch.crop: [21, 21, 21]" in message) == (key == "patch.crop")
 
 
 def test_real_same_network_names_its_multiples(real_data):
@@ -217,3 +241,47 @@ def test_size_advice(multiples, remainders, shape, words):
     assert len(tried) <= 26 and max(max(t) for t in tried) <= 64 + 7 + 32
     assert not size_advice(lambda _: False, shape)
     assert not size_advice(lambda _: True, shape)
+
+
+@given(
+    multiples=st.tuples(*[st.sampled_from([1, 2, 4, 8, 16, 32])] * 3),
+    border=st.tuples(*[st.integers(0, 40)] * 3),
+    more=st.tuples(*[st.integers(1, 300)] * 3),
+    remainder=st.integers(0, 31),
+    is_cropped=st.booleans(),
+)
+# Not a power of two: no smaller patch stands for this one.
+@example(multiples=(6, 3, 12), border=(9, 9, 9), more=(94, 95, 96), remainder=2, is_cropped=True)
+def test_shape_advice_names_the_nearest_sizes_that_lose_the_border_only(
+    multiples, border, more, remainder, is_cropped
+):
+    remainders = [remainder % m for m in multiples]
+    least = [2 * b + m for b, m in zip(border, multiples, strict=True)]
+    shape = triple([n + m for n, m in zip(least, more, strict=True)])
+    tried = []
+
+    def returned(candidate):
+        """Cut the border, and drop what does not fill a whole step."""
+        tried.append(candidate)
+        axes = zip(candidate, border, multiples, remainders, strict=True)
+        return triple([n - 2 * b - (n - r) % m for n, b, m, r in axes])
+
+    def is_good(candidate):
+        return all(
+            (n - r) % m == 0 for n, r, m in zip(candidate, remainders, multiples, strict=True)
+        )
+
+    found = returned(shape)
+    crop = border if is_cropped else (50, 50, 50)
+    advice = shape_advice(returned, shape, found, crop)
+    assert len(tried) <= 2 + 32
+    named = [json.loads(text) for text in re.findall(r"\[[\d, ]+\]", advice.words)]
+    if is_good(shape):
+        assert (advice.key, named) == ("patch.crop", [list(border)])
+        return
+    assert advice.key == ("patch.shape" if is_cropped else "patch.crop")
+    assert is_cropped or named.pop() == list(border)
+    below = [n - (n - r) % m for n, r, m in zip(shape, remainders, multiples, strict=True)]
+    sizes = named[2 if any(n % m for n, m in zip(below, multiples, strict=True)) else 1 :]
+    above = [n + (r - n) % m for n, r, m in zip(shape, remainders, multiples, strict=True)]
+    assert sizes == [below, above]

@@ -1,6 +1,8 @@
 """Tuning of real networks: what is measured, told and written."""
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -256,13 +258,20 @@ def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
         # Only a run that has begun stands in the way of the new settings, and that is told.
         journal = tmp_path / "runs/my/journal.jsonl"
         printed = " ".join(capsys.readouterr().out.split())
-        cure = "another run_dir AND another output.volume"
+        cure = "another output.volume"
         comment = " ".join(target.read_text().replace("\n# ", " ").split())
         assert cure in comment
         assert (cure in printed) == journal.exists()
         assert (f"The run in {journal.parent} has begun" in comment) == journal.exists()
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.touch()
+        assert Path(written.run_dir) == target.parent / "runs" / target.stem
+    # Where the config names the run directory, that must be another one, too.
+    named = tmp_path / "named.yaml"
+    how += ["--set", f"run_dir={tmp_path}/runs/my"]
+    assert main(["tune", str(path), *how, "--write", str(named)]) == 0
+    assert "another run_dir AND another output.volume" in " ".join(capsys.readouterr().out.split())
+    assert load_config(named).config.run_dir == str(tmp_path / "runs/my")
     text = (tmp_path / "my-tuned.yaml").read_text()
     assert "# my own words\n" in text and "# and here\n" in text and "path: net.onnx" in text
 
@@ -278,6 +287,42 @@ def test_nothing_is_overwritten_and_that_is_told_before_anything_is_measured(
     assert target.read_text() == "mine"
     assert main(["tune", str(path), "--write", str(tmp_path / "nowhere/x.yaml")]) == 2
     assert "no folder that can be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("num_measured", [0, 2])
+def test_what_was_measured_before_an_interrupt_is_told_and_nothing_is_written(
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    num_measured: int,
+) -> None:
+    onnx_maker.convolution(tmp_path / "net.onnx")
+    model = {"backend": "onnxruntime", "path": "net.onnx", "out_channels": 2}
+    path = em_config(tmp_path, model=model)
+    names: list[str] = []
+    real = measure_module.Meter.measure
+
+    def interrupted(self: Any, variant: Variant) -> Row:
+        if len(names) == num_measured:
+            os.kill(os.getpid(), number)
+        found = real(self, variant)
+        names.append(variant.name)
+        # So that there is something to write.
+        return replace(found, speedup=Spread.of([float(len(names))])) if found.speedup else found
+
+    monkeypatch.setattr(measure_module.Meter, "measure", interrupted)
+    before = signal.getsignal(number)
+    assert main(["tune", str(path), "--repeats", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "mpichunk: interrupted; no config was written" in printed.err
+    assert len(names) == num_measured
+    assert all(name in printed.out for name in names)
+    assert ("INTERRUPTED" in printed.out) == bool(num_measured)
+    assert not (tmp_path / "config-tuned.yaml").exists()
+    assert signal.getsignal(number) is before
 
 
 def test_several_ranks_are_refused(

@@ -2,6 +2,9 @@
 
 import json
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -156,11 +159,62 @@ def test_the_input_is_not_overwritten(tmp_path):
     assert create_output(spec_of(f"{tmp_path}/w|zarr3:"), sources=[info])
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Act as a user whom permissions hold for."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("notation", FORMATS)
+@pytest.mark.parametrize("place", ["/proc/x/y/v", "/proc/v"])
+def test_a_place_that_cannot_be_made_is_one_message_in_plain_words(notation, place):
     with pytest.raises(VolumeError) as caught:
-        create_output(spec_of("/proc/mpichunk|zarr3:"))
-    assert caught.value.key == "output.volume" and "/proc/mpichunk" in caught.value.message
-    assert "tensorstore_spec" not in caught.value.message
-    if os.geteuid() != 0:
-        (tmp_path / "no").mkdir(mode=0o555)
-        assert "no permission" in refused("volume", spec_of(f"{tmp_path}/no/v|zarr3:"))
+        create_output(spec_of(f"{place}|{notation}:"))
+    assert caught.value.key == "output.volume"
+    assert caught.value.message == (
+        f"{place} cannot be created: no folder can be made in /proc (No such file or directory); "
+        "expected a place that this job can write to: choose another one, or mend this"
+    )
+
+
+@pytest.mark.parametrize("notation", FORMATS)
+def test_a_place_without_permission_is_named_before_anything_runs(tmp_path, notation):
+    folder = tmp_path / "no"
+    folder.mkdir(mode=0o555)
+    with as_nobody():
+        message = refused("volume", spec_of(f"{folder}/v|{notation}:"))
+    # To other users pytest's folders are closed altogether.
+    told = (f"{folder}/v cannot be written: no permission to write at {folder};", "choose a place")
+    assert any(words in message for words in told), message
+    assert str(folder) in message
+
+
+@contextmanager
+def no_file_may_grow() -> Iterator[None]:
+    """Let the file system refuse what is written, where nothing has told before that it would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("notation", FORMATS)
+def test_what_the_file_system_refuses_is_told_in_its_words(tmp_path, notation):
+    spec = spec_of(f"{tmp_path}/v|{notation}:")
+    with no_file_may_grow(), pytest.raises(VolumeError) as caught:
+        create_output(spec)
+    assert caught.value.key == "output.volume"
+    message = caught.value.message
+    assert f"{tmp_path}/v|{notation} cannot be created: " in message
+    assert "File too large; expected a place that this job can write to" in message
+    assert not any(word in message for word in ("os_error", "driver", "Failed"))
+    assert create_output(spec), "what was left in between is in nobody's way"

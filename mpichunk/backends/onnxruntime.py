@@ -21,6 +21,7 @@ from mpichunk.backends.shapes.network_output import failed_forward, find_cut
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple
+from mpichunk.words import count
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -118,7 +119,8 @@ class OnnxruntimeEngine:
         text = str(error).strip().replace("\n", " ")
         if self.is_out_of_memory(error):
             return ModelError(
-                f"a batch of {request.batch_size} patches does not fit into the memory of "
+                f"a batch of {count(request.batch_size, 'patch', 'patches')} does not fit into "
+                f"the memory of "
                 f"{request.device}: {text}; reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )

@@ -13,6 +13,7 @@ from mpichunk.plan.advice import Advice
 from mpichunk.plan.prediction import pace_of, voxels_of_a_read
 from mpichunk.plan.probe import Pace
 from mpichunk.plan.work import Work
+from mpichunk.words import count
 
 NETWORK, BLENDING, READING, WRITING = "the network", "blending", "reading", "writing"
 HOST = "the host"
@@ -262,7 +263,8 @@ def suggest(
         yield Advice(
             key="block.shape",
             message="the first read and the last write hide behind nothing, and here a rank ran "
-            f"only {num_blocks} blocks: more of them (--blocks) tell whether a long run waits too",
+            f"only {count(num_blocks, 'block')}: more of them (--blocks) tell whether a long run "
+            f"waits too",
         )
     if work.num_passes > 2 and figures.bound_by == NETWORK:
         yield Advice(

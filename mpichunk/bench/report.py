@@ -115,7 +115,7 @@ def _what_lines(bench: Bench) -> list[str]:
     """Return what was measured, and where."""
     engine, num_repeats = bench.engine, len(bench.ranks[0].whole)
     blocks, repeats = count(bench.num_blocks, "block"), count(num_repeats, "repeat")
-    patches = count(bench.figures.num_patches, "patch", "es")
+    patches = count(bench.figures.num_patches, "patch", "patches")
     devices = sorted({rank.device for rank in bench.ranks})
     each = " each" if len(bench.ranks) > 1 else ""
     rows = [
@@ -154,7 +154,7 @@ def _rate_lines(bench: Bench) -> list[str]:
         ("one forward", f"{1000 * figures.seconds_per_batch:.1f} ms", _batch_words(bench.config)),
     ]
     if bench.seconds_of_run is not None:
-        text = f"for all {work.num_blocks:,} blocks of this config on these ranks"
+        text = f"for all of the {count(work.num_blocks, 'block')} of this config on these ranks"
         rows.append(("at this pace", duration(bench.seconds_of_run), text))
     lines += [f"  {name:<{_LABEL}}{value:>10}   {text}" for name, value, text in rows]
     return lines

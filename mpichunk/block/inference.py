@@ -10,7 +10,7 @@ network runs, and whoever writes the core waits for it.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,8 @@ from mpichunk.backends.engine import (
     Staged,
 )
 from mpichunk.backends.reduction import Reduction
+from mpichunk.block.blank import is_blank
+from mpichunk.block.fault import Patches, blame_patch
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
@@ -36,13 +38,12 @@ from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry.blending import window
-from mpichunk.geometry.box import Box, Slices, subtract
+from mpichunk.geometry.box import Slices, Triple, subtract
 from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
 from mpichunk.plan.plan import Block
+from mpichunk.words import count
 
 _BYTE = Scaling(divide=255.0)
-_BLANK_STEP = 7
-"""Every seventh voxel per axis is looked at first: of a patch with content, that is enough."""
 
 log = logging.getLogger(__name__)
 
@@ -196,12 +197,12 @@ class BlockInference:
             )
         self._batch_size //= 2
         log.warning(
-            "block %d: %s is out of memory (%s); this rank runs %d patches per forward from now "
+            "block %d: %s is out of memory (%s); this rank runs %s per forward from now "
             "on instead of %d, and its values may differ by rounding",
             block.index,
             device,
             reason,
-            self._batch_size,
+            count(self._batch_size, "patch", "patches"),
             self._request.batch_size,
         )
 
@@ -228,12 +229,13 @@ class BlockInference:
         if core_czyx is None or slab is None:
             self._sources.give_back(source_czyx)
             return Inferred(core_czyx=np.zeros(shape, dtype=out_dtype), num_patches=0)
+        again = self._wanted(block, source_czyx, mask_zyx)
         is_halved = self._batch_size != self._request.batch_size
         return Inferred(
             num_patches=num_patches,
             batch_size=self._batch_size if is_halved else None,
             core_czyx=core_czyx,
-            unsettled=slab.finish(),
+            unsettled=slab.finish(partial(self._blame, source_czyx, again)),
             give_back=partial(self._give_back, source_czyx, core_czyx),
         )
 
@@ -267,7 +269,7 @@ class BlockInference:
         block: Block,
         source_czyx: npt.NDArray[Any],
         mask_zyx: npt.NDArray[np.bool_] | None,
-    ) -> Iterator[tuple[Box, Slices]]:
+    ) -> Patches:
         """Yield the patches that must run, in lattice order.
 
         Each by its output box, and by where in the block's source its input is.
@@ -282,6 +284,16 @@ class BlockInference:
             if self._skip_blank and is_blank(source_czyx[(slice(None), *seen)]):
                 continue
             yield box, seen
+
+    def _blame(self, source_czyx: npt.NDArray[Any], patches: Patches, voxel: Triple) -> str:
+        """Say which patch has made a voxel NaN or inf; on a host it is run again."""
+        arrays = self._engine.arrays
+        feed = arrays.feed(source_czyx)
+
+        def is_sound(seen: Slices) -> bool:
+            return bool(arrays.is_finite(self._predict(self._stage(feed, [seen]))[0]))
+
+        return blame_patch(voxel, patches, source_czyx, is_sound if arrays.is_host else None)
 
     def _stage(self, feed: Feed, where: Sequence[Slices]) -> Staged:
         """Begin to bring the raw patches of one batch to the device."""
@@ -384,11 +396,3 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
         )
     # A copy: what is downloaded may be a buffer that the first block overwrites.
     return np.array(arrays.download(output_nczyx[0]), np.float32)
-
-
-def is_blank(patch_czyx: npt.NDArray[Any]) -> bool:
-    """Return whether every voxel is zero, at little cost when some are not."""
-    sparse = patch_czyx[:, ::_BLANK_STEP, ::_BLANK_STEP, ::_BLANK_STEP]
-    if sparse.any():
-        return False
-    return not any(slice_yx.any() for slice_zyx in patch_czyx for slice_yx in slice_zyx)

@@ -11,7 +11,7 @@ grow with the length of a block. Knows no networks, and no arrays but through an
 On a host that writes the sums as they are the core itself is the ring, and nothing is copied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +20,18 @@ import numpy.typing as npt
 
 from mpichunk.backends.engine import Arrays, DeviceArray
 from mpichunk.backends.reduction import Reduction
+from mpichunk.block.fault import (
+    NOT_FINITE,
+    NOT_FLOAT16,
+    Blame,
+    Spot,
+    describe,
+    find_spot,
+    joined,
+)
 from mpichunk.block.windows import Windows
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid, Slices
-
-NOT_FINITE = (
-    "the result holds NaN or inf near {place}; look at the input there, and at whether the network "
-    "is sound for it"
-)
-NOT_FLOAT16 = (
-    "the result holds values that float16 cannot, above 65504, near {place}; write float32, or "
-    "look at the input there"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +76,16 @@ class Slab:
         self._target = target
         self._num_rows, num_y, num_x = target.core.shape
         self._num_finished = 0
-        self._is_core = arrays.is_host and target.reduction.keeps_sums(
-            num_channels, target.core_czyx.dtype
-        )
+        self._has_sums = target.reduction.keeps_sums(num_channels, target.core_czyx.dtype)
+        self._is_core = arrays.is_host and self._has_sums
         self._length = self._num_rows if self._is_core else min(patch_length, self._num_rows)
         if self._is_core:
             self._ring_czyx = arrays.outgoing(target.core_czyx)
             arrays.clear(self._ring_czyx)
         else:
             self._ring_czyx = arrays.zeros((num_channels, self._length, num_y, num_x))
-        self._flags: list[tuple[str, Box, DeviceArray]] = []
+        self._flags: list[DeviceArray] = []
+        self._parts: list[Part] = []
 
     def add(self, box: Box, patch_czyx: DeviceArray) -> None:
         """Add the weighted output of a patch, and finish what lies above it.
@@ -104,12 +104,25 @@ class Slab:
             part: Slices = (slice(first + offset, stop + offset), part_plane[0], part_plane[1])
             self._arrays.add_weighted(self._ring_czyx, where, patch_czyx, part, window)
 
-    def finish(self) -> "Unsettled":
-        """Finish what is left; the core is on its way to the host."""
+    def finish(self, blame: Blame) -> "Unsettled":
+        """Finish what is left; the core is on its way to the host.
+
+        Args:
+            blame: Says which patch it was, should the result not be finite; on a host it is asked
+                before this returns.
+        """
         self._finish(self._num_rows)
-        settle = self._arrays.settle([flag for _, _, flag in self._flags])
-        places = [(message, place) for message, place, _ in self._flags]
-        return Unsettled(settle=settle, places=places)
+        spot = joined(part.spot for part in self._parts)
+        if spot is not None:
+            told = blame(spot.voxel)
+            blame = lambda _: told  # noqa: E731
+        return Unsettled(
+            settle=self._arrays.settle(self._flags),
+            parts=self._parts,
+            target=self._target,
+            has_sums=self._has_sums,
+            blame=blame,
+        )
 
     def _finish(self, stop: int) -> None:
         """Finish the rows of the core before `stop`, in parts that a cache may hold."""
@@ -140,10 +153,15 @@ class Slab:
             self._check(NOT_FLOAT16, place, out_czyx)
         arrays.send(out_czyx, host_czyx)
 
-    def _check(self, message: str, place: Box, array: DeviceArray) -> None:
-        """Note whether a part is finite; nobody waits for the answer now."""
+    def _check(self, kind: str, place: Box, array: DeviceArray) -> None:
+        """Note whether a part is finite; nobody waits now for the answer of an accelerator."""
         where = place.translate(self._target.core.start)
-        self._flags.append((message, where, self._arrays.is_finite(array)))
+        flag = self._arrays.is_finite(array)
+        # What is wrong on a host is looked at before it is overwritten.
+        is_wrong = self._arrays.is_host and not flag
+        spot = find_spot(where, self._arrays.download(array)) if is_wrong else None
+        self._flags.append(flag)
+        self._parts.append(Part(kind=kind, place=where, spot=spot))
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[slice, int, int]]:
         """Yield where rows of the core lie in the ring, and which they are: one or two pieces."""
@@ -155,14 +173,37 @@ class Slab:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of the core that was checked."""
+
+    kind: str
+    """What to say if it is not finite."""
+
+    place: Box
+    """Where it is."""
+
+    spot: Spot | None
+    """What is not finite, if that is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unsettled:
     """A core that may still be on its way from the device; any thread may wait for it."""
 
-    settle: Any
+    settle: Callable[[], list[bool]]
     """Waits for the device; returns whether each part was finite."""
 
-    places: list[tuple[str, Box]]
-    """What to say of each part that was not, and where it is."""
+    parts: list[Part]
+    """What each answer is about."""
+
+    target: Target
+    """Where the core goes."""
+
+    has_sums: bool
+    """Whether the core holds what was blended, as it is."""
+
+    blame: Blame
+    """Says which patch it was, if it is not finite."""
 
     def wait(self) -> None:
         """Return when the core is on the host.
@@ -170,9 +211,19 @@ class Unsettled:
         Raises:
             BlockError: it holds NaN or inf, or more than float16 can where that is written.
         """
-        for is_good, (message, place) in zip(self.settle(), self.places, strict=True):
-            if not is_good:
-                raise BlockError(message.format(place=place))
+        answers = zip(self.settle(), self.parts, strict=True)
+        bad = [part for is_good, part in answers if not is_good]
+        if bad:
+            kind, core = bad[0].kind, self.target.core
+            spot = joined(self._spot(part) for part in bad if part.kind == kind)
+            raise BlockError(describe(kind, core, bad[0].place, spot, self.blame))
+
+    def _spot(self, part: Part) -> Spot | None:
+        """Return what is not finite of a part, if its values are still to be seen."""
+        if part.spot is not None or not self.has_sums:
+            return part.spot
+        where = part.place.slices(self.target.core.start)
+        return find_spot(part.place, self.target.core_czyx[(slice(None), *where)])
 
 
 def parts(shape: tuple[int, ...], nbytes: int) -> Grid:

@@ -10,6 +10,7 @@ from mpichunk.errors import ExitCode, JournalError
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN, RunStatus, read_status
 from mpichunk.schedule.messages import FAILURES, Failure, Stop
+from mpichunk.words import agree, count
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode
     found = read_status(run_dir)
     if found.num_blocks != num_blocks:
         raise JournalError(
-            f"{run_dir}: the journal is of {found.num_blocks} blocks, this run of {num_blocks}: "
+            f"{run_dir}: the journal is of {count(found.num_blocks, 'block')}, this run of "
+            f"{num_blocks}: "
             "another job has begun one meanwhile; end it, then run this one again",
             key="run_dir",
         )
@@ -53,8 +55,10 @@ def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode
 
 def _tell(found: RunStatus) -> None:
     """Tell what has become of the blocks."""
+    blocks = count(found.num_blocks, "block")
     if found.exit_code == ExitCode.ALL_DONE:
-        log.info("all %d blocks are done", found.num_blocks)
+        num = found.num_blocks
+        log.info("%s", agree(num, "the only block is done", f"all {num:,} blocks are done"))
     alike: dict[str, list[Failure]] = {}
     for failure in found.failures:
         alike.setdefault(failure.message, []).append(failure)
@@ -67,15 +71,15 @@ def _tell(found: RunStatus) -> None:
             log.error(told, num_alike, message, block, core)
     if found.num_failed:
         log.error(
-            "%d of %d blocks failed; `python -m mpichunk status` lists them, running again tries "
-            "them again",
-            found.num_failed,
-            found.num_blocks,
+            "%s of %s failed; `python -m mpichunk status` tells why, and running again tries again",
+            f"{found.num_failed:,}",
+            blocks,
         )
     num_left = found.num_blocks - found.num_done - found.num_failed
     if num_left:
         log.warning(
-            "%d of %d blocks are still to be computed; run it again to go on",
-            num_left,
-            found.num_blocks,
+            "%s of %s %s still to be computed; run it again to go on",
+            f"{num_left:,}",
+            blocks,
+            agree(num_left, "is", "are"),
         )

@@ -20,6 +20,7 @@ from mpichunk.plan.memory import FLOAT32_NBYTES
 from mpichunk.plan.probe import Pace, Peak, Probe
 from mpichunk.processmemory import peak_nbytes, resident_nbytes, rise_nbytes, trim
 from mpichunk.rundir.layout import PEAK, PROBE, replace_text
+from mpichunk.words import count
 
 SHORT_SECONDS = 2.0
 """A forward that takes longer is not run again only to know its time better."""
@@ -112,7 +113,11 @@ def probe_engine(engine: Engine, request: EngineRequest) -> Probe:
 def device_words(engine: Engine) -> str:
     """Return the device with what else decides its speed."""
     info = engine.info
-    return f"{info.device}, {info.threads} CPU threads" if info.device == "cpu" else info.device
+    return (
+        f"{info.device}, {count(info.threads, 'CPU thread')}"
+        if info.device == "cpu"
+        else info.device
+    )
 
 
 def write_probe(run_dir: Path, config: Config, model_files: Sequence[Path], probe: Probe) -> None:

@@ -35,8 +35,10 @@ from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal, layout
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import replace_text
+from mpichunk.rundir.origin import told_of_origin
 from mpichunk.schedule.messages import State
 from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
+from mpichunk.words import count
 
 RECORDED_LIBRARIES = (
     "numpy",
@@ -243,19 +245,14 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
         return np.ones(num_blocks, dtype=np.bool_)
     path = job.run_dir / journal.NAME
     if is_there and journal.read_header(path) is None and holds_chunks(job.output):
-        raise JournalError(
-            f"{job.config.output.volume} exists and holds what this run has not written: there is "
-            f"no {path}. Choose another output.volume, or the run_dir of the run that wrote it; "
-            "--fresh writes over it",
-            key="output.volume",
-        )
+        raise JournalError(told_of_origin(job.run_dir, fingerprint), key="output.volume")
     states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:
         raise JournalError(
-            f"{job.run_dir / journal.NAME} has {num_done} finished blocks, but the output "
-            f"{job.config.output.volume} that they were written to is gone; put it back, let "
-            "`verify --repair` mark them undone, or compute every block again with --fresh",
+            f"{job.run_dir / journal.NAME} has {count(num_done, 'finished block')}, but the output "
+            f"{job.config.output.volume} that was written to is gone; put it back, let "
+            "`verify --repair` mark what is gone undone, or compute every block again with --fresh",
             key="output.volume",
         )
     todo: npt.NDArray[np.bool_] = states != State.DONE

@@ -11,6 +11,7 @@ from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.work import Work, column_of, work_of
+from mpichunk.words import count
 
 AXES = "zyx"
 _CHUNKS_TO_TRY = (64, 32, 16, 8)
@@ -193,7 +194,8 @@ def _thin_layers(plan: Plan, work: Work) -> Iterator[Advice]:
             end = f"start at {column.stop}" if place == "first" else f"stop at {column.start}"
             yield Advice(
                 key="block.shape",
-                message=f"the {place} layer of blocks on {AXES[axis]} is only {thickness} voxels "
+                message=f"the {place} layer of blocks on {AXES[axis]} is only "
+                f"{count(thickness, 'voxel')} "
                 f"thick, but runs {share:.0%} of all patches; choose another block.shape, or let "
                 f"the ROI {end}",
             )
@@ -208,7 +210,8 @@ def _batch_tail(config: Config, work: Work) -> Iterator[Advice]:
     fitting = max(n for n in range(1, batch + 1) if ceil_div(typical, n) * n <= 1.1 * typical)
     yield Advice(
         key="patch.batch_size",
-        message=f"a block has {typical} patches, so batches of {batch} run {run}, "
+        message=f"a block has {count(typical, 'patch', 'patches')}, so batches of {batch} run "
+        f"{run}, "
         f"{run / typical - 1:.0%} of them empty filling; {fitting} fits",
     )
 

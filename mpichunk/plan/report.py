@@ -244,7 +244,8 @@ def _work_lines(
         (
             "masked blocks",
             f"{num_masked:,}",
-            f"skipped, about {num_masked * share:,.0f} patches: the mask leaves nothing of them",
+            f"skipped, about {count(round(num_masked * share), 'patch', 'patches')}: the mask "
+            f"leaves nothing of them",
         )
         if num_masked is not None
         else None,
@@ -274,7 +275,7 @@ def _work_lines(
         (
             "written",
             size(estimate.output_nbytes),
-            f"before compression, in {estimate.num_files:,} files ({unit})",
+            f"before compression, in {count(estimate.num_files, 'file')} ({unit})",
         ),
         _forward_row(config, estimate),
         _forecast_row(expected),
@@ -375,7 +376,7 @@ def _rank_lines(
             for n in counts[-4:]
         ),
     ]
-    return [f"With {num_ranks} ranks", *value_rows(rows)]
+    return [f"With {count(num_ranks, 'rank')}", *value_rows(rows)]
 
 
 def _is_complete(memory: Iterable[MemoryPart]) -> bool:

@@ -14,7 +14,7 @@ from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import FEW_BLOCKS, SAME_TIME, Suggestion, Suggestions, reading
 from mpichunk.plan.table import WIDTH
-from mpichunk.words import count, duration, size
+from mpichunk.words import agree, count, duration, size
 
 _MEMORIES = {"cpu": "memory", "host": "host memory", "device": "accelerator memory"}
 _NOTABLE = 0.01
@@ -53,7 +53,8 @@ def render_suggestions(
         *_wrapped(
             f"multiples of the stride {plan.stride}, and of the {unit} of the output"
             + ("" if _changes_chunk(found) else f" {config.write_unit}")
-            + f"; {found.num_tried:,} shapes fit. Times within {SAME_TIME:.0%} count as equal: "
+            + f"; {count(found.num_tried, 'shape')} {agree(found.num_tried, 'fits', 'fit')}. "
+            f"Times within {SAME_TIME:.0%} count as equal: "
             f"then {FEW_BLOCKS} blocks per rank or more are first, then what reads less, then what "
             "takes less memory"
         ),

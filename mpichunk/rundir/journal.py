@@ -34,6 +34,7 @@ from mpichunk.plan.fingerprint import differences
 from mpichunk.rundir.layout import JOURNAL
 from mpichunk.rundir.places import Places
 from mpichunk.schedule.messages import Done, Failed, Record, State
+from mpichunk.words import count
 
 NAME = JOURNAL
 FORMAT = "mpichunk-journal-1"
@@ -268,7 +269,8 @@ def scan(path: Path, states: npt.NDArray[np.uint8], start: int = 0) -> int:
             blocks = np.array([int(block) for block, _ in found], np.int64)
             if len(blocks) and blocks.max() >= len(states):
                 raise JournalError(
-                    f"{path}: names block {blocks.max()}, but the plan has {len(states)} blocks",
+                    f"{path}: names block {blocks.max()}, but the plan has "
+                    f"{count(len(states), 'block')}",
                     key="run_dir",
                 )
             # Of equal indices the last one counts.
@@ -334,7 +336,7 @@ def belongs(path: Path, num_blocks: int, fingerprint: Mapping[str, Any]) -> bool
         raise JournalError(
             f"{path} belongs to a run with other settings:\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\ntake these back, choose another run_dir and output, or start over with --fresh",
+            + "\ntake these back, set another run_dir AND output.volume, or begin anew: --fresh",
             key="run_dir",
         )
     return False

@@ -13,6 +13,7 @@ from collections import Counter
 
 from mpichunk.errors import DiskFullError
 from mpichunk.schedule.messages import Failed
+from mpichunk.words import count
 
 NUM_ALIKE = 3
 """Ranks whose first blocks fail alike before that is no accident; fewer when there are fewer."""
@@ -96,7 +97,9 @@ class Breaker:
         is_one_of_several = self.num_ranks > 1 and len(self._ranks_in_a_row) == 1
         if self._num_in_a_row < self._limit or is_one_of_several:
             return None
-        return f"{self._num_in_a_row} blocks in a row failed, the last one: {_told(failed)}"
+        return (
+            f"{count(self._num_in_a_row, 'block')} in a row failed, the last one: {_told(failed)}"
+        )
 
 
 def _kind(failed: Failed) -> str:

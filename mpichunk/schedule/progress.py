@@ -269,7 +269,7 @@ def summarise(
 
 def _line(pace: Pace, summed: Totals, size: int) -> str:
     """Return the progress as one line."""
-    return f"{pace.num_done} of {pace.num_blocks} blocks{_rest(pace, summed, size)}"
+    return f"{pace.num_done:,} of {count(pace.num_blocks, 'block')}{_rest(pace, summed, size)}"
 
 
 def _rest(pace: Pace, summed: Totals, size: int) -> str:
@@ -278,10 +278,10 @@ def _rest(pace: Pace, summed: Totals, size: int) -> str:
     parts = [
         f"{pace.voxel_rate / 1e6:.2f} Mvox/s",
         f"{duration(left)} left" if left is not None else "time left unknown",
-        f"{int(summed['busy'])} of {size} ranks busy",
+        f"{int(summed['busy'])} of {count(size, 'rank')} busy",
     ]
     if summed["failures"]:
-        parts.append(f"{int(summed['failures'])} attempts failed")
+        parts.append(f"{count(int(summed['failures']), 'attempt')} failed")
     return ", " + ", ".join(parts)
 
 

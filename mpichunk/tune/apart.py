@@ -78,6 +78,10 @@ class Apart:
         try:
             self._connection.send((name, arguments))
             is_done, found = self._connection.recv()
+        except KeyboardInterrupt:
+            # Nobody waits for what it computes.
+            self._process.kill()
+            raise
         except (EOFError, OSError) as error:
             raise DeviceError(f"its own process {self._how_it_ended()}") from error
         if not is_done:

@@ -13,7 +13,7 @@ from mpichunk.bench.figures import Spread
 from mpichunk.config.edit import render_value
 from mpichunk.tune.figures import HEADROOM, Largest, Row, verdict
 from mpichunk.tune.variants import MOST_PATCHES
-from mpichunk.words import size
+from mpichunk.words import count, size
 
 WIDTH = 110
 _NAME = 46
@@ -48,8 +48,14 @@ class Tuning:
     begun: str | None = None
     """Run directory of the config, if its run has begun."""
 
+    keeps_run_dir: bool = False
+    """Whether the config that is written names the same run directory."""
+
     written: str | None = None
     """The config that was written."""
+
+    is_interrupted: bool = False
+    """Whether there was more to try."""
 
 
 def tuning_json(tuning: Tuning) -> dict[str, Any]:
@@ -66,6 +72,7 @@ def tuning_json(tuning: Tuning) -> dict[str, Any]:
         "changes": tuning.changes,
         "begun": tuning.begun,
         "written": tuning.written,
+        "interrupted": tuning.is_interrupted,
     }
 
 
@@ -91,7 +98,7 @@ def _number(value: float) -> float | str:
 
 def render_tuning(tuning: Tuning) -> str:
     """Return the table and what follows from it."""
-    patches = f"{tuning.num_patches} patches of the volume"
+    patches = count(tuning.num_patches, "patch", "patches") + " of the volume"
     if not tuning.is_real:
         patches = "made-up patches, since those of the volume that were looked at are blank"
     lines = [
@@ -137,17 +144,21 @@ def _notes(tuning: Tuning) -> list[str]:
     )
     largest = tuning.largest_batch
     if largest is not None:
-        most = f"up to {largest.num_patches}"
+        most = "up to " + count(largest.num_patches, "patch", "patches")
         if largest.num_patches == MOST_PATCHES:
-            most = f"{MOST_PATCHES}, the most that is tried,"
+            most = f"{MOST_PATCHES} patches, the most that is tried,"
         fit = "fit" if largest.is_run else "should fit"
-        text += f" Batches of {most} patches {fit} with {HEADROOM:.0%} to spare"
+        text += f" Batches of {most} {fit} with {HEADROOM:.0%} to spare"
         text += "." if largest.is_run else ": an extrapolation, which was not run."
     return wrap(text, WIDTH)
 
 
 def _conclusion(tuning: Tuning) -> list[str]:
     """Return what to change."""
+    if tuning.is_interrupted:
+        lines = ["INTERRUPTED: more was to be tried, and no config was written."]
+        lines.append(f"The best until then: {tuning.best.variant.name}.")
+        return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if not tuning.changes:
         return [f"The config runs the best there is: {tuning.best.variant.name}."]
     lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
@@ -155,16 +166,22 @@ def _conclusion(tuning: Tuning) -> list[str]:
     if tuning.written:
         lines.append(f"written to {tuning.written}")
         if tuning.begun is not None:
-            lines += wrap(f"{_begun_words(tuning.begun)}.", WIDTH)
+            lines += wrap(f"{_begun_words(tuning)}.", WIDTH)
     return lines
 
 
-def _begun_words(run_dir: str) -> str:
+def _begun_words(tuning: Tuning) -> str:
     """Return why the config that is written cannot run as it is, and what to change in it."""
     return (
-        f"The run in {run_dir} has begun with the old settings and cannot go on with these: "
-        "before you run the new config, give it another run_dir AND another output.volume"
+        f"The run in {tuning.begun} has begun with the old settings, and values of both are not "
+        f"mixed: before you run the new config, set in it {_others(tuning)}"
     )
+
+
+def _others(tuning: Tuning) -> str:
+    """Return what the new config must not share with a run of the old one."""
+    volume = "another output.volume"
+    return f"another run_dir AND {volume}" if tuning.keeps_run_dir else volume
 
 
 def comment_of(tuning: Tuning, source: str) -> str:
@@ -176,14 +193,14 @@ def comment_of(tuning: Tuning, source: str) -> str:
         f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
         f"{best.variant.name}: {spread.median:.2f} times as fast as "
         f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
-        f"{tuning.num_repeats} repeats), the network alone: `mpichunk bench` measures the whole.",
+        f"{count(tuning.num_repeats, 'repeat')}), the network alone: `mpichunk bench` measures "
+        f"the whole.",
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",
-        f"{_begun_words(tuning.begun)}."
+        f"{_begun_words(tuning)}."
         if tuning.begun is not None
-        else f"Once a run of {source} has begun, this needs another run_dir AND another "
-        "output.volume.",
+        else f"Once a run of {source} has begun, this needs {_others(tuning)}.",
     ]
     lines = [line for part in text for line in wrap(part, 98)]
     return "".join(f"# {line}\n" for line in lines)

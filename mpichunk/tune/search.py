@@ -48,6 +48,14 @@ class Search:
         # Also where another backend leads so far: with kernels, this one may overtake it.
         return self._best_batch(self._better(best, self._with_kernels(start)))
 
+    @property
+    def best(self) -> Row:
+        """The best so far, of at least one row."""
+        best, *others = self.rows
+        for row in others:
+            best = self._better(best, row)
+        return best
+
     def _narrower(self) -> list[Variant]:
         """Return what was measured, with narrower instructions, unless that was tried."""
         tried = [row.variant for row in self.rows]

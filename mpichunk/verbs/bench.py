@@ -50,7 +50,7 @@ from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.verbs.onranks import on_ranks
-from mpichunk.words import duration
+from mpichunk.words import count, duration
 
 T = TypeVar("T")
 
@@ -272,9 +272,9 @@ def _num_blocks(comm: Communicator, job: Job, trial: Trial, options: Options) ->
     if comm.is_coordinator:
         shorter = "; --blocks 1 --repeats 1, or a smaller block.shape, is shorter"
         log.info(
-            "%d blocks per rank, %d repeats: about %s%s",
-            num_blocks,
-            options.num_repeats,
+            "%s per rank, %s: about %s%s",
+            count(num_blocks, "block"),
+            count(options.num_repeats, "repeat"),
             duration(total),
             shorter if total > LONG_SECONDS else "",
         )

@@ -26,7 +26,7 @@ from mpichunk.rundir.runstatus import (
     read_status,
 )
 from mpichunk.schedule.messages import DRAINED, FAILURES
-from mpichunk.words import duration
+from mpichunk.words import count, duration
 
 WATCH_SECONDS = 2.0
 """How often `--watch` looks again."""
@@ -185,7 +185,9 @@ def _text(found: RunStatus) -> str:
         f"{found.num_running} running, {found.num_failed} failed, {left} to do",
     ]
     if found.blocks_per_second:
-        lines.append(f"pace     {found.blocks_per_second:.3g} blocks/s, {found.num_ranks} ranks")
+        lines.append(
+            f"pace     {found.blocks_per_second:.3g} blocks/s, {count(found.num_ranks, 'rank')}"
+        )
     if found.seconds_left is not None:
         lines.append(f"left     {duration(found.seconds_left)}")
     if found.slurm:

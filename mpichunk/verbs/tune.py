@@ -7,6 +7,7 @@ the output nor the run directory; changes no geometry, and no results beyond the
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -60,9 +61,12 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 
     Raises:
         UserError: the config cannot be run as it is in float32, or the target cannot be written.
+        KeyboardInterrupt: it was interrupted; what was measured until then is printed.
     """
     settle_allocator()
     log_to_terminal(0)
+    # As Ctrl-C: so that what was measured is told.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _refuse_ranks(os.environ)
         loaded = load_config(config_path, overrides)
@@ -70,18 +74,23 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
         _refuse_target(target)
         with loaded.locating():
             tuning = _tune(loaded.config, options)
-        if tuning.changes:
+        is_named = "run_dir" in loaded.lines or "run_dir" in loaded.overrides
+        tuning = replace(tuning, keeps_run_dir=is_named)
+        if tuning.changes and not tuning.is_interrupted:
             _write(target, loaded, overrides, tuning)
             tuning = replace(tuning, written=str(target))
         text = json.dumps(tuning_json(tuning), indent=2) if options.as_json else None
         print(text or render_tuning(tuning), flush=True)
+        if tuning.is_interrupted:
+            raise KeyboardInterrupt
         return ExitCode.ALL_DONE
     finally:
+        signal.signal(signal.SIGTERM, before)
         close_logs()
 
 
 def _tune(config: Config, options: Options) -> Tuning:
-    """Measure, and return what was found."""
+    """Measure, and return what was found, also if that is interrupted after the first variant."""
     job = prepare(config)
     start = baseline(config)
     facts = facts_of(replace(job, config=with_settings(config, start.settings)))
@@ -94,7 +103,15 @@ def _tune(config: Config, options: Options) -> Tuning:
         deadline=time.perf_counter() + options.limit_seconds,
     )
     search = Search(config, facts, meter.measure, options.tolerance)
-    best = search.run()
+    largest = None
+    try:
+        best = search.run()
+        largest = _largest_batch(meter, search.rows, best)
+        is_interrupted = False
+    except KeyboardInterrupt:
+        if not search.rows:
+            raise
+        best, is_interrupted = search.best, True
     return Tuning(
         engine=meter.baseline.engine.info,
         rows=search.rows,
@@ -105,8 +122,9 @@ def _tune(config: Config, options: Options) -> Tuning:
         is_real=is_real,
         changes=changed(config, best.variant.settings),
         available=meter.available,
-        largest_batch=_largest_batch(meter, search.rows, best),
+        largest_batch=largest,
         begun=str(job.run_dir) if (job.run_dir / journal.NAME).exists() else None,
+        is_interrupted=is_interrupted,
     )
 
 
@@ -176,6 +194,10 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
         UserError: it cannot be written.
     """
     config = with_settings(loaded.config, tuning.changes)
+    if not tuning.keeps_run_dir:
+        # Where it is left open the name of a config gives it.
+        run_dir = target.absolute().parent / "runs" / target.stem
+        config = config.model_copy(update={"run_dir": str(run_dir)})
     if target.absolute().parent == loaded.path.absolute().parent:
         given = dict(_override(text) for text in overrides)
         text = edit(loaded.path.read_text(encoding="utf-8-sig"), {**given, **tuning.changes})

@@ -43,6 +43,7 @@ from mpichunk.rundir.runstatus import MOST_FAILURES_SHOWN
 from mpichunk.schedule.messages import Failed, Lease, State
 from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import check_output, open_output
+from mpichunk.words import agree, count
 
 MISSING, DIFFERENT, UNREADABLE, EXTRA = KINDS = ("missing", "different", "unreadable", "extra")
 WORDS = {
@@ -244,7 +245,12 @@ def _find_all(
             findings.append(finding)
         if blocks.start == 0 and time.monotonic() > next_told:
             next_told = time.monotonic() + PROGRESS_SECONDS
-            log.info("%d of %d blocks read, %d found", num_read, len(blocks), len(findings))
+            log.info(
+                "%s of %s read, %d found",
+                f"{num_read:,}",
+                count(len(blocks), "block"),
+                len(findings),
+            )
     return findings
 
 
@@ -344,7 +350,11 @@ def _text(case: Case, verdict: Verdict, repair: bool) -> str:
 def _state(verdict: Verdict, repair: bool) -> str:
     """Return what that means, and what to do next."""
     if verdict.bad and repair:
-        return f"{len(verdict.bad)} blocks are marked undone; `run` computes them again"
+        num = len(verdict.bad)
+        them = agree(
+            num, "is marked undone; `run` computes it", "are marked undone; `run` computes them"
+        )
+        return f"{count(num, 'block')} {them} again"
     if verdict.bad:
         return (
             "damaged; `verify --repair` marks these blocks undone, then `run` computes them again"

@@ -11,6 +11,7 @@ from typing import Any
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Triple, triple
 from mpichunk.volume.source import VoxelSize
+from mpichunk.words import count
 
 Attributes = Mapping[str, Any]
 
@@ -58,7 +59,9 @@ def axes_of(names: Sequence[str | None], rank: int, fallback: str) -> str:
         VolumeError: the array has neither three nor four axes.
     """
     if rank not in (3, 4):
-        raise VolumeError(f"has {rank} axes; expected 3 (z, y, x) or 4 (with channels)")
+        raise VolumeError(
+            f"has {count(rank, 'axis', 'axes')}; expected 3 (z, y, x) or 4 (with channels)"
+        )
     words = [(name or "").lower() for name in names]
     letters = "".join("c" if word in _CHANNEL else word[:1] for word in words)
     plain = all(word in (*_CHANNEL, "z", "y", "x") for word in words)

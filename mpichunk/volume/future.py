@@ -16,7 +16,7 @@ T = TypeVar("T")
 # The words of ENOSPC and EDQUOT: TensorStore tells them in its message only.
 _DISK_FULL = re.compile("|".join(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)))
 
-_NOTES = re.compile(r"\s*\[(tensorstore_spec|source locations)=.*", re.DOTALL)
+_NOTES = re.compile(r"\s*\[(os_error_code|tensorstore_spec|source locations)=.*", re.DOTALL)
 
 
 class BlockFuture(Generic[T]):

@@ -17,6 +17,7 @@ from mpichunk.volume.address import FORMAT_NAMES, PRECOMPUTED, ZARR2, ZARR3
 from mpichunk.volume.attributes import voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import Metadata
 from mpichunk.volume.source import VoxelSize
+from mpichunk.words import count
 
 AXES = "czyx"
 COMPRESSION_LEVEL = 3
@@ -89,7 +90,8 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     nbytes = prod(spec.chunk_shape) * spec.num_channels * spec.dtype.itemsize
     if nbytes > LARGEST_CHUNK_NBYTES:
         raise VolumeError(
-            f"a chunk {spec.chunk_shape} of {spec.num_channels} channels has {nbytes} bytes; "
+            f"a chunk {spec.chunk_shape} of {count(spec.num_channels, 'channel')} has {nbytes} "
+            f"bytes; "
             f"at most {LARGEST_CHUNK_NBYTES} can be stored: make it smaller",
             key="chunk_shape",
         )

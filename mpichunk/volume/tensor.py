@@ -4,6 +4,8 @@ Knows no format by name beyond what it passes on.
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,9 @@ CACHE_NBYTES = 64 * 2**20
 METADATA_SECONDS = 60
 """How long a store may take to answer about metadata; its own retries go on for much longer."""
 
+
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
+_LOCAL_FILE = re.compile(r'local file "([^"]+)"')
 
 Store = str | dict[str, Any]
 """A key-value store, as URL or spec."""
@@ -144,4 +149,8 @@ def _cause(error: Exception) -> str:
     """Return the text of an error met while metadata were read or written."""
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer in {METADATA_SECONDS} seconds; is the network up, the name right?"
-    return cause(error)
+    # What a file system has refused is told in its own words, and of which file.
+    number, file = _OS_ERROR.search(str(error)), _LOCAL_FILE.search(str(error))
+    if number is None:
+        return cause(error)
+    return (f"{file[1]}: " if file else "") + os.strerror(int(number[1]))

@@ -40,6 +40,9 @@ from mpichunk.volume.writing import Writing
 METADATA = ("zarr.json", "attributes.json", "info", "provenance")
 """Files of a volume that are no chunks; those of zarr 2 are hidden."""
 
+EXPECTED = "expected a place that this job can write to: choose another one, or mend this"
+"""Ends what is said of a place that cannot be written."""
+
 
 class Writer:
     """An existing output volume, opened for writing."""
@@ -132,10 +135,14 @@ def create_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> bo
         address = _address(spec)
         if _check(address, spec, sources):
             return False
+        if address.path is not None:
+            _make_folder(address.path)
         try:
             _create(address, spec)
         except VolumeError as error:
-            raise VolumeError(f"{address} cannot be created: {error.message}") from error
+            raise VolumeError(
+                f"{address} cannot be created: {error.message}; {EXPECTED}"
+            ) from error
         return True
 
 
@@ -156,7 +163,7 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
         try:
             store = open_store(_spec_json(address), context, open=True, read=True, write=True)
         except VolumeError as error:
-            raise VolumeError(f"{address} cannot be opened: {error.message}") from error
+            raise VolumeError(f"{address} cannot be opened: {error.message}; {EXPECTED}") from error
         info = VolumeInfo(
             location=str(address),
             driver=str(address.driver),
@@ -272,11 +279,33 @@ def _existing(address: Address) -> Layout | None:
 
 def _check_folder(path: Path) -> None:
     """Refuse a folder that can neither be written to nor made."""
-    nearest = next(p for p in (path, *path.parents) if p.exists())
+    nearest = _nearest(path)
     if not nearest.is_dir():
-        raise VolumeError(f"{path} cannot be a folder: {nearest} is a file")
+        raise VolumeError(f"{path} cannot be a folder: {nearest} is a file; {EXPECTED}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise VolumeError(f"{path} cannot be written: no permission to write to {nearest}")
+        is_read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
+        why = "the file system is read-only" if is_read_only else "no permission to write"
+        raise VolumeError(f"{path} cannot be written: {why} at {nearest}; {EXPECTED}")
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path itself or what is the nearest above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder; that tells in fewer words than TensorStore why there can be none.
+
+    Raises:
+        VolumeError: it cannot be made, though nothing has told so before: as below /proc.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(
+            f"{path} cannot be created: no folder can be made in {_nearest(path)} "
+            f"({error.strerror}); {EXPECTED}"
+        ) from error
 
 
 def _refuse_clutter(path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mpichunk.backends.devices.matching import match
 from mpichunk.errors import DeviceError
+from mpichunk.words import agree, count
 
 _KEY = "compute.device"
 _NUM_NAMED = 8
@@ -163,7 +164,10 @@ class Bindings:
         num_more = len(self.ranks) - len(shown)
         if num_more:
             num_hosts = len({b.host for b in self.ranks})
-            lines.append(f"and {num_more} ranks more, {num_hosts} hosts in all: logs/rank-*.log")
+            lines.append(
+                f"and {count(num_more, 'rank')} more, {count(num_hosts, 'host')} in all: "
+                "logs/rank-*.log"
+            )
         return "\n".join(lines)
 
 
@@ -290,7 +294,8 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         cure = "; of MIG instances give each rank its own: srun --gpus-per-task=1" if is_mig else ""
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
-            f"({found.physical_id}): {len(local)} ranks and {num_devices} visible devices there; "
+            f"({found.physical_id}): {count(len(local), 'rank')} and "
+            f"{count(num_devices, 'visible device')} there; "
             "start no more ranks per node than it has devices, or set compute.share_device: true"
             f"{cure}",
             key=_KEY,
@@ -323,7 +328,7 @@ def _warn_of_cpu(
         return [f"no accelerator is seen, so everything is computed on the CPU; {cure}"]
     return [
         f"NO ACCELERATOR on {_some(f.host for f in on_cpu)}: {len(on_cpu)} of {len(ranks)} ranks "
-        f"compute on the CPU; {cure}"
+        f"{agree(len(on_cpu), 'computes', 'compute')} on the CPU; {cure}"
     ]
 
 
@@ -346,13 +351,15 @@ def _warn_of_threads(
         rank = ranks[shares.index(min(shares))]
         return [
             f"threads per rank: {num_threads} (compute.threads, or what the run began with), but "
-            f"rank {rank.rank} on {rank.host} has only {min(shares)} cores to itself: threads will "
+            f"rank {rank.rank} on {rank.host} has only {count(min(shares), 'core')} to itself: "
+            f"threads will "
             "compete"
         ]
     if not given and max(shares) > num_threads:
         few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]
         return [
-            f"{num_threads} threads on every rank, since ranks on {_some(few)} have no more cores "
+            f"{count(num_threads, 'thread')} on every rank, since ranks on {_some(few)} have no "
+            f"more cores "
             f"to themselves and the number enters the result; others have up to {max(shares)}"
         ]
     return []
@@ -371,8 +378,9 @@ def _warn_of_single_cores(ranks: Sequence[RankFacts]) -> list[str]:
     if not single:
         return []
     return [
-        f"{len(single)} of {len(ranks)} ranks, on {_some(f.host for f in single)}, are bound to "
-        "one core each while cores of their node stay idle: start with `mpirun --bind-to none`, "
+        f"{len(single)} of {count(len(ranks), 'rank')}, on {_some(f.host for f in single)}, "
+        f"{agree(len(single), 'is', 'are')} bound to one core each while cores of their node stay "
+        f"idle: start with `mpirun --bind-to none`, "
         "or `srun --cpus-per-task=N`"
     ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mpichunk.backends.files.source import existing_file
 from mpichunk.config.schema import Model
 from mpichunk.errors import ModelError
+from mpichunk.words import count
 
 _FORMS = "expected an .onnx file"
 _INNER = {
@@ -89,7 +90,7 @@ def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, 
             length, first = _varint(data, start, stop)
             start = first + length
             if start > stop:
-                raise ValueError(f"a field ends {start - stop} bytes behind the end")
+                raise ValueError(f"a field ends {count(start - stop, 'byte')} behind the end")
             yield field, first, start
         elif wire in (_FIXED64, _FIXED32):
             start += 8 if wire == _FIXED64 else 4

@@ -30,6 +30,7 @@ from mpichunk.config.computerules import HINTS, PRECISION_HINT
 from mpichunk.config.schema import Model
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple
+from mpichunk.words import count
 
 _OUT_OF_MEMORY = "bad_alloc", "could not allocate", "out of memory", "Can't allocate"
 _PRECISIONS = {hint: name for name, hint in HINTS.items()} | {"float": "float32"}
@@ -127,7 +128,8 @@ class OpenvinoEngine:
         text = str(error).strip().splitlines()[-1]
         if self.is_out_of_memory(error):
             return ModelError(
-                f"a batch of {self._request.batch_size} patches does not fit into memory: {text}; "
+                f"a batch of {count(self._request.batch_size, 'patch', 'patches')} does not fit "
+                f"into memory: {text}; "
                 "reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )

@@ -33,6 +33,7 @@ from mpichunk.backends.pytorch.network import where_raised
 from mpichunk.backends.shapes.network_output import failed_forward, find_cut
 from mpichunk.errors import DeviceError, ModelError, UserError
 from mpichunk.geometry.box import Triple, triple
+from mpichunk.words import count
 
 SWITCH_SECONDS = 5e-4
 """How long other threads may hold up the one that feeds an accelerator; Python's 5 ms are long."""
@@ -176,7 +177,8 @@ class TorchEngine:
             )
         if match := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
             return ModelError(
-                f"the network takes {match[1]} input channels, but the input has {match[2]}",
+                f"the network takes {count(int(match[1]), 'input channel')}, but the input has "
+                f"{match[2]}",
                 key="model.path",
             )
         return failed_forward(text, self._request, self._output_shape, where=where_raised(error))

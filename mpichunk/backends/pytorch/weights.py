@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpichunk.errors import ModelError
+from mpichunk.words import agree, count
 
 State = Mapping[str, Any]
 """Dotted name of a parameter or buffer to its tensor."""
@@ -148,12 +149,22 @@ def _refuse_mismatch(state: State, expected: State, path: Path) -> None:
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} names of the network are missing, first {missing[0]!r}")
+        problems.append(
+            f"{count(len(missing), 'name')} of the network {agree(len(missing), 'is', 'are')} "
+            f"missing, "
+            f"first {missing[0]!r}"
+        )
     if unexpected:
-        problems.append(f"{len(unexpected)} are unknown to it, first {unexpected[0]!r}")
+        problems.append(
+            f"{len(unexpected)} {agree(len(unexpected), 'is', 'are')} unknown to it, first "
+            f"{unexpected[0]!r}"
+        )
     if shapes:
         key, found, wanted = shapes[0]
-        problems.append(f"{len(shapes)} have another shape, first {key!r}: {found}, not {wanted}")
+        problems.append(
+            f"{len(shapes)} {agree(len(shapes), 'has', 'have')} another shape, first {key!r}: "
+            f"{found}, not {wanted}"
+        )
     if problems:
         raise ModelError(
             f"{path} does not fit the network: {'; '.join(problems)}; check model.path and "

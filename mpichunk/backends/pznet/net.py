@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.errors import ModelError
+from mpichunk.words import count
 
 JIT = Path("cpp/include/znn/jit/jit.py")
 """What the engine runs below $ZNNPHI_PATH, once per convolution, for the path of its library."""
@@ -101,7 +102,7 @@ class PznetNet:
         array = np.asarray(output, np.float32)
         if array.size != np.prod(self.output_shape):
             raise ModelError(
-                f"the net in {self.folder} returned {array.size} values; expected "
+                f"the net in {self.folder} returned {count(array.size, 'value')}; expected "
                 f"{self.output_shape}",
                 key="model.path",
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.errors import ModelError
+from mpichunk.words import count
 
 
 def refuse_fixed_shape(
@@ -32,13 +33,14 @@ def refuse_fixed_shape(
     """
     if len(shape) != 5:
         raise ModelError(
-            f"{path} takes {len(shape)} axes; expected five: batch, channel, z, y, x",
+            f"{path} takes {count(len(shape), 'axis', 'axes')}; expected five: batch, channel, z, "
+            f"y, x",
             key="model.path",
         )
     num_patches, num_channels, *fixed = shape
     if num_channels is not None and num_channels != request.in_channels:
         raise ModelError(
-            f"the network takes {num_channels} input channels, but the input has "
+            f"the network takes {count(num_channels, 'input channel')}, but the input has "
             f"{request.in_channels}",
             key="model.path",
         )

@@ -6,9 +6,10 @@ Knows no framework: only shapes come in, and slices go out.
 from collections.abc import Sequence
 
 from mpichunk.backends.engine import EngineRequest
-from mpichunk.backends.shapes.size_advice import OutputShape, crop_advice, size_advice
+from mpichunk.backends.shapes.size_advice import OutputShape, shape_advice, size_advice
 from mpichunk.errors import ModelError
 from mpichunk.geometry.box import add, subtract, triple
+from mpichunk.words import count
 
 Cut = tuple[slice, slice, slice, slice, slice]
 """What to keep of (n, c, z, y, x)."""
@@ -39,7 +40,7 @@ def find_cut(
         )
     if found[1] != request.out_channels:
         raise ModelError(
-            f"the network returned {found[1]} channels, but model.out_channels is "
+            f"the network returned {count(found[1], 'channel')}, but model.out_channels is "
             f"{request.out_channels}; set it to {found[1]}",
             key="model.out_channels",
         )
@@ -49,12 +50,12 @@ def find_cut(
         return _ALL, _ALL, z, y, x
     if subtract(request.patch_shape, spatial) == add(request.crop, request.crop):
         return _ALL, _ALL, _ALL, _ALL, _ALL
-    cure = crop_advice(output_shape, request.patch_shape, spatial)
+    cure = shape_advice(output_shape, request.patch_shape, spatial, request.crop)
     raise ModelError(
-        f"the network returned {spatial} voxels for a patch of {request.patch_shape}, which "
+        f"the network returned {spatial} voxels for patch.shape {list(request.patch_shape)}, which "
         f"neither is that shape nor has lost patch.crop {list(request.crop)} on each side; "
-        f"{cure}",
-        key="patch.crop",
+        f"{cure.words}",
+        key=cure.key,
     )
 
 

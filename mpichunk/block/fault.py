@@ -1,0 +1,115 @@
+"""Where a block's result is not finite, and which patch has made it so: for the message.
+
+Knows nothing of how it was computed; nothing here is called before NaN or inf was found.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mpichunk.geometry.box import Box, Slices, Triple, add, triple
+
+NOT_FINITE = "the result holds NaN or inf"
+NOT_FLOAT16 = "the result holds values that float16 cannot, above 65504"
+
+_CURES = {
+    NOT_FINITE: "look at the input there, and at whether the network is sound for it",
+    NOT_FLOAT16: "write float32, or look at the input there",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spot:
+    """Voxels that are not finite."""
+
+    num_voxels: int
+    """How many; each counts once, however many of its channels are not."""
+
+    voxel: Triple
+    """The first of them, z slowest, in the coordinates of the volume."""
+
+    channel: int
+    """The first of its channels that is not."""
+
+
+Patches = Iterator[tuple[Box, Slices]]
+"""Patches of a block, each by its output box and by where in the block's source its input is."""
+
+Blame = Callable[[Triple], str]
+"""Says in words which patch has made a voxel what it is."""
+
+
+def find_spot(place: Box, values_czyx: npt.NDArray[Any]) -> Spot | None:
+    """Return what is not finite of the values of a place; None if all are."""
+    bad_czyx = ~np.isfinite(values_czyx)
+    bad_zyx = bad_czyx.any(axis=0)
+    if not bad_zyx.any():
+        return None
+    first = triple([int(i) for i in np.unravel_index(bad_zyx.argmax(), bad_zyx.shape)])
+    return Spot(
+        num_voxels=int(np.count_nonzero(bad_zyx)),
+        voxel=add(place.start, first),
+        channel=int(bad_czyx[(slice(None), *first)].argmax()),
+    )
+
+
+def joined(spots: Iterable[Spot | None]) -> Spot | None:
+    """Return what was found in all places, these in order."""
+    found = [spot for spot in spots if spot is not None]
+    return replace(found[0], num_voxels=sum(s.num_voxels for s in found)) if found else None
+
+
+def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) -> str:
+    """Return what is told of a block; numbers apart, the same of blocks that fail alike.
+
+    Args:
+        kind: `NOT_FINITE` or `NOT_FLOAT16`.
+        core: of the block.
+        place: the first part that is not finite.
+        spot: what of the block is not, where its values are still known.
+        blame: says which patch it was.
+    """
+    if spot is None:
+        return f"{kind} near {place}; {_CURES[kind]}"
+    told = (
+        f"{kind}: {spot.num_voxels} of {core.num_voxels} voxels, the first at z, y, x = "
+        f"{list(spot.voxel)} in channel {spot.channel}"
+    )
+    return f"{told}; {_CURES[kind]}" if kind == NOT_FLOAT16 else f"{told}, {blame(spot.voxel)}"
+
+
+def blame_patch(
+    voxel: Triple,
+    patches: Patches,
+    source_czyx: npt.NDArray[Any],
+    is_sound: Callable[[Slices], bool] | None,
+) -> str:
+    """Return in words which patch has made a voxel NaN or inf, and what to look at.
+
+    Args:
+        voxel: which.
+        patches: those that were run.
+        source_czyx: the block's input.
+        is_sound: runs a patch again; None where that is not for this thread to do.
+    """
+    there = Box.from_shape(voxel, (1, 1, 1))
+    suspects = [(box, seen) for box, seen in patches if box.contains(there)]
+    if is_sound is not None:
+        suspects = [(box, seen) for box, seen in suspects if not is_sound(seen)] or suspects
+    if not suspects:
+        return _CURES[NOT_FINITE]
+    bad = [box for box, seen in suspects if not _is_finite(source_czyx[(slice(None), *seen)])]
+    patch = "from the output patch" if len(suspects) == 1 else "from output patches such as"
+    if bad:
+        return f"{patch} {bad[0]}, whose input holds NaN or inf, too: mend the input there"
+    return (
+        f"{patch} {suspects[0][0]}, whose input is finite: look at the input there, and at "
+        "whether the network is sound for it, also in this compute.precision"
+    )
+
+
+def _is_finite(patch_czyx: npt.NDArray[Any]) -> bool:
+    return patch_czyx.dtype.kind != "f" or bool(np.isfinite(patch_czyx).all())

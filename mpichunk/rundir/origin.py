@@ -1,0 +1,64 @@
+"""Which run has written an output that another run asks for: looked for beside its run directory.
+
+Reads the first lines of journals; knows no volume.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mpichunk.errors import JournalError
+from mpichunk.plan.fingerprint import differences
+from mpichunk.rundir import journal
+
+MOST_SEEN = 1000
+"""Folders beside the run directory that are looked at."""
+
+
+def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
+    """Return who has written the output of this run, if that is found, and what to do about it.
+
+    Args:
+        run_dir: of this run, which has written nothing.
+        fingerprint: of this run.
+    """
+    volume = fingerprint["output.volume"]
+    found = _origin(run_dir, volume)
+    if found is None:
+        return (
+            f"{volume} exists and holds what this run has not written: there is no "
+            f"{run_dir / journal.NAME}. Set output.volume to another place, or run_dir to that of "
+            "the run that wrote it; --fresh writes over it"
+        )
+    origin, parts = found
+    differing = differences(parts, fingerprint)
+    if not differing:
+        return (
+            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
+            f"which has the same settings: set run_dir to {origin} to go on with it, or "
+            "output.volume to another place; --fresh writes over it"
+        )
+    return "\n".join(
+        (
+            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
+            "with other settings:",
+            *(f"  {line}" for line in differing),
+            "the values of two runs are not mixed: set output.volume to another place, or run the "
+            "other one's config to go on with that; --fresh writes over it",
+        )
+    )
+
+
+def _origin(run_dir: Path, volume: Any) -> tuple[Path, Mapping[str, Any]] | None:
+    """Return the run directory that knows the output, and the fingerprint of its run."""
+    with suppress(OSError):
+        for folder in sorted(islice(run_dir.parent.iterdir(), MOST_SEEN)):
+            header = None
+            with suppress(JournalError, OSError):
+                header = journal.read_header(folder / journal.NAME)
+            parts = header["fingerprint"]["parts"] if header is not None else {}
+            if folder != run_dir and parts.get("output.volume") == volume:
+                return folder, parts
+    return None
