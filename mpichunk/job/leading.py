@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.job.display import get_display, summarise
 from mpichunk.job.probing import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
@@ -29,7 +30,7 @@ from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.hang import HangDetector, Tempo
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import Heartbeat, get_display, summarise, totals
+from mpichunk.schedule.progress import Heartbeat, totals
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
 
