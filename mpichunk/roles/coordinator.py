@@ -33,6 +33,7 @@ from mpichunk.schedule.messages import (
     ToWorker,
 )
 from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.writers import Writers
 
 Outgoing = tuple[int, ToWorker]
 """A message and the rank that it is for."""
@@ -87,8 +88,7 @@ class Coordinator:
         self._breaker = breaker
         self._tempo = tempo or Tempo(float("inf"))
         self._next_back_up = float("-inf")
-        self._contested: dict[int, tuple[int, Lease, bool]] = {}
-        self._writers: dict[int, int] = {}
+        self._writers = Writers()
         self._is_in_doubt = False
         self._excluded: set[int] = set()
         self._newly_excluded: list[int] = []
@@ -114,19 +114,19 @@ class Coordinator:
                 self._demand.look_at(rank)
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Failed():
-                self._release(rank, message.lease)
+                self._writers.release(rank, message.lease)
                 self._fail(rank, message)
                 self._demand.look_at_all()
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
             case Contested(lease=lease):
                 if self._scheduler.holds(rank, lease):
-                    self._contested[lease.block] = rank, lease, True
+                    self._writers.promise(rank, lease)
                     self._next_back_up = float("-inf")
             case Drain(reason=reason):
                 self._end(DRAINED, f"{reason} on rank {rank} ({self._hosts[rank]})")
             case GiveBack(leases=leases):
                 for lease in leases:
-                    self._release(rank, lease)
+                    self._writers.release(rank, lease)
                     self._scheduler.give_back(rank, lease)
                 self._demand.look_at_all()
 
@@ -155,13 +155,14 @@ class Coordinator:
         self._ranks = tuple(sorted(held))
         self._excluded.update(idle)
         self._newly_excluded.clear()
-        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
+        self._writers.regroup(writing)
         working = {rank: leases for rank, leases in held.items() if rank not in self._excluded}
         if not working and not self._scheduler.is_finished:
             self._end(FAILURES, "no rank is left that computes right")
         # A rank that is left out may still write what it has begun to write.
         busy = {rank: writing.get(rank, ()) for rank in self._excluded.intersection(held)}
-        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=self._writers)
+        writers = self._writers.by_block
+        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=writers)
         for rank in busy:
             self._scheduler.retire(rank)
         if self._breaker is not None:
@@ -170,7 +171,6 @@ class Coordinator:
         self._unacknowledged.clear()
         self._next_sync = float("-inf")
         self.is_ended = False
-        self._contested.clear()
         for rank, lease, state in fates:
             self._note_death(rank, lease, state)
 
@@ -194,7 +194,7 @@ class Coordinator:
         """Return whether a rank may write a block: of several that hold it the first that asks."""
         if not self._scheduler.holds(rank, lease):
             return False
-        return self._writers.setdefault(lease.block, rank) == rank
+        return self._writers.may_write(rank, lease.block)
 
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others: of what is done from now on, two may write a block."""
@@ -220,7 +220,7 @@ class Coordinator:
         self._scheduler.give_up_rank(rank)
         self._demand.drop(rank)
         self._demand.look_at_all()
-        self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
+        self._writers.give_up_rank(rank)
 
     def _back_up(self, now: float) -> list[Outgoing]:
         """Lease slow blocks once more, to idle ranks, when there are no others.
@@ -234,12 +234,9 @@ class Coordinator:
         late_leases = self._scheduler.late_leases(now, self._tempo.slow_seconds)
         idle = list(filter(self._scheduler.is_idle, self._demand.ranks)) if late_leases else []
         for holder, late in late_leases:
-            # What the rank that had it before has promised does not bind this one.
-            *whose, has_promised = self._contested.get(late.block, (None, None, False))
-            if whose != [holder, late]:
-                self._contested[late.block] = holder, late, False
+            if self._writers.contest(holder, late):
                 outgoing.append((holder, Contest(lease=late)))
-            elif has_promised:
+            elif self._writers.has_promised(holder, late):
                 outgoing += self._lease_again(late.block, idle, now)
         return outgoing
 
@@ -298,13 +295,6 @@ class Coordinator:
             why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
             self._end(FAILURES, why)
 
-    def _release(self, rank: int, lease: Lease) -> None:
-        """Let another rank write a block that this one will not; what it promised ends, too."""
-        if self._writers.get(lease.block) == rank:
-            del self._writers[lease.block]
-        if self._contested.get(lease.block, ())[:2] == (rank, lease):
-            del self._contested[lease.block]
-
     def _finish(self, rank: int, done: Done) -> None:
         """Note a block that is done; of one that was done already, only whether it is the same."""
         block = done.lease.block
@@ -314,8 +304,7 @@ class Coordinator:
         self._note(rank, done, "done")
         self._tempo.note(sum(done.seconds.values()))
         self._retries.pop(block, None)
-        self._contested.pop(block, None)
-        self._writers.pop(block, None)
+        self._writers.finish(block)
         if self._breaker is not None:
             self._breaker.succeed(rank)
 
