@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpichunk.job.display import BarDisplay, LineDisplay, get_display, summarise
-from mpichunk.schedule.progress import COUNTERS, Pace
+from mpichunk.schedule.progress import COUNTERS, Throughput
 from tests.counting import summed
 
 
@@ -15,8 +15,8 @@ class Terminal(io.StringIO):
 
 def test_lines_come_often_at_first_and_then_rarely():
     lines = []
-    pace = Pace(num_blocks=1000, num_before=0, start=0.0)
-    display = LineDisplay(pace, size=4, emit=lines.append)
+    throughput = Throughput(num_blocks=1000, num_before=0, start=0.0)
+    display = LineDisplay(throughput, size=4, emit=lines.append)
     for second in range(3600):
         display.update(summed(blocks=second // 4, voxels=second * 1e6, busy=3), float(second))
     assert 50 < len(lines) < 100
@@ -27,7 +27,9 @@ def test_lines_come_often_at_first_and_then_rarely():
 
 def test_failures_are_told():
     lines = []
-    display = LineDisplay(Pace(num_blocks=9, num_before=0, start=0.0), size=1, emit=lines.append)
+    display = LineDisplay(
+        Throughput(num_blocks=9, num_before=0, start=0.0), size=1, emit=lines.append
+    )
     display.update(summed(failures=2), 1.0)
     display.close()
     assert lines == [
@@ -37,7 +39,7 @@ def test_failures_are_told():
 
 def test_a_terminal_gets_one_line_that_is_written_over():
     stream = Terminal()
-    display = BarDisplay(Pace(num_blocks=9, num_before=2, start=0.0), size=3, stream=stream)
+    display = BarDisplay(Throughput(num_blocks=9, num_before=2, start=0.0), size=3, stream=stream)
     display.update(summed(blocks=1, voxels=5e6, busy=3), 10.0)
     display.close()
     text = stream.getvalue()

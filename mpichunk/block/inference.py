@@ -30,14 +30,14 @@ from mpichunk.backends.engine import (
 )
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.hostpool import HostPool
-from mpichunk.block.slab import Slab, Target, Unsettled
+from mpichunk.block.slab import Slab, Target, UnsettledCore
 from mpichunk.block.windows import Windows
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box, Slices, subtract
-from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
+from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, PatchTurn
 from mpichunk.plan.plan import Block
 
 _BYTE = Scaling(divide=255.0)
@@ -60,7 +60,7 @@ class Inferred:
     core_czyx: npt.NDArray[Any]
     """(channels, z, y, x) in the output's dtype; for `core` and `release`."""
 
-    unsettled: Unsettled | None = None
+    unsettled: UnsettledCore | None = None
     """What to wait for; None for nothing."""
 
     give_back: Callable[[], None] = lambda: None
@@ -310,7 +310,7 @@ class BlockInference:
             arrays.multiply(part, share.factor)
         return mean_nczyx
 
-    def _predict_turned(self, staged: Staged, turn: Turn) -> DeviceArray:
+    def _predict_turned(self, staged: Staged, turn: PatchTurn) -> DeviceArray:
         """Return the activated prediction of one batch of turned patches, as turned as they are."""
         arrays = self._engine.arrays
         batch_nczyx = arrays.gather(staged, scaling=self._scaling, turn=turn)

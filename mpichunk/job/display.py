@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpichunk.schedule.messages import STAGES
-from mpichunk.schedule.progress import COUNTERS, Display, Pace, Totals, totals
+from mpichunk.schedule.progress import COUNTERS, Display, Throughput, Totals, totals
 from mpichunk.words import count, duration, size
 
 log = logging.getLogger(__name__)
@@ -23,20 +23,25 @@ class LineDisplay:
     """A log line now and then: often at first, later about every fifth of the time gone by."""
 
     def __init__(
-        self, pace: Pace, *, size: int, emit: Callable[[str], None], most_seconds: float = 60.0
+        self,
+        throughput: Throughput,
+        *,
+        size: int,
+        emit: Callable[[str], None],
+        most_seconds: float = 60.0,
     ) -> None:
-        self._pace = pace
+        self._throughput = throughput
         self._size = size
         self._emit = emit
         self._most_seconds = most_seconds
-        self._next = pace.start
+        self._next = throughput.start
 
     def update(self, summed: Totals, now: float) -> None:
         """Log a line if it is time for one."""
-        self._pace.add(summed, now)
+        self._throughput.add(summed, now)
         if now >= self._next:
-            self._next = now + min(self._most_seconds, (now - self._pace.start) / 5)
-            self._emit(_line(self._pace, summed, self._size))
+            self._next = now + min(self._most_seconds, (now - self._throughput.start) / 5)
+            self._emit(_line(self._throughput, summed, self._size))
 
     def close(self) -> None:
         """Do nothing."""
@@ -45,8 +50,8 @@ class LineDisplay:
 class BarDisplay:
     """One line on a terminal that is written over again and again."""
 
-    def __init__(self, pace: Pace, *, size: int, stream: TextIO) -> None:
-        self._pace = pace
+    def __init__(self, throughput: Throughput, *, size: int, stream: TextIO) -> None:
+        self._throughput = throughput
         self._size = size
         console = Console(file=stream)
         columns = BarColumn(), MofNCompleteColumn(), TextColumn("blocks{task.description}")
@@ -55,13 +60,17 @@ class BarDisplay:
         self._bar = Progress(*columns, console=console, auto_refresh=False)
         self._bar.start()
         console.show_cursor(True)
-        self._task = self._bar.add_task("", total=pace.num_blocks, completed=pace.num_before)
+        self._task = self._bar.add_task(
+            "", total=throughput.num_blocks, completed=throughput.num_before
+        )
 
     def update(self, summed: Totals, now: float) -> None:
         """Redraw the line."""
-        self._pace.add(summed, now)
-        rest = _rest(self._pace, summed, self._size)
-        self._bar.update(self._task, completed=self._pace.num_done, description=rest, refresh=True)
+        self._throughput.add(summed, now)
+        rest = _rest(self._throughput, summed, self._size)
+        self._bar.update(
+            self._task, completed=self._throughput.num_done, description=rest, refresh=True
+        )
 
     def close(self) -> None:
         """Leave the last line standing."""
@@ -72,10 +81,10 @@ def get_display(
     *, size: int, num_blocks: int, num_before: int, start: float, stream: TextIO
 ) -> Display:
     """Return what shows the progress: a bar on a terminal, else lines of the log."""
-    pace = Pace(num_blocks=num_blocks, num_before=num_before, start=start)
+    throughput = Throughput(num_blocks=num_blocks, num_before=num_before, start=start)
     if stream.isatty():
-        return BarDisplay(pace, size=size, stream=stream)
-    return LineDisplay(pace, size=size, emit=log.info)
+        return BarDisplay(throughput, size=size, stream=stream)
+    return LineDisplay(throughput, size=size, emit=log.info)
 
 
 def summarise(
@@ -119,16 +128,18 @@ def summarise(
     return "\n".join(lines)
 
 
-def _line(pace: Pace, summed: Totals, size: int) -> str:
+def _line(throughput: Throughput, summed: Totals, size: int) -> str:
     """Return the progress as one line."""
-    return f"{pace.num_done} of {pace.num_blocks} blocks{_rest(pace, summed, size)}"
+    return (
+        f"{throughput.num_done} of {throughput.num_blocks} blocks{_rest(throughput, summed, size)}"
+    )
 
 
-def _rest(pace: Pace, summed: Totals, size: int) -> str:
+def _rest(throughput: Throughput, summed: Totals, size: int) -> str:
     """Return rate, time left and ranks at work."""
-    left = pace.seconds_left
+    left = throughput.seconds_left
     parts = [
-        f"{pace.voxel_rate / 1e6:.2f} Mvox/s",
+        f"{throughput.voxel_rate / 1e6:.2f} Mvox/s",
         f"{duration(left)} left" if left is not None else "time left unknown",
         f"{int(summed['busy'])} of {size} ranks busy",
     ]

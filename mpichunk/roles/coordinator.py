@@ -10,7 +10,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.demand import Demand
-from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import (
     DRAINED,
     FAILURES,
@@ -19,12 +19,12 @@ from mpichunk.schedule.messages import (
     Acknowledge,
     Assign,
     Contest,
-    Contested,
     Done,
     Drain,
     Failed,
     GiveBack,
     Lease,
+    PromiseToAsk,
     Record,
     Request,
     State,
@@ -63,7 +63,7 @@ class Coordinator:
         core_of: What a block writes.
         hosts: Name of the machine of each rank, by its number.
         breaker: Says when failures end the run early; default: never.
-        tempo: Learns what a block takes, and says when one is slow.
+        durations: Learns what a block takes, and says when one is slow.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Coordinator:
         core_of: Callable[[int], Box],
         hosts: Mapping[int, str],
         breaker: Breaker | None = None,
-        tempo: Tempo | None = None,
+        durations: BlockDurations | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._journal = journal
@@ -86,7 +86,7 @@ class Coordinator:
         self._unacknowledged: dict[int, list[Lease]] = {}
         self._next_sync = float("-inf")
         self._breaker = breaker
-        self._tempo = tempo or Tempo(float("inf"))
+        self._durations = durations or BlockDurations(float("inf"))
         self._next_back_up = float("-inf")
         self._writers = Writers()
         self._is_in_doubt = False
@@ -118,7 +118,7 @@ class Coordinator:
                 self._fail(rank, message)
                 self._demand.look_at_all()
                 self._unacknowledged.setdefault(rank, []).append(message.lease)
-            case Contested(lease=lease):
+            case PromiseToAsk(lease=lease):
                 if self._scheduler.holds(rank, lease):
                     self._writers.promise(rank, lease)
                     self._next_back_up = float("-inf")
@@ -231,7 +231,7 @@ class Coordinator:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        late_leases = self._scheduler.late_leases(now, self._tempo.slow_seconds)
+        late_leases = self._scheduler.late_leases(now, self._durations.slow_seconds)
         idle = list(filter(self._scheduler.is_idle, self._demand.ranks)) if late_leases else []
         for holder, late in late_leases:
             if self._writers.contest(holder, late):
@@ -302,7 +302,7 @@ class Coordinator:
             self._compare(rank, done)
             return
         self._note(rank, done, "done")
-        self._tempo.note(sum(done.seconds.values()))
+        self._durations.note(sum(done.seconds.values()))
         self._retries.pop(block, None)
         self._writers.finish(block)
         if self._breaker is not None:

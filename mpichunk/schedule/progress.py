@@ -91,7 +91,7 @@ class Display(Protocol):
         """Leave the terminal in order."""
 
 
-class Heartbeat:
+class JournaledDisplay:
     """Passes the sums on, and notes now and then that the run is alive.
 
     Args:
@@ -123,7 +123,7 @@ class Heartbeat:
         self._display.close()
 
 
-class Pace:
+class Throughput:
     """Rates over the last minute or so, and the time that is left.
 
     Args:

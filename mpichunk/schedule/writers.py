@@ -1,10 +1,10 @@
 """Which rank may write a block that more than one computes, or has been given.
 
-    coordinator                           rank that holds the block
-      | -- Contest(lease) ----------------> |   slow: another rank is to compute it, too
-      | <-- Contested(lease) -------------- |   a promise: it does not write yet, and asks before
-      | <-- Ask(lease) -------------------- |   as does a rank that computed it too, or is late
-      | -- Verdict(lease, may_write) -----> |   yes to the first who asks, no to all others
+    coordinator                              rank that holds the block
+      | -- Contest(lease) -------------------> |   slow: another rank is to compute it, too
+      | <-- PromiseToAsk(lease) -------------- |   it does not write yet, and asks before
+      | <-- AskToWrite(lease) ---------------- |   as does a rank that computed it too, or is late
+      | -- WriteVerdict(lease, may_write) ---> |   yes to the first who asks, no to all others
 
 A rank that is alone with a block writes without asking, so a block is leased to a second rank only
 once the first has promised to ask. A promise binds one lease: it ends with it. The first who asks

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class BlockFinding:
     """One block that is not as the journal says."""
 
     block: int
@@ -74,7 +74,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class StoredRun:
     """What rank 0 has read, for every rank."""
 
     job: Job
@@ -91,17 +91,17 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verification:
     """What a verification found."""
 
     states: npt.NDArray[np.uint8]
     """(num_blocks,) the `State` of each block before any repair."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[BlockFinding, ...]
     """In plan order."""
 
     @property
-    def bad(self) -> list[Finding]:
+    def bad(self) -> list[BlockFinding]:
         """Blocks that are done but not as they were written."""
         return [finding for finding in self.findings if finding.kind != EXTRA]
 
@@ -130,7 +130,7 @@ def _verify(
     loaded = on_rank_0(comm, lambda: load_run_config(config_path, overrides))
     with ExitStack() as stack:
 
-        def open_run() -> Case:
+        def open_run() -> StoredRun:
             job, header = _open_job(loaded)
             if repair:
                 stack.enter_context(RunLock.acquire(job.run_dir))
@@ -147,7 +147,7 @@ def _verify(
 
         def conclude() -> ExitCode:
             findings = sorted((f for part in found or [] for f in part), key=lambda f: f.block)
-            verdict = Verdict(states=case.states, findings=tuple(findings))
+            verdict = Verification(states=case.states, findings=tuple(findings))
             if repair and verdict.bad:
                 _mark_undone(case, verdict.bad, host=comm.host)
             print(_as_json(case, verdict, repair) if as_json else _text(case, verdict, repair))
@@ -158,13 +158,13 @@ def _verify(
 
 def find(
     block: int, core: Box, state: State, digest: npt.NDArray[np.uint8], read: Read
-) -> Finding | None:
+) -> BlockFinding | None:
     """Compare one block with what the journal says of it."""
     try:
         core_czyx = read(core)
     except BlockError as error:
         kind = UNREADABLE if state == State.DONE else EXTRA
-        return Finding(block=block, kind=kind, message=str(error))
+        return BlockFinding(block=block, kind=kind, message=str(error))
     if state == State.DONE:
         if digest_of(core_czyx) == digest.tobytes():
             return None
@@ -173,7 +173,7 @@ def find(
         kind = EXTRA
     else:
         return None
-    return Finding(block=block, kind=kind, message=WORDS[kind])
+    return BlockFinding(block=block, kind=kind, message=WORDS[kind])
 
 
 def check_same_config(header: dict[str, Any], job: Job, path: Path) -> None:
@@ -215,12 +215,12 @@ def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:
     return job, header
 
 
-def _read_case(job: Job, header: dict[str, Any]) -> Case:
+def _read_case(job: Job, header: dict[str, Any]) -> StoredRun:
     """Read the journal, on rank 0."""
     path = job.run_dir / journal.NAME
     states = np.zeros(len(job.plan), np.uint8)
     journal.scan(path, states)
-    return Case(
+    return StoredRun(
         job=job,
         header=header,
         is_there=check_output(job.output, sources=job.sources),
@@ -229,15 +229,15 @@ def _read_case(job: Job, header: dict[str, Any]) -> Case:
 
 
 def _find_all(
-    case: Case, blocks: range, digests: Digests, read: Read, num_threads: int
-) -> list[Finding]:
+    case: StoredRun, blocks: range, digests: Digests, read: Read, num_threads: int
+) -> list[BlockFinding]:
     """Compare this rank's blocks, several at a time."""
 
-    def look(block: int) -> Finding | None:
+    def look(block: int) -> BlockFinding | None:
         core, state = case.job.plan.grid[block], State(int(case.states[block]))
         return find(block, core, state, digests[blocks.index(block)], read)
 
-    findings: list[Finding] = []
+    findings: list[BlockFinding] = []
     next_told = time.monotonic() + PROGRESS_SECONDS
     for num_read, finding in enumerate(_in_order(look, blocks, num_threads), start=1):
         if finding is not None:
@@ -248,7 +248,7 @@ def _find_all(
     return findings
 
 
-def _reader(case: Case, num_threads: int) -> Read:
+def _reader(case: StoredRun, num_threads: int) -> Read:
     """Return what reads a core; where there is no output, every core is zero."""
     spec = case.job.output
     if case.is_there:
@@ -257,10 +257,10 @@ def _reader(case: Case, num_threads: int) -> Read:
 
 
 def _in_order(
-    look: Callable[[int], Finding | None], blocks: Iterable[int], num_threads: int
-) -> Iterator[Finding | None]:
+    look: Callable[[int], BlockFinding | None], blocks: Iterable[int], num_threads: int
+) -> Iterator[BlockFinding | None]:
     """Yield what `look` returns for each block, with few blocks in memory at a time."""
-    pending: deque[Future[Finding | None]] = deque()
+    pending: deque[Future[BlockFinding | None]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="verify") as pool:
         for block in blocks:
             pending.append(pool.submit(look, block))
@@ -270,7 +270,7 @@ def _in_order(
             yield pending.popleft().result()
 
 
-def _mark_undone(case: Case, bad: Sequence[Finding], *, host: str) -> None:
+def _mark_undone(case: StoredRun, bad: Sequence[BlockFinding], *, host: str) -> None:
     """Note in the journal that these blocks are to be computed again."""
     with Journal.open(
         case.job.run_dir,
@@ -285,7 +285,7 @@ def _mark_undone(case: Case, bad: Sequence[Finding], *, host: str) -> None:
             ledger.append(record, "undone", core=core, rank=0, host=host)
 
 
-def _counts(case: Case, verdict: Verdict) -> dict[str, int]:
+def _counts(case: StoredRun, verdict: Verification) -> dict[str, int]:
     """Return how many blocks there are of each sort."""
     counts = np.bincount(case.states, minlength=len(State))
     kinds = [finding.kind for finding in verdict.findings]
@@ -297,7 +297,7 @@ def _counts(case: Case, verdict: Verdict) -> dict[str, int]:
     }
 
 
-def _as_json(case: Case, verdict: Verdict, repair: bool) -> str:
+def _as_json(case: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as JSON, every finding in it."""
     grid = case.job.plan.grid
     blocks = [
@@ -321,7 +321,7 @@ def _as_json(case: Case, verdict: Verdict, repair: bool) -> str:
     return json.dumps(found, indent=2)
 
 
-def _text(case: Case, verdict: Verdict, repair: bool) -> str:
+def _text(case: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as a few lines."""
     counts = _counts(case, verdict)
     num_good = counts["num_done"] - len(verdict.bad)
@@ -341,7 +341,7 @@ def _text(case: Case, verdict: Verdict, repair: bool) -> str:
     return "\n".join(lines)
 
 
-def _state(verdict: Verdict, repair: bool) -> str:
+def _state(verdict: Verification, repair: bool) -> str:
     """Return what that means, and what to do next."""
     if verdict.bad and repair:
         return f"{len(verdict.bad)} blocks are marked undone; `run` computes them again"
