@@ -134,23 +134,23 @@ def _verify(
             job, header = _open_job(loaded)
             if repair:
                 stack.enter_context(RunLock.acquire(job.run_dir))
-            return _read_case(job, header)
+            return _read_stored(job, header)
 
-        case = on_rank_0(comm, open_run)
-        blocks = range(comm.rank, len(case.states), comm.size)
-        path = case.job.run_dir / journal.NAME
+        stored = on_rank_0(comm, open_run)
+        blocks = range(comm.rank, len(stored.states), comm.size)
+        path = stored.job.run_dir / journal.NAME
         digests = on_every_rank(comm, lambda: read_digests(path, blocks))
         num_threads = max(1, len(os.sched_getaffinity(0)) // comm.local_size)
         # Together: a rank that does not see the output must not leave the others waiting.
-        read = on_every_rank(comm, lambda: _reader(case, num_threads))
-        found = comm.gather(_find_all(case, blocks, digests, read, num_threads))
+        read = on_every_rank(comm, lambda: _reader(stored, num_threads))
+        found = comm.gather(_find_all(stored, blocks, digests, read, num_threads))
 
         def conclude() -> ExitCode:
             findings = sorted((f for part in found or [] for f in part), key=lambda f: f.block)
-            verdict = Verification(states=case.states, findings=tuple(findings))
+            verdict = Verification(states=stored.states, findings=tuple(findings))
             if repair and verdict.bad:
-                _mark_undone(case, verdict.bad, host=comm.host)
-            print(_as_json(case, verdict, repair) if as_json else _text(case, verdict, repair))
+                _mark_undone(stored, verdict.bad, host=comm.host)
+            print(_as_json(stored, verdict, repair) if as_json else _text(stored, verdict, repair))
             return verdict.exit_code
 
         return on_rank_0(comm, conclude)
@@ -215,7 +215,7 @@ def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:
     return job, header
 
 
-def _read_case(job: Job, header: dict[str, Any]) -> StoredRun:
+def _read_stored(job: Job, header: dict[str, Any]) -> StoredRun:
     """Read the journal, on rank 0."""
     path = job.run_dir / journal.NAME
     states = np.zeros(len(job.plan), np.uint8)
@@ -229,12 +229,12 @@ def _read_case(job: Job, header: dict[str, Any]) -> StoredRun:
 
 
 def _find_all(
-    case: StoredRun, blocks: range, digests: Digests, read: Read, num_threads: int
+    stored: StoredRun, blocks: range, digests: Digests, read: Read, num_threads: int
 ) -> list[BlockFinding]:
     """Compare this rank's blocks, several at a time."""
 
     def look(block: int) -> BlockFinding | None:
-        core, state = case.job.plan.grid[block], State(int(case.states[block]))
+        core, state = stored.job.plan.grid[block], State(int(stored.states[block]))
         return find(block, core, state, digests[blocks.index(block)], read)
 
     findings: list[BlockFinding] = []
@@ -248,10 +248,10 @@ def _find_all(
     return findings
 
 
-def _reader(case: StoredRun, num_threads: int) -> Read:
+def _reader(stored: StoredRun, num_threads: int) -> Read:
     """Return what reads a core; where there is no output, every core is zero."""
-    spec = case.job.output
-    if case.is_there:
+    spec = stored.job.output
+    if stored.is_there:
         return open_output(spec, num_threads=num_threads).read
     return lambda core: np.zeros((spec.num_channels, *core.shape), spec.dtype)
 
@@ -270,36 +270,36 @@ def _in_order(
             yield pending.popleft().result()
 
 
-def _mark_undone(case: StoredRun, bad: Sequence[BlockFinding], *, host: str) -> None:
+def _mark_undone(stored: StoredRun, bad: Sequence[BlockFinding], *, host: str) -> None:
     """Note in the journal that these blocks are to be computed again."""
     with Journal.open(
-        case.job.run_dir,
-        num_blocks=len(case.states),
-        fingerprint=case.header["fingerprint"]["parts"],
+        stored.job.run_dir,
+        num_blocks=len(stored.states),
+        fingerprint=stored.header["fingerprint"]["parts"],
         versions=library_versions(),
     ) as ledger:
         for finding in bad:
             lease = Lease(block=finding.block, attempt=0)
             record = Failed(lease=lease, error=finding.kind, message=finding.message)
-            core = case.job.plan.grid[finding.block]
+            core = stored.job.plan.grid[finding.block]
             ledger.append(record, "undone", core=core, rank=0, host=host)
 
 
-def _counts(case: StoredRun, verdict: Verification) -> dict[str, int]:
+def _counts(stored: StoredRun, verdict: Verification) -> dict[str, int]:
     """Return how many blocks there are of each sort."""
-    counts = np.bincount(case.states, minlength=len(State))
+    counts = np.bincount(stored.states, minlength=len(State))
     kinds = [finding.kind for finding in verdict.findings]
     return {
-        "num_blocks": len(case.states),
+        "num_blocks": len(stored.states),
         "num_done": int(counts[State.DONE]),
         "num_failed": int(counts[State.FAILED]),
         **{f"num_{kind}": kinds.count(kind) for kind in KINDS},
     }
 
 
-def _as_json(case: StoredRun, verdict: Verification, repair: bool) -> str:
+def _as_json(stored: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as JSON, every finding in it."""
-    grid = case.job.plan.grid
+    grid = stored.job.plan.grid
     blocks = [
         {
             "block": finding.block,
@@ -310,10 +310,10 @@ def _as_json(case: StoredRun, verdict: Verification, repair: bool) -> str:
         for finding in verdict.findings
     ]
     found = {
-        "run_dir": str(case.job.run_dir),
-        "output": case.job.output.volume,
-        "output_exists": case.is_there,
-        **_counts(case, verdict),
+        "run_dir": str(stored.job.run_dir),
+        "output": stored.job.output.volume,
+        "output_exists": stored.is_there,
+        **_counts(stored, verdict),
         "num_marked_undone": len(verdict.bad) if repair else 0,
         "blocks": blocks,
         "exit_code": int(verdict.exit_code),
@@ -321,19 +321,19 @@ def _as_json(case: StoredRun, verdict: Verification, repair: bool) -> str:
     return json.dumps(found, indent=2)
 
 
-def _text(case: StoredRun, verdict: Verification, repair: bool) -> str:
+def _text(stored: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as a few lines."""
-    counts = _counts(case, verdict)
+    counts = _counts(stored, verdict)
     num_good = counts["num_done"] - len(verdict.bad)
     kinds = ", ".join(f"{counts[f'num_{kind}']} {kind}" for kind in KINDS)
-    gone = "" if case.is_there else "; it does not exist"
+    gone = "" if stored.is_there else "; it does not exist"
     lines = [
-        f"output   {case.job.output.volume}{gone}",
+        f"output   {stored.job.output.volume}{gone}",
         f"blocks   {counts['num_done']} of {counts['num_blocks']} done, {num_good} of these as "
         f"they were written; {kinds}",
     ]
     for finding in verdict.findings[:MOST_FAILURES_SHOWN]:
-        core = case.job.plan.grid[finding.block]
+        core = stored.job.plan.grid[finding.block]
         lines.append(f"{finding.kind:<10} block {finding.block}, {core}: {finding.message}")
     if len(verdict.findings) > MOST_FAILURES_SHOWN:
         lines.append(f"and {len(verdict.findings) - MOST_FAILURES_SHOWN} more: --json")
