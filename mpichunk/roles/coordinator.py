@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mpichunk.geometry.box import Box
+from mpichunk.roles.bookkeeper import Bookkeeper
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.demand import Demand
@@ -16,7 +17,6 @@ from mpichunk.schedule.messages import (
     FAILURES,
     FINISHED,
     RANK_LOST,
-    Acknowledge,
     Assign,
     Contest,
     Done,
@@ -25,7 +25,6 @@ from mpichunk.schedule.messages import (
     GiveBack,
     Lease,
     PromiseToAsk,
-    Record,
     Request,
     State,
     Stop,
@@ -37,12 +36,6 @@ from mpichunk.schedule.writers import Writers
 
 Outgoing = tuple[int, ToWorker]
 """A message and the rank that it is for."""
-
-SYNC_SECONDS = 0.02
-"""Least time between two syncs of the journal: with small blocks the disk would set the pace."""
-
-SYNC_SHARE = 0.2
-"""Of rank 0's main thread, at most, for a slow disk; a second lies between syncs of over 0.25 s."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -77,14 +70,11 @@ class Coordinator:
         durations: BlockDurations | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._journal = journal
-        self._core_of = core_of
+        self._book = Bookkeeper(journal, core_of=core_of, hosts=hosts)
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
         self._demand = Demand()
         self._now = float("-inf")
-        self._unacknowledged: dict[int, list[Lease]] = {}
-        self._next_sync = float("-inf")
         self._breaker = breaker
         self._durations = durations or BlockDurations(float("inf"))
         self._next_back_up = float("-inf")
@@ -100,8 +90,10 @@ class Coordinator:
         self.is_ended = False
         """Whether every rank has been told to stop."""
 
-        self.disk_seconds = 0.0
+    @property
+    def disk_seconds(self) -> float:
         """What the journal has taken so far."""
+        return self._book.disk_seconds
 
     def handle(self, rank: int, message: ToCoordinator) -> None:
         """Take in a message of a rank."""
@@ -112,12 +104,12 @@ class Coordinator:
             case Done():
                 self._finish(rank, message)
                 self._demand.look_at(rank)
-                self._unacknowledged.setdefault(rank, []).append(message.lease)
+                self._book.owe(rank, message.lease)
             case Failed():
                 self._writers.release(rank, message.lease)
                 self._fail(rank, message)
                 self._demand.look_at_all()
-                self._unacknowledged.setdefault(rank, []).append(message.lease)
+                self._book.owe(rank, message.lease)
             case PromiseToAsk(lease=lease):
                 if self._scheduler.holds(rank, lease):
                     self._writers.promise(rank, lease)
@@ -168,8 +160,7 @@ class Coordinator:
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
         self._demand.clear()
-        self._unacknowledged.clear()
-        self._next_sync = float("-inf")
+        self._book.regroup()
         self.is_ended = False
         for rank, lease, state in fates:
             self._note_death(rank, lease, state)
@@ -199,7 +190,7 @@ class Coordinator:
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others: of what is done from now on, two may write a block."""
         self._is_in_doubt = True
-        self._journal.places.begin()
+        self._book.begin_to_doubt()
         self._demand.park(rank)
         self._take_back(rank)
 
@@ -256,17 +247,10 @@ class Coordinator:
         if self._scheduler.is_finished:
             self._end(FINISHED, "")
         is_stop_due = self.ending is not None and not self.is_ended
-        if now < self._next_sync and not is_stop_due:
+        if not self._book.is_due(now) and not is_stop_due:
             return []
-        before = self.disk_seconds
-        self._sync()
-        took = self.disk_seconds - before
-        self._next_sync = now + max(SYNC_SECONDS, min(took / SYNC_SHARE, took + 50 * SYNC_SECONDS))
-        outgoing: list[Outgoing] = [
-            (rank, Acknowledge(leases=tuple(leases)))
-            for rank, leases in self._unacknowledged.items()
-        ]
-        self._unacknowledged.clear()
+        self._sync(now)
+        outgoing: list[Outgoing] = [*self._book.acknowledge()]
         if self.ending is not None and not self.is_ended:
             self.is_ended = True
             outgoing += [(rank, self.ending) for rank in self._ranks]
@@ -282,17 +266,14 @@ class Coordinator:
         elif reason == FAILURES:
             log.error("ending early: %s", why)
 
-    def _sync(self) -> None:
+    def _sync(self, now: float | None = None) -> None:
         """Make the journal durable; end the run when that cannot be done.
 
         What is not in the journal is acknowledged all the same, else no rank would ever end: its
         blocks count as not done, and are computed again by the next start.
         """
-        try:
-            self.disk_seconds += self._journal.sync()
-        except OSError as error:
-            self._journal.give_up()
-            why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
+        why = self._book.sync(now)
+        if why:
             self._end(FAILURES, why)
 
     def _finish(self, rank: int, done: Done) -> None:
@@ -301,7 +282,7 @@ class Coordinator:
         if not self._scheduler.finish(rank, done.lease, self._now):
             self._compare(rank, done)
             return
-        self._note(rank, done, "done")
+        self._book.note(rank, done, "done")
         self._durations.note(sum(done.seconds.values()))
         self._retries.pop(block, None)
         self._writers.finish(block)
@@ -317,11 +298,12 @@ class Coordinator:
             return
         self._sync()
         block = done.lease.block
-        if self._journal.places.checksum(block) in (done.checksum, None):
+        if self._book.checksum(block) in (done.checksum, None):
             return
         why = f"rank {rank} has written other values over it; it is computed again"
         log.warning("block %d: %s", block, why)
-        self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
+        different = Failed(lease=done.lease, error="DifferentValues", message=why)
+        self._book.note(rank, different, "undone")
         self._scheduler.reopen(block)
         self._demand.look_at_all()
 
@@ -329,7 +311,7 @@ class Coordinator:
         """Note what a rank was computing, or near, when it died."""
         why = f"rank {rank} died while it computed this block, or the one before"
         failed = Failed(lease=lease, error=RANK_LOST, message=why)
-        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        self._book.note(rank, failed, "failed" if state == State.FAILED else "retry")
         if state == State.FAILED:
             log.error("block %d: %s, as others did; given up", lease.block, why)
 
@@ -341,7 +323,7 @@ class Coordinator:
         self._break_if_hopeless(rank, failed)
         if self.ending is not None and self.ending.reason == FAILURES:
             state = State.FAILED
-        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        self._book.note(rank, failed, "failed" if state == State.FAILED else "retry")
         if state == State.FAILED:
             self._retries.pop(failed.lease.block, None)
         else:
@@ -363,7 +345,7 @@ class Coordinator:
             return
         self._end(FAILURES, why)
         for earlier_rank, earlier in self._retries.values():
-            self._note(earlier_rank, earlier, "failed")
+            self._book.note(earlier_rank, earlier, "failed")
         self._retries.clear()
 
     def _exclude(self, rank: int, failed: Failed) -> None:
@@ -382,8 +364,3 @@ class Coordinator:
         self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks -= 1
-
-    def _note(self, rank: int, record: Record, state: str) -> None:
-        """Append a line about a block to the journal."""
-        core = self._core_of(record.lease.block)
-        self._journal.append(record, state, core=core, rank=rank, host=self._hosts[rank])
