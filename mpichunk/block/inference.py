@@ -30,7 +30,7 @@ from mpichunk.backends.engine import (
 )
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.hostpool import HostPool
-from mpichunk.block.slab import Slab, Target, UnsettledCore
+from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
@@ -60,7 +60,7 @@ class Inferred:
     core_czyx: npt.NDArray[Any]
     """(channels, z, y, x) in the output's dtype; for `core` and `release`."""
 
-    unsettled: UnsettledCore | None = None
+    unsettled: Unsettled | None = None
     """What to wait for; None for nothing."""
 
     give_back: Callable[[], None] = lambda: None

@@ -104,12 +104,12 @@ class Slab:
             part: Slices = (slice(first + offset, stop + offset), part_plane[0], part_plane[1])
             self._arrays.add_weighted(self._ring_czyx, where, patch_czyx, part, window)
 
-    def finish(self) -> "UnsettledCore":
+    def finish(self) -> "Unsettled":
         """Finish what is left; the core is on its way to the host."""
         self._finish(self._num_rows)
         settle = self._arrays.settle([flag for _, _, flag in self._flags])
         places = [(message, place) for message, place, _ in self._flags]
-        return UnsettledCore(settle=settle, places=places)
+        return Unsettled(settle=settle, places=places)
 
     def _finish(self, stop: int) -> None:
         """Finish the rows of the core before `stop`, in parts that a cache may hold."""
@@ -155,7 +155,7 @@ class Slab:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnsettledCore:
+class Unsettled:
     """A core that may still be on its way from the device; any thread may wait for it."""
 
     settle: Any
