@@ -34,34 +34,16 @@ config=${1:?usage: sbatch slurm/job-ulfm.sh CONFIG}
 # Not before: activation scripts and modules may use variables that are not set.
 set -u
 
+# CHANGE if you submit from elsewhere than the folder that holds slurm/: what job.sh needs as well. Slurm
+# runs a copy of this script, so the path starts where you submit, as that of the environment does.
+# shellcheck disable=SC1091
+. slurm/requeue.sh || { echo "job-ulfm.sh: no slurm/requeue.sh here: change its line" >&2; exit 2; }
+
 per_node=${SLURM_NTASKS_PER_NODE:?give --ntasks-per-node}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 # What of an mpirun remains on a lost node would keep the next one waiting until Slurm knows of the loss.
 export SLURM_OVERLAP=1
-
-# Blocks that the journal has, 0 before the first start; "unknown" if it cannot be read.
-num_done() {
-    for _ in {1..3}; do
-        python -m mpichunk status "$config" --json --check 2>/dev/null |
-            python -c 'import json, sys; print(json.load(sys.stdin)["num_done"])' 2>/dev/null && return
-        sleep 5
-    done
-    echo unknown
-}
-
-# Blocks done from one number to another.
-gain() {
-    if [ "$1" = unknown ] || [ "$2" = unknown ]; then echo unknown; else echo $(($2 - $1)); fi
-}
-
-is_preempted() {
-    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'PreemptTime=[0-9]'
-}
-
-is_out_of_time() {
-    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'Reason=TimeLimit'
-}
 
 # How the latest start has ended: drained, failures, finished; None if it was lost.
 end_reason() {
@@ -91,7 +73,7 @@ mpirun_pid=
 trap '[ -z "$mpirun_pid" ] || kill -USR2 "$mpirun_pid"' USR2
 trap 'is_ended=yes; [ -z "$mpirun_pid" ] || kill -USR2 "$mpirun_pid"' TERM
 
-done_at_first=$(num_done)
+done_at_first=$(num_done "$config")
 before=$done_at_first
 while :; do
     echo "job-ulfm.sh: start on ${nodes[*]}, $before blocks are done"
@@ -111,7 +93,7 @@ while :; do
     code=$?
     [ "$code" -eq 75 ] || exit "$code"
 
-    now=$(num_done)
+    now=$(num_done "$config")
     gained=$(gain "$before" "$now")
     before=$now
     if [ "$is_ended" = yes ] || [ "$(end_reason)" = drained ]; then break; fi
@@ -127,32 +109,4 @@ done
 
 # What counts here is all that the job has done since it was started or requeued, not the latest mpirun.
 gained=$(gain "$done_at_first" "$before")
-
-if [ "$is_ended" = yes ] && ! is_preempted && ! is_out_of_time; then
-    echo "job-ulfm.sh: NOT requeued: somebody has ended this job (scancel), or Slurm, which" \
-        "then starts it again"
-    exit 75
-elif is_preempted; then
-    echo "job-ulfm.sh: requeued: the job was preempted"
-elif [ "$gained" = unknown ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
-    echo "job-ulfm.sh: requeued: the journal could not be read, so nobody knows what this job has done"
-elif [ "$gained" = unknown ]; then
-    echo "job-ulfm.sh: NOT requeued: the journal could not be read, and the job has started" \
-        "$((SLURM_RESTART_COUNT + 1)) times; submit it again when that is mended"
-    exit 75
-elif [ "$gained" -le 0 ]; then
-    echo "job-ulfm.sh: NOT requeued: this job has done no block, and the next would not either. What is" \
-        "wrong stands above; submit the job again when that is mended"
-    exit 75
-else
-    echo "job-ulfm.sh: requeued: this job has done $gained blocks"
-fi
-
-# Slurm ends this script.
-trap - TERM
-if ! scontrol requeue "$SLURM_JOB_ID"; then
-    echo "job-ulfm.sh: NOT requeued: scontrol refuses; submit the job again to go on"
-    exit 75
-fi
-sleep 60
-exit 75
+requeue_or_say_why_not job-ulfm.sh job "$gained" "$is_ended"

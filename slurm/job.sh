@@ -26,11 +26,16 @@ config=${1:?usage: sbatch slurm/job.sh CONFIG}
 
 # CHANGE: the environment that mpichunk was installed into, on a file system that all nodes see, and
 # before it the site's modules if there are any (`module load openmpi cuda`). In a container instead, put
-# `apptainer exec --nv IMAGE` before each `python` below, see slurm/README.md.
+# `apptainer exec --nv IMAGE` before each `python` below and in requeue.sh, see slurm/README.md.
 # shellcheck disable=SC1091
 . .venv/bin/activate || exit 2
 # Not before: activation scripts and modules may use variables that are not set.
 set -u
+
+# CHANGE if you submit from elsewhere than the folder that holds slurm/: what job-ulfm.sh needs as well. Slurm
+# runs a copy of this script, so the path starts where you submit, as that of the environment does.
+# shellcheck disable=SC1091
+. slurm/requeue.sh || { echo "job.sh: no slurm/requeue.sh here: change its line" >&2; exit 2; }
 
 # CHANGE: how Slurm starts MPI programs here; `srun --mpi=list` shows what there is. pmix for Open MPI,
 # pmi2 for MPICH and Intel MPI.
@@ -44,34 +49,11 @@ export OPAL_PREFIX=$VIRTUAL_ENV PMIX_SECURITY_MODE=native PMIX_MCA_gds=hash
 # local rank. `--gpus-per-task=1` gives each one alone.
 binding=()
 
-# Blocks that the journal has, 0 before the first start; "unknown" if it cannot be read.
-num_done() {
-    for _ in {1..3}; do
-        python -m mpichunk status "$config" --json --check 2>/dev/null |
-            python -c 'import json, sys; print(json.load(sys.stdin)["num_done"])' 2>/dev/null && return
-        sleep 5
-    done
-    echo unknown
-}
-
-# Blocks done from one number to another.
-gain() {
-    if [ "$1" = unknown ] || [ "$2" = unknown ]; then echo unknown; else echo $(($2 - $1)); fi
-}
-
-is_preempted() {
-    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'PreemptTime=[0-9]'
-}
-
-is_out_of_time() {
-    scontrol show job "$SLURM_JOB_ID" | grep --quiet 'Reason=TimeLimit'
-}
-
 # Slurm sends SIGTERM to this shell when it ends the job.
 is_ended=no
 trap 'is_ended=yes' TERM
 
-before=$(num_done)
+before=$(num_done "$config")
 echo "job.sh: start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID, $before blocks are done"
 
 # srun does not take --cpus-per-task from the batch job by itself.
@@ -95,31 +77,5 @@ for _ in {1..20}; do
     wait $!
 done
 
-gained=$(gain "$before" "$(num_done)")
-if [ "$is_ended" = yes ] && ! is_preempted && ! is_out_of_time; then
-    echo "job.sh: NOT requeued: somebody has ended this job (scancel), or Slurm, which then starts it again"
-    exit 75
-elif is_preempted; then
-    echo "job.sh: requeued: the job was preempted"
-elif [ "$gained" = unknown ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
-    echo "job.sh: requeued: the journal could not be read, so nobody knows what this start has done"
-elif [ "$gained" = unknown ]; then
-    echo "job.sh: NOT requeued: the journal could not be read, and the job has started" \
-        "$((SLURM_RESTART_COUNT + 1)) times; submit it again when that is mended"
-    exit 75
-elif [ "$gained" -le 0 ]; then
-    echo "job.sh: NOT requeued: this start has done no block, and the next would not either. What is" \
-        "wrong stands above; submit the job again when that is mended"
-    exit 75
-else
-    echo "job.sh: requeued: this start has done $gained blocks"
-fi
-
-# Slurm ends this script.
-trap - TERM
-if ! scontrol requeue "$SLURM_JOB_ID"; then
-    echo "job.sh: NOT requeued: scontrol refuses; submit the job again to go on"
-    exit 75
-fi
-sleep 60
-exit 75
+gained=$(gain "$before" "$(num_done "$config")")
+requeue_or_say_why_not job.sh start "$gained" "$is_ended"

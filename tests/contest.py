@@ -12,17 +12,17 @@ import numpy as np
 from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.schedule.breaker import Breaker
-from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import (
     FINISHED,
     RANK_LOST,
-    Ask,
+    AskToWrite,
     Assign,
     Done,
     Drain,
     State,
     ToWorker,
-    Verdict,
+    WriteVerdict,
 )
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
@@ -68,11 +68,11 @@ class Book:
         return {line[0]: line for line in self.lines}
 
     def begin(self):
-        """As `Places.begin`."""
+        """As `JournalPlaces.begin`."""
         self.num_before = self.num_synced if self.num_before is None else self.num_before
 
     def checksum(self, block):
-        """As `Places.checksum`, but that what is asked for must be there."""
+        """As `JournalPlaces.checksum`, but that what is asked for must be there."""
         found = [line[3] for line in self.lines[self.num_before :] if line[:2] == (block, "done")]
         assert found, f"block {block} was done before anything was in doubt"
         return found[-1]
@@ -125,8 +125,8 @@ class World:
 
     def lead(self, scheduler):
         """Make the coordinator."""
-        tempo = Tempo(1.0)
-        tempo.note(0.01)
+        durations = BlockDurations(1.0)
+        durations.note(0.01)
         breaker = None
         if self.limit is not None:
             breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=self.limit)
@@ -137,7 +137,7 @@ class World:
             core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
             hosts={rank: self.hosts[rank] for rank in self.ranks},
             breaker=breaker,
-            tempo=tempo,
+            durations=durations,
         )
 
     def run(self, max_steps=20_000):
@@ -229,9 +229,9 @@ class World:
     def deliver(self, source, dest, message):
         if message == "ended":
             self.coordinator.note_end(source)
-        elif isinstance(message, Ask):
+        elif isinstance(message, AskToWrite):
             verdict = self.coordinator.may_write(source, message.lease)
-            self.mail[dest, source].append(Verdict(lease=message.lease, may_write=verdict))
+            self.mail[dest, source].append(WriteVerdict(lease=message.lease, may_write=verdict))
         elif isinstance(message, ToWorker):
             self.ranks[dest].worker.handle(message)
         else:
@@ -289,7 +289,7 @@ class World:
         if is_still:
             # Only what it had been allowed to write: it knows that it stood still.
             letters = self.mail[self.head, number]
-            allowed = {m.lease for m in letters if isinstance(m, Verdict) and m.may_write}
+            allowed = {m.lease for m in letters if isinstance(m, WriteVerdict) and m.may_write}
             allowed |= rank.permits.writing()
             self.disk.may_overlap.update(lease.block for lease in allowed)
             self.coordinator.give_up_rank(number)

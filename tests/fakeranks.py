@@ -10,12 +10,12 @@ import numpy as np
 
 from mpichunk.geometry.box import Box
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.monitor import Lead, Monitor
+from mpichunk.roles.loop import Heartbeats, Loop
+from mpichunk.roles.monitor import CoordinatorRole, Monitor
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import HangDetector, Tempo
+from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import Done, Failed, Lease
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
@@ -106,20 +106,20 @@ def run(
             display or NullDisplay(),
             num_done=lambda: scheduler.num_done - num_before,
         )
-        detector = HangDetector(comm.alive, Tempo(300.0), time.monotonic())
-        lead = Lead(coordinator=coordinator, attendance=attendance, detector=detector)
+        detector = HangDetector(comm.alive, BlockDurations(300.0), time.monotonic())
+        lead = CoordinatorRole(coordinator=coordinator, attendance=attendance, detector=detector)
     wake, counters = threading.Event(), Counters()
     pipeline = SleepingPipeline(compute, wake)
     own = static_blocks(todo, comm.size, comm.rank) if mode == "static" else ()
     worker = Worker(pipeline, pipeline.records, counters, own_blocks=own, depth=depth)
-    pulse = Pulse(counters, interval=interval)
+    heartbeats = Heartbeats(counters, interval=interval)
     comm.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
     Loop(
         comm=comm,
         worker=worker,
         lead=lead,
-        pulse=pulse,
+        heartbeats=heartbeats,
         wake=wake,
         monitor=Monitor(comm),
         watch=watch,

@@ -4,7 +4,7 @@ import queue
 import threading
 
 from mpichunk.roles.worker import Worker
-from mpichunk.schedule.messages import Ask, Verdict
+from mpichunk.schedule.messages import AskToWrite, WriteVerdict
 from mpichunk.schedule.progress import Counters
 from tests.blocks import done
 
@@ -47,7 +47,7 @@ def asked_for(worker, permits, lease):
     said = []
     while writer.is_alive():
         said += worker.step()
-        if Ask(lease=lease) in said:
-            worker.handle(Verdict(lease=lease, may_write=True))
+        if AskToWrite(lease=lease) in said:
+            worker.handle(WriteVerdict(lease=lease, may_write=True))
             writer.join()
-    return Ask(lease=lease) in said
+    return AskToWrite(lease=lease) in said

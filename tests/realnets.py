@@ -14,6 +14,13 @@ from tests import published_nets
 
 EM_CODE = Path(em_affinity_resunet.__file__)
 EM_WEIGHTS = EM_CODE.with_suffix(".safetensors")
+EM_MODEL = {
+    "backend": "pytorch",
+    "path": f"{EM_CODE}:EmAffinityResUNet",
+    "weights": str(EM_WEIGHTS),
+    "out_channels": 3,
+}
+"""The `model` section of a config that runs the network that ships."""
 
 MESHNETS = {
     "meshnet_gwm_5ch": {"width": 5, "classes": 3},

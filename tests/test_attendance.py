@@ -1,5 +1,5 @@
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.messages import Beat
+from mpichunk.schedule.messages import Heartbeat
 from mpichunk.schedule.progress import Counters
 from tests.fakeranks import NullDisplay
 
@@ -11,7 +11,7 @@ def start(*ranks):
 def end(attendance, rank, *, ended=1):
     counters = Counters()
     counters["ended"] = ended
-    attendance.note(rank, Beat(counters=tuple(counters.vector.tolist())), 0.0)
+    attendance.note(rank, Heartbeat(counters=tuple(counters.vector.tolist())), 0.0)
 
 
 def test_it_is_over_when_all_have_ended():

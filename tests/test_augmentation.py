@@ -20,7 +20,7 @@ from mpichunk.geometry.symmetry import (
     STRAIGHT,
     Augmentation,
     Offsets,
-    Turn,
+    PatchTurn,
     partner,
     turns_of,
 )
@@ -144,7 +144,7 @@ def test_groups_are_those_found_by_trying(names: list[str]) -> None:
     assert made == tried and len(made) == len(turns)
 
 
-def turned(array: np.ndarray, turn: Turn) -> np.ndarray:
+def turned(array: np.ndarray, turn: PatchTurn) -> np.ndarray:
     flipped = np.flip(array, turn.flipped)
     return np.ascontiguousarray(flipped.swapaxes(-2, -1) if turn.swaps_yx else flipped)
 
@@ -160,7 +160,7 @@ turns = st.sampled_from(turns_of(NAMES))
 
 
 @given(turns, turns, st.tuples(*3 * [st.integers(-3, 3)]))
-def test_turns_compose(a: Turn, b: Turn, offset: Triple) -> None:
+def test_turns_compose(a: PatchTurn, b: PatchTurn, offset: Triple) -> None:
     patch = np.random.default_rng(1).random((3, 4, 4))
     np.testing.assert_array_equal(turned(patch, a.then(b)), turned(turned(patch, a), b))
     assert a.then(b).of(offset) == b.of(a.of(offset))

@@ -13,7 +13,7 @@ from mpichunk.errors import DeviceError, ModelError
 from mpichunk.job import canary
 from mpichunk.job.canary import (
     TOLERANCES,
-    Finding,
+    GoldenResult,
     deviation,
     find_off_ranks,
     find_sound_ranks,
@@ -44,7 +44,7 @@ def test_what_is_no_number_is_off(value):
 
 
 def finding(rank, **what):
-    return Finding(rank=rank, host=f"node{rank}", device="cuda:0 X", **what)
+    return GoldenResult(rank=rank, host=f"node{rank}", device="cuda:0 X", **what)
 
 
 @pytest.mark.parametrize("precision", [*TOLERANCES, "mxfp8"])

@@ -13,15 +13,15 @@ import pytest
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
-from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import (
     Acknowledge,
     Assign,
     Contest,
-    Contested,
     Done,
     GiveBack,
     Lease,
+    PromiseToAsk,
     Request,
     State,
     Stop,
@@ -204,27 +204,27 @@ def test_all_ranks_are_stopped_once_when_all_is_done_or_failed(caplog):
 @pytest.mark.parametrize("has_promised", [True, False])
 def test_a_promise_ends_with_the_lease_that_was_given_back(has_promised):
     """The same lease, given to the same rank once more, is contested once more."""
-    tempo = Tempo(1.0)
-    tempo.note(0.01)
+    durations = BlockDurations(1.0)
+    durations.note(0.01)
     coordinator = Coordinator(
         Scheduler(1, size=2),
         FakeJournal(),
         core_of=core_of,
         hosts={0: "node0", 1: "node1"},
-        tempo=tempo,
+        durations=durations,
     )
     coordinator.handle(0, Request(num_blocks=2))
     lease = Lease(block=0, attempt=1)
     assert coordinator.assign(0.0) == [(0, Assign(leases=(lease,)))]
     assert coordinator.assign(2.0) == [(0, Contest(lease=lease))]
     if has_promised:
-        coordinator.handle(0, Contested(lease=lease))
+        coordinator.handle(0, PromiseToAsk(lease=lease))
     coordinator.handle(0, GiveBack(leases=(lease,)))
     assert coordinator.assign(2.6) == [(0, Assign(leases=(lease,)))]
     coordinator.handle(1, Request(num_blocks=1))
     assert coordinator.assign(5.0) == [(0, Contest(lease=lease))]
     assert coordinator.assign(6.0) == []
-    coordinator.handle(0, Contested(lease=lease))
+    coordinator.handle(0, PromiseToAsk(lease=lease))
     assert coordinator.assign(7.0) == [(1, Assign(leases=(replace(lease, is_backup=True),)))]
 
 

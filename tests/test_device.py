@@ -28,7 +28,7 @@ from tests import blockinference
 from tests.blockinference import RAW_DTYPES, make_plan, make_source, raw_values
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
-from tests.realnets import EM_CODE, EM_WEIGHTS, em_network
+from tests.realnets import EM_MODEL, em_network
 from tests.torchnet import export
 
 if not torch.cuda.is_available():
@@ -354,12 +354,7 @@ def test_a_run_gives_the_same_bytes_twice_and_the_values_of_the_cpu(tmp_path, co
             tmp_path,
             name=f"{name}.yaml",
             input={"volume": "synthetic://membranes?shape=24,80,80&seed=3"},
-            model={
-                "backend": "pytorch",
-                "path": f"{EM_CODE}:EmAffinityResUNet",
-                "weights": str(EM_WEIGHTS),
-                "out_channels": 3,
-            },
+            model=EM_MODEL,
             patch={"shape": [16, 32, 32], "overlap": [4, 8, 8], "batch_size": 3},
             block={"shape": [24, 40, 40]},
             output={"volume": f"{name}.zarr"},

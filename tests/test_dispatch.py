@@ -34,7 +34,8 @@ def test_many_ranks_do_every_block_once_and_nothing_is_kept_of_it(tmp_path, seed
     # What was in flight at a time, and what is left of it.
     assert result.most_leased <= BLOCKS_IN_FLIGHT * case.num_ranks
     coordinator, scheduler = simulation.coordinator, simulation.scheduler
-    left_over = [coordinator._contested, coordinator._writers, coordinator._retries]
+    writers = coordinator._writers
+    left_over = [writers._contested, writers.by_block, coordinator._retries]
     assert [len(found) for found in left_over] == [0, 0, 0]
     assert scheduler._retries._tries == {}
     assert len(list(scheduler._holders)) <= result.num_backups

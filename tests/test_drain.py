@@ -11,9 +11,9 @@ import pytest
 from mpichunk.roles.drain import (
     LOOK_SECONDS,
     REPEAT_SECONDS,
-    Outside,
+    DrainSources,
+    DrainWatch,
     Signals,
-    Watch,
     clear_stop,
     reason_to_stop,
     request_stop,
@@ -23,14 +23,14 @@ from mpichunk.rundir.lock import RunLock
 
 
 def watch(run_dir, **kwargs):
-    outside = kwargs.pop("outside", Outside())
-    return Watch(outside, stop_file=run_dir / STOP, **kwargs)
+    sources = kwargs.pop("sources", DrainSources())
+    return DrainWatch(sources, stop_file=run_dir / STOP, **kwargs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_is_a_reason_on_every_rank(tmp_path, number):
     with Signals() as signals:
-        found = watch(tmp_path, outside=Outside(signals=signals))
+        found = watch(tmp_path, sources=DrainSources(signals=signals))
         assert found.poll(0.0, is_leader=False) is None
         os.kill(os.getpid(), number)
         assert found.poll(0.1, is_leader=False) == number.name
@@ -39,7 +39,7 @@ def test_a_signal_is_a_reason_on_every_rank(tmp_path, number):
 
 def test_a_reason_is_told_again_now_and_then(tmp_path):
     with Signals() as signals:
-        found = watch(tmp_path, outside=Outside(signals=signals))
+        found = watch(tmp_path, sources=DrainSources(signals=signals))
         os.kill(os.getpid(), signal.SIGTERM)
         told = [found.poll(now, is_leader=False) for now in (0.0, 0.1, REPEAT_SECONDS + 0.1)]
     assert told == ["SIGTERM", None, "SIGTERM"]
@@ -103,7 +103,7 @@ def test_the_end_of_the_allocation_is_a_reason_ahead_of_time(tmp_path):
     times = iter([800.0, 880.0])
     found = watch(
         tmp_path,
-        outside=Outside(end_time=lambda: 1000.0),
+        sources=DrainSources(end_time=lambda: 1000.0),
         stop_before_seconds=120,
         clock=lambda: next(times),
     )

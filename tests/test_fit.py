@@ -12,7 +12,7 @@ from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import triple
 from mpichunk.job.fitting import device_room
-from mpichunk.job.headroom import Group, host_room, memory_groups, slurm_nbytes
+from mpichunk.job.headroom import MemoryGroup, host_room, memory_groups, slurm_nbytes
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory, least_nbytes, total_nbytes
@@ -170,10 +170,10 @@ def room(*args: Any, **more: Any) -> int:
 def test_ranks_share_what_the_host_has() -> None:
     assert room(1, available_nbytes=1000) == 1010
     assert room(4, available_nbytes=1000) == 260
-    own = Group(ident=1, nbytes=300)
+    own = MemoryGroup(ident=1, nbytes=300)
     assert room(4, [(own, 1)], available_nbytes=1000) == 260
     assert room(4, [(own, 4)], available_nbytes=1000) == 85
-    assert room(4, [(own, 4), (Group(ident=2, nbytes=8), 2)], available_nbytes=1000) == 14
+    assert room(4, [(own, 4), (MemoryGroup(ident=2, nbytes=8), 2)], available_nbytes=1000) == 14
 
 
 def test_what_idle_ranks_hold_is_theirs() -> None:

@@ -1,26 +1,26 @@
 import pytest
 
-from mpichunk.schedule.hang import KILL_SECONDS, HangDetector, Tempo
+from mpichunk.schedule.hang import KILL_SECONDS, BlockDurations, HangDetector
 
 
 def start(*ranks, seconds=0.1):
     """Return a detector whose ranks may take a second for a step."""
-    tempo = Tempo(1.0)
-    tempo.note(seconds)
-    return HangDetector(ranks, tempo, 0.0)
+    durations = BlockDurations(1.0)
+    durations.note(seconds)
+    return HangDetector(ranks, durations, 0.0)
 
 
 def test_before_a_block_is_done_a_step_may_take_ten_times_the_floor():
-    assert Tempo(2.0).lease_seconds == 20.0
-    assert Tempo(2.0).slow_seconds == float("inf")
+    assert BlockDurations(2.0).lease_seconds == 20.0
+    assert BlockDurations(2.0).slow_seconds == float("inf")
 
 
 def test_what_is_typical_is_the_median_of_late_blocks():
-    tempo = Tempo(1.0)
+    durations = BlockDurations(1.0)
     for seconds in (1.0, 1.0, 30.0):
-        tempo.note(seconds)
-    assert tempo.lease_seconds == 60.0
-    assert tempo.slow_seconds == 4.0
+        durations.note(seconds)
+    assert durations.lease_seconds == 60.0
+    assert durations.slow_seconds == 4.0
 
 
 def test_a_rank_hangs_only_while_another_moves():

@@ -13,7 +13,9 @@ import pytest
 
 from tests.launch import REPOSITORY
 
-SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sh"))
+FILES = sorted((REPOSITORY / "slurm").glob("*.sh"))
+SHARED = REPOSITORY / "slurm/requeue.sh"
+SCRIPTS = [path for path in FILES if path != SHARED]
 
 # Plays `python -m mpichunk` and counts its starts: the journal is two numbers and a word.
 PYTHON = """\
@@ -44,7 +46,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", FILES, ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(script):
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "pip install '.[test]' brings shellcheck"
@@ -53,7 +55,7 @@ def test_shellcheck_has_nothing_to_say(script):
 
 
 def test_there_are_scripts():
-    assert [path.name for path in SCRIPTS] == ["job-ulfm.sh", "job.sh"]
+    assert [path.name for path in FILES] == ["job-ulfm.sh", "job.sh", "requeue.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -81,6 +83,7 @@ def start(script, folder, *, code, gain, reason="None", num_starts=1, env=None, 
         (folder / "bin" / name).chmod(0o755)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"VIRTUAL_ENV={folder}\n")
+    (folder / "slurm").symlink_to(SHARED.parent)
     env = {
         "PATH": f"{folder}/bin:/usr/bin:/bin",
         "SLURM_JOB_ID": "7",
@@ -180,3 +183,14 @@ def test_an_environment_that_is_missing_is_told_at_once(tmp_path, script):
     )
     assert done.returncode == 2
     assert "activate" in done.stderr
+
+
+@BOTH
+def test_a_shared_file_that_is_missing_is_told_at_once(tmp_path, script):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    done = subprocess.run(
+        ["bash", script, "x.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"{script.name}: no slurm/requeue.sh here: change its line" in done.stderr

@@ -10,17 +10,17 @@ from mpichunk.errors import RankLost
 from mpichunk.geometry.box import Box
 from mpichunk.ranks.communicator import SerialCommunicator
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.monitor import Lead, Monitor, MustEnd
+from mpichunk.roles.loop import Heartbeats, Loop
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import HangDetector, Tempo
+from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import (
     Acknowledge,
-    Beat,
+    CoordinatorHeartbeat,
     Drain,
     Failed,
-    Heard,
+    Heartbeat,
     Lease,
     Request,
     Stop,
@@ -99,18 +99,18 @@ class SlowJournal:
 
 def make_lead(comm, *, num_blocks=0, journal=None, min_lease_seconds=300.0):
     scheduler = Scheduler(num_blocks, size=comm.size)
-    tempo = Tempo(min_lease_seconds)
+    durations = BlockDurations(min_lease_seconds)
     coordinator = Coordinator(
         scheduler,
         journal or SimpleNamespace(append=lambda *_, **__: None, sync=lambda: 0.0),
         core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
         hosts=dict.fromkeys(comm.alive, "node"),
-        tempo=tempo,
+        durations=durations,
     )
-    return Lead(
+    return CoordinatorRole(
         coordinator=coordinator,
         attendance=Attendance(comm.alive, NullDisplay(), num_done=lambda: 0),
-        detector=HangDetector(comm.alive, tempo, 0.0),
+        detector=HangDetector(comm.alive, durations, 0.0),
     )
 
 
@@ -123,7 +123,7 @@ def make_loop(comm, lead=None, *, time=None, depth=3, **options):
         comm=comm,
         worker=Worker(pipeline, queue.SimpleQueue(), counters, depth=depth),
         lead=lead,
-        pulse=Pulse(counters, interval=0.0),
+        heartbeats=Heartbeats(counters, interval=0.0),
         wake=threading.Event(),
         monitor=monitor,
         clock=lambda: time[0],
@@ -135,7 +135,7 @@ def beat(**values):
     counters = Counters()
     for name, value in values.items():
         counters[name] = value
-    return Beat(counters=tuple(counters.vector.tolist()))
+    return Heartbeat(counters=tuple(counters.vector.tolist()))
 
 
 # ---- A rank is lost while the coordinator lets all go ------------------------------------------
@@ -165,7 +165,7 @@ def test_a_rank_that_was_let_go_without_hearing_of_it_learns_it():
     )
     loop = make_loop(comm)
     assert loop.serve() is None
-    assert loop.pulse.is_over
+    assert loop.heartbeats.is_over
     assert comm.given[1] == (1, NOTHING, False)
 
 
@@ -188,7 +188,10 @@ def test_whatever_the_coordinator_sends_is_a_sign_of_life():
             loop.comm.arriving.append([(0, [message])] if message else [])
             loop._turn(float(turn))
 
-    for message in (Acknowledge(leases=(Lease(block=0, attempt=1),)), Heard(lease_seconds=9.0)):
+    for message in (
+        Acknowledge(leases=(Lease(block=0, attempt=1),)),
+        CoordinatorHeartbeat(lease_seconds=9.0),
+    ):
         look_for(60, message)
     with pytest.raises(MustEnd, match="has not been heard of"):
         look_for(60, None)
@@ -208,7 +211,7 @@ def test_a_coordinator_whose_disk_is_slow_is_heard_of_and_looks_after_the_others
         time[0] += 0.25
     assert time[0] > 40.0
     sent = [message for dest, messages in comm.sent for message in messages if dest == 1]
-    assert sum(isinstance(message, Heard) for message in sent) >= 6
+    assert sum(isinstance(message, CoordinatorHeartbeat) for message in sent) >= 6
 
 
 def test_a_slow_disk_is_no_sleep_also_where_messages_are_taken_in():

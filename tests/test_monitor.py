@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.roles.monitor import Lead, Monitor, MustEnd, note_beat
-from mpichunk.schedule.hang import HangDetector, Tempo
-from mpichunk.schedule.messages import Beat, Heard
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
+from mpichunk.schedule.hang import BlockDurations, HangDetector
+from mpichunk.schedule.messages import CoordinatorHeartbeat, Heartbeat
 from mpichunk.schedule.progress import Counters
 
 
@@ -42,12 +42,12 @@ def start(size=3, *, is_fault_tolerant=False, interval=5.0):
         hosts=dict.fromkeys(range(size), "node"),
         is_fault_tolerant=is_fault_tolerant,
     )
-    tempo = Tempo(1.0)
-    tempo.note(0.01)
-    lead = Lead(
+    durations = BlockDurations(1.0)
+    durations.note(0.01)
+    lead = CoordinatorRole(
         coordinator=FakeCoordinator(),
         attendance=FakeAttendance(),
-        detector=HangDetector(comm.alive, tempo, 0.0),
+        detector=HangDetector(comm.alive, durations, 0.0),
     )
     return Monitor(comm, interval=interval), lead
 
@@ -67,7 +67,7 @@ def beat(lead, rank, now, **counters):
     found = Counters()
     for name, value in counters.items():
         found[name] = value
-    note_beat(lead, rank, Beat(counters=tuple(found.vector.tolist())), now)
+    note_heartbeat(lead, rank, Heartbeat(counters=tuple(found.vector.tolist())), now)
 
 
 def test_a_standstill_is_told_once_and_then_ends_the_job(caplog):
@@ -118,13 +118,13 @@ def test_a_rank_that_does_not_move_is_given_up_and_welcomed_back(caplog):
 def test_all_hear_once_in_an_interval_unless_much_has_changed():
     monitor, lead = start(interval=20.0)
     said = look(monitor, lead, until=4.0, moving=(0, 1, 2))
-    assert said == [(0.0, rank, Heard(lease_seconds=1.0)) for rank in (0, 1, 2)]
+    assert said == [(0.0, rank, CoordinatorHeartbeat(lease_seconds=1.0)) for rank in (0, 1, 2)]
     for seconds in (0.01, 0.01, 0.55):
-        lead.detector.tempo.note(seconds)  # 1.1 s now
+        lead.detector.durations.note(seconds)  # 1.1 s now
     assert look(monitor, lead, begin=4.25, until=19.0, moving=(0, 1, 2)) == []
     said = look(monitor, lead, begin=19.25, until=38.0, moving=(0, 1, 2))
     assert {now for now, *_ in said} == {20.0}
-    lead.detector.tempo.note(2.0)
+    lead.detector.durations.note(2.0)
     said = look(monitor, lead, begin=38.25, until=39.5, moving=(0, 1, 2))
     assert [message.lease_seconds for _, _, message in said] == [4.0, 4.0, 4.0]
 
@@ -169,7 +169,7 @@ def test_a_slow_disk_is_no_sleep():
         said += [
             (now, rank)
             for rank, message in monitor.step(lead, now, is_asked_to_end=False, disk_seconds=2.9)
-            if isinstance(message, Heard)
+            if isinstance(message, CoordinatorHeartbeat)
         ]
     assert lead.coordinator.calls == [("give_up_rank", 1)]
     assert [now for now, rank in said if rank == 2] == [0.0, 6.0, 12.0, 18.0, 24.0]

@@ -28,6 +28,20 @@ BOTH = ["onnxruntime", "openvino"]
 both = pytest.mark.parametrize("backend", BOTH)
 
 
+def onnx_config(folder, backend, **sections):
+    """Write a network and the config of a run of it."""
+    onnx_maker.convolution(folder / "net.onnx")
+    return write_config(
+        folder,
+        input={"volume": "synthetic://membranes?shape=8,48,48"},
+        model={"backend": backend, "path": "net.onnx", "out_channels": 2},
+        patch={"shape": [4, 16, 16]},
+        block={"shape": [8, 24, 24]},
+        output={"volume": "out.zarr"},
+        **sections,
+    )
+
+
 @both
 def test_values_and_smaller_batches(tmp_path, backend):
     engine = load(backend, onnx_maker.convolution(tmp_path / "net.onnx"))
@@ -244,18 +258,9 @@ def test_every_backend_of_the_config_is_there():
 )
 def test_a_package_that_is_missing_is_one_message(tmp_path, python, backend, code, words):
     """A package that is broken is not called missing."""
-    onnx_maker.convolution(tmp_path / "net.onnx")
     (tmp_path / "traps").mkdir()
     (tmp_path / "traps" / f"{backend}.py").write_text(code + "\n")
-    config = write_config(
-        tmp_path,
-        input={"volume": "synthetic://membranes?shape=8,48,48"},
-        model={"backend": backend, "path": "net.onnx", "out_channels": 2},
-        patch={"shape": [4, 16, 16]},
-        block={"shape": [8, 24, 24]},
-        output={"volume": "out.zarr"},
-        compute={"device": "cpu"},
-    )
+    config = onnx_config(tmp_path, backend, compute={"device": "cpu"})
     env = {"PYTHONPATH": f"{tmp_path / 'traps'}{os.pathsep}{REPOSITORY}"}
     done = python("-m", "mpichunk", "run", config, env=env)
     assert done.returncode == 2, done.stderr
@@ -266,15 +271,7 @@ def test_a_package_that_is_missing_is_one_message(tmp_path, python, backend, cod
 
 @both
 def test_plan_starts_no_framework(tmp_path, python, backend):
-    onnx_maker.convolution(tmp_path / "net.onnx")
-    config = write_config(
-        tmp_path,
-        input={"volume": "synthetic://membranes?shape=8,48,48"},
-        model={"backend": backend, "path": "net.onnx", "out_channels": 2},
-        patch={"shape": [4, 16, 16]},
-        block={"shape": [8, 24, 24]},
-        output={"volume": "out.zarr"},
-    )
+    config = onnx_config(tmp_path, backend)
     env = trap(tmp_path / "traps", "torch", "onnxruntime", "openvino", "mpi4py")
     done = python("-m", "mpichunk", "plan", config, env=env)
     assert done.returncode == 0, done.stderr

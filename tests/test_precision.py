@@ -19,7 +19,7 @@ from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests.endtoend import read_volume, start_lines, write_config
 from tests.engines import make_request
-from tests.realnets import EM_CODE, EM_WEIGHTS
+from tests.realnets import EM_MODEL
 from tests.torchnet import BATCH, export, forms, make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,12 +102,7 @@ def test_threads_are_those_that_torch_has():
 def test_a_run_in_half_precision(tmp_path):
     sections = {
         "input": {"volume": "synthetic://membranes?shape=16,40,40&seed=3"},
-        "model": {
-            "backend": "pytorch",
-            "path": f"{EM_CODE}:EmAffinityResUNet",
-            "weights": str(EM_WEIGHTS),
-            "out_channels": 3,
-        },
+        "model": EM_MODEL,
         "patch": {"shape": [16, 32, 32], "overlap": [4, 8, 8]},
         "block": {"shape": [16, 40, 40]},
     }

@@ -13,22 +13,18 @@ import pytest
 
 from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.openvino.instructions import OPTION
-from mpichunk.bench.figures import Spread
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from mpichunk.job.startup import prepare
 from mpichunk.tune import measure as measure_module
-from mpichunk.tune.figures import Row
 from mpichunk.tune.measure import Meter
-from mpichunk.tune.variants import Variant, baseline, variant_of
+from mpichunk.tune.variants import Variant, variant_of
 from tests import onnx_maker
-from tests.endtoend import write_config
 from tests.launch import Launch
-from tests.realnets import EM_CODE, EM_WEIGHTS
+from tests.realnets import EM_MODEL
+from tests.smalltune import begin, em_config, favour
 
 pytest.importorskip("openvino", reason="no openvino: pip install 'mpichunk[openvino]'")
 
-EM_MODEL = {"path": f"{EM_CODE}:EmAffinityResUNet", "weights": str(EM_WEIGHTS)}
 NARROW = Variant(backend="openvino", batch_size=1, instructions="AVX2")
 
 
@@ -45,20 +41,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def meter_of(folder: Path, model: dict[str, Any]) -> Meter:
     """Return what measures one network on two patches of chance, its baseline measured."""
-    path = write_config(
-        folder,
-        input={"volume": "synthetic://membranes?shape=16,32,32&seed=7"},
-        model={"backend": "pytorch", "out_channels": 3, **model},
-        patch={"shape": [8, 16, 16]},
-        block={"shape": [16, 32, 32]},
-        output={"volume": "out.zarr"},
-        compute={"threads": 1, "device": "cpu"},
-    )
-    job = prepare(load_config(path).config)
+    path = em_config(folder, model=model, patch={"shape": [8, 16, 16]})
     patches = np.random.default_rng(0).random((2, 1, 8, 16, 16), dtype=np.float32)
-    meter = Meter(job, patches, num_repeats=2, num_local=1, deadline=float("inf"))
-    meter.measure(baseline(job.config))
-    return meter
+    return begin(path, patches, num_repeats=2)[0]
 
 
 def test_it_is_measured_in_turns_though_openvino_was_used_here(tmp_path: Path) -> None:
@@ -96,7 +81,7 @@ def test_what_goes_wrong_there_is_a_line_of_the_table(
     tmp_path: Path, what: str, expected: str
 ) -> None:
     (tmp_path / "net.py").write_text(DOOMED.format(what=what))
-    meter = meter_of(tmp_path, {"path": "net.py:Net"})
+    meter = meter_of(tmp_path, {"backend": "pytorch", "path": "net.py:Net", "out_channels": 3})
     found = meter.measure(NARROW)
     assert expected in found.refused and found.is_tried
     # And the next one is measured.
@@ -123,14 +108,7 @@ def test_the_config_that_is_written_says_so_and_runs(
         "output: {volume: out.zarr}\n"
         "compute: {threads: 1}\n"
     )
-    real = Meter.measure
-
-    def favour(self: Meter, variant: Variant) -> Row:
-        found = real(self, variant)
-        fast = 2.0 if variant == NARROW else 1.0
-        return replace(found, speedup=None if found.refused else Spread.of([fast]))
-
-    monkeypatch.setattr(Meter, "measure", favour)
+    favour(monkeypatch, lambda row: row.variant == NARROW)
     assert main(["tune", str(path), "--repeats", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {item["name"]: item for item in found["rows"]}

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.tune import measure as measure_module
 from mpichunk.tune import trial as trial_module
 from mpichunk.tune.figures import Row
-from mpichunk.tune.variants import Facts, Variant, baseline, variant_of
+from mpichunk.tune.variants import Facts, Variant, variant_of
 from mpichunk.verbs import tune as tune_module
 from mpichunk.verbs.run import run_on
 from tests import onnx_maker
-from tests.endtoend import write_config
-from tests.realnets import EM_CODE, EM_WEIGHTS
+from tests.smalltune import begin, em_config, favour
 
 
 @pytest.fixture
@@ -39,23 +37,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(whole(job, lambda name: None), has_avx512=False)
 
     monkeypatch.setattr(tune_module, "facts_of", facts_of)
-
-
-def em_config(folder: Path, **more: Any) -> Path:
-    sections = {
-        "input": {"volume": "synthetic://membranes?shape=32,64,64&seed=7"},
-        "model": {
-            "backend": "pytorch",
-            "path": f"{EM_CODE}:EmAffinityResUNet",
-            "weights": str(EM_WEIGHTS),
-            "out_channels": 3,
-        },
-        "patch": {"shape": [8, 8, 8]},
-        "block": {"shape": [32, 32, 32]},
-        "output": {"volume": "out.zarr"},
-        "compute": {"threads": 1, "device": "cpu"},
-    }
-    return write_config(folder, **{**sections, **more})
 
 
 TUNED = {
@@ -151,16 +132,11 @@ def test_what_is_compared_is_activated(
 ) -> None:
     (tmp_path / "net.py").write_text(STEEP)
     model = {"path": "net.py:Net", "backend": "pytorch", "activation": activation}
-    job = prepare(load_config(em_config(tmp_path, model=model)).config)
     patches_nczyx = np.linspace(0, 1, 2 * 8**3, dtype=np.float32).reshape(2, 1, 8, 8, 8)
-    meter = measure_module.Meter(
-        job, patches_nczyx, num_repeats=1, num_local=1, deadline=float("inf")
-    )
-    start = baseline(job.config)
-    meter.measure(start)
+    meter, row = begin(em_config(tmp_path, model=model), patches_nczyx)
     load = trial_module.load_engine
     monkeypatch.setattr(trial_module, "load_engine", lambda *how: Off(load(*how)))
-    found = meter.measure(replace(start, batch_size=2))
+    found = meter.measure(replace(row.variant, batch_size=2))
     assert found.difference is not None
     assert found.difference.largest == pytest.approx(expected, rel=0.01)
     assert found.is_exact_enough(1e-3) == (activation == "none")
@@ -169,15 +145,9 @@ def test_what_is_compared_is_activated(
 def test_a_batch_is_run_before_it_is_said_to_fit(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = prepare(load_config(em_config(tmp_path)).config)
-    patches_nczyx, _ = measure_module.read_patches(job)
-    meter = measure_module.Meter(
-        job, patches_nczyx, num_repeats=1, num_local=1, deadline=time.perf_counter() + 60
-    )
-    start = baseline(job.config)
-    row = meter.measure(start)
+    meter, row = begin(em_config(tmp_path), limit_seconds=60)
     assert row.nbytes is not None
-    larger = replace(start, batch_size=3)
+    larger = replace(row.variant, batch_size=3)
     assert meter.is_fitting(larger, 0.01) is None, "it would be the end of this process"
     monkeypatch.setattr(measure_module.Meter, "is_on_host", False)
     assert meter.is_fitting(larger, 0.01) is True
@@ -191,14 +161,8 @@ def test_a_batch_is_run_before_it_is_said_to_fit(
 def test_what_is_far_slower_is_not_measured_at_length(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = prepare(load_config(em_config(tmp_path)).config)
-    patches_nczyx, _ = measure_module.read_patches(job)
-    meter = measure_module.Meter(
-        job, patches_nczyx, num_repeats=1, num_local=1, deadline=time.perf_counter() + 60
-    )
-    start = baseline(job.config)
-    meter.measure(start)
-    other = replace(start, batch_size=2)
+    meter, row = begin(em_config(tmp_path), limit_seconds=60)
+    other = replace(row.variant, batch_size=2)
     monkeypatch.setattr(measure_module, "HOPELESS", 1e-6)
     assert not meter.measure(other).refused
     monkeypatch.setattr(measure_module, "HOPELESS", 1e6)
@@ -235,15 +199,12 @@ def test_written_beside_keeps_the_words_and_elsewhere_the_paths(
         "block: {shape: [16, 32, 32]}\n"
         "output: {volume: out.zarr}\n"
     )
-    real = measure_module.Meter.measure
 
-    def favour_large(self: Any, variant: Variant) -> Row:
-        found = real(self, variant)
-        assert not found.refused or variant.precision != "float32", found.refused
-        fast = 2.0 if variant.batch_size == 2 else 1.0
-        return replace(found, speedup=None if found.refused else Spread.of([fast]))
+    def is_large(row: Row) -> bool:
+        assert not row.refused or row.variant.precision != "float32", row.refused
+        return row.variant.batch_size == 2
 
-    monkeypatch.setattr(measure_module.Meter, "measure", favour_large)
+    favour(monkeypatch, is_large)
     how = ["--repeats", "1", "--set", "compute.threads=1"]
     (tmp_path / "other").mkdir()
     for target in (tmp_path / "my-tuned.yaml", tmp_path / "other/new.yaml"):

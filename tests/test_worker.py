@@ -6,16 +6,16 @@ import pytest
 
 from mpichunk.schedule.messages import (
     Acknowledge,
-    Ask,
+    AskToWrite,
     Assign,
+    CoordinatorHeartbeat,
     Dropped,
     Failed,
     GiveBack,
-    Heard,
     Lease,
     Request,
     Stop,
-    Verdict,
+    WriteVerdict,
 )
 from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
@@ -103,7 +103,7 @@ def test_a_late_block_is_written_only_when_the_coordinator_allows_it():
     worker, pipeline, _ = start_worker(permits=permits)
     worker.step()
     worker.handle(Assign(leases=leases(0, 1)))
-    worker.handle(Heard(lease_seconds=10.0))
+    worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     now[0] = 9.0
     assert permits.may_write(leases(1)[0])
     now[0] = 11.0
@@ -115,13 +115,13 @@ def test_a_late_block_is_written_only_when_the_coordinator_allows_it():
         writer.start()
     asked = []
     while len(asked) < 2:
-        asked += [message.lease for message in worker.step() if isinstance(message, Ask)]
+        asked += [message.lease for message in worker.step() if isinstance(message, AskToWrite)]
     assert set(asked) == set(leases(0, 1))
     # Whoever was asked is lost: the same is asked again.
     worker.rejoin()
-    assert {m.lease for m in worker.step() if isinstance(m, Ask)} == set(leases(0, 1))
-    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
-    worker.handle(Verdict(lease=leases(1)[0], may_write=True))
+    assert {m.lease for m in worker.step() if isinstance(m, AskToWrite)} == set(leases(0, 1))
+    worker.handle(WriteVerdict(lease=leases(0)[0], may_write=False))
+    worker.handle(WriteVerdict(lease=leases(1)[0], may_write=True))
     for writer in writers:
         writer.join()
     assert answers == {0: False, 1: True}
@@ -191,7 +191,7 @@ def test_its_own_blocks_are_forgotten_when_one_is_refused():
     """That happens only when it was given up: others have them."""
     worker, pipeline, _ = start_worker(depth=2, own_blocks=range(6))
     worker.step()
-    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
+    worker.handle(WriteVerdict(lease=leases(0)[0], may_write=False))
     pipeline.records.put(Dropped(lease=leases(0)[0]))
     assert worker.step() == [GiveBack(leases=leases(0)), Request(num_blocks=1)]
     assert pipeline.submitted == list(leases(0, 1))
@@ -204,7 +204,7 @@ def test_a_rank_that_has_stood_still_asks_for_all_its_own_blocks(seconds):
     worker, pipeline, _ = start_worker(
         depth=2, own_blocks=range(6), permits=permits, clock=lambda: now[0]
     )
-    worker.handle(Heard(lease_seconds=10.0))
+    worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     worker.step()
     now[0] = seconds
     worker.step()
@@ -230,7 +230,7 @@ def test_a_rank_that_stood_still_before_its_first_turn_asks_for_its_own_blocks(
         depth=1, own_blocks=range(2), permits=permits, clock=lambda: now[0], since=0.0
     )
     now[0] = seconds
-    worker.handle(Heard(lease_seconds=10.0))
+    worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     worker.step()
     assert asked_for(worker, permits, leases(0)[0]) == (seconds > 5.0)
 
@@ -249,7 +249,7 @@ def test_a_rank_that_has_not_heard_of_the_coordinator_asks_for_its_own_blocks(se
         worker.step()
         (lease,) = leases(block)
         asks.append(asked_for(worker, permits, lease))
-        worker.handle(Heard(lease_seconds=10.0))
+        worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
         pipeline.finish(lease)
     # The second one it took only after it had heard.
     assert asks == [True, seconds > 5.0]
@@ -260,7 +260,7 @@ def test_a_rank_that_stood_still_since_ranks_were_lost_asks_for_what_it_gave_bac
     now = [0.0]
     permits = Permits(threading.Event(), clock=lambda: now[0])
     worker, pipeline, _ = start_worker(depth=1, permits=permits, clock=lambda: now[0])
-    worker.handle(Heard(lease_seconds=10.0))
+    worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     worker.step()
     (lease,) = leases(0)
     worker.handle(Assign(leases=(lease,)))
@@ -278,7 +278,7 @@ def test_what_was_refused_once_asks_when_it_is_leased_again():
     worker, pipeline, _ = start_worker(permits=permits)
     worker.step()
     worker.handle(Assign(leases=leases(0, 1)))
-    worker.handle(Verdict(lease=leases(0)[0], may_write=False))
+    worker.handle(WriteVerdict(lease=leases(0)[0], may_write=False))
     pipeline.records.put(Dropped(lease=leases(0)[0]))
     assert GiveBack(leases=leases(0)) in worker.step()
     worker.handle(Assign(leases=leases(0)))

@@ -8,17 +8,17 @@ from mpichunk.roles.worker import REPORT_SECONDS
 from mpichunk.schedule.lookahead import MOST_WAITING, STALE_SECONDS
 from mpichunk.schedule.messages import (
     Acknowledge,
-    Ask,
+    AskToWrite,
     Assign,
     Contest,
-    Contested,
+    CoordinatorHeartbeat,
     Done,
     Failed,
     GiveBack,
-    Heard,
+    PromiseToAsk,
     Request,
     Stop,
-    Verdict,
+    WriteVerdict,
 )
 from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
@@ -136,7 +136,7 @@ def test_what_ended_undone_after_a_standstill_asks_when_it_is_leased_again(end, 
     permits = Permits(threading.Event())
     fast = Fast(permits=permits)
     worker, (lease,) = fast.worker, leases(4)
-    worker.handle(Heard(lease_seconds=10.0))
+    worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     fast.give(2)
     fast.finish(*([1] if end == "failed" else []))
     worker.step()
@@ -160,7 +160,7 @@ def test_nothing_is_promised_of_a_lease_that_is_given_back():
     messages = fast.worker.step()
     (given_back,) = [m for m in messages if isinstance(m, GiveBack)]
     assert leases(50)[0] in given_back.leases
-    assert [m.lease.block for m in messages if isinstance(m, Contested)] == [2]
+    assert [m.lease.block for m in messages if isinstance(m, PromiseToAsk)] == [2]
 
 
 def test_a_lease_that_waits_ages_and_can_be_contested():
@@ -168,10 +168,10 @@ def test_a_lease_that_waits_ages_and_can_be_contested():
     now = [0.0]
     permits = Permits(threading.Event(), clock=lambda: now[0])
     fast = Fast(permits=permits)
-    fast.worker.handle(Heard(lease_seconds=10.0))
+    fast.worker.handle(CoordinatorHeartbeat(lease_seconds=10.0))
     fast.give(10)
     fast.worker.handle(Contest(lease=leases(9)[0]))
-    assert Contested(lease=leases(9)[0]) in fast.worker.step()
+    assert PromiseToAsk(lease=leases(9)[0]) in fast.worker.step()
     fast.finish(1, 2)
     fast.worker.step()
     assert fast.submitted() == [3, 4, 5]
@@ -181,7 +181,7 @@ def test_a_lease_that_waits_ages_and_can_be_contested():
     writer.start()
     asked = []
     while not asked:
-        asked = [message for message in fast.worker.step() if isinstance(message, Ask)]
-    assert asked == [Ask(lease=leases(5)[0])]
-    fast.worker.handle(Verdict(lease=leases(5)[0], may_write=True))
+        asked = [message for message in fast.worker.step() if isinstance(message, AskToWrite)]
+    assert asked == [AskToWrite(lease=leases(5)[0])]
+    fast.worker.handle(WriteVerdict(lease=leases(5)[0], may_write=True))
     writer.join()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Slices, Triple
-from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
 
 FINISH_NBYTES = 1 << 26
 """Bytes of float32 that are finished at a time on an accelerator: enough to fill it."""
@@ -176,7 +176,9 @@ class Arrays(Protocol):
         run far ahead. What is returned holds until the next call.
         """
 
-    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> DeviceArray:
+    def gather(
+        self, staged: Staged, *, scaling: Scaling, turn: PatchTurn = STRAIGHT
+    ) -> DeviceArray:
         """Scale staged patches to float32, and pad the batch with zero patches.
 
         A `turn` is applied to each patch; one that exchanges y and x needs a square patch.
@@ -197,7 +199,7 @@ class Arrays(Protocol):
         self,
         sum_nczyx: DeviceArray,
         batch_nczyx: DeviceArray,
-        turn: Turn,
+        turn: PatchTurn,
         moves: Sequence[Move],
     ) -> None:
         """Turn predictions of a turned batch back, and add what each move takes to the sum."""

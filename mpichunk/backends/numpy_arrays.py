@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.geometry.box import Slices, Triple
-from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
 from mpichunk.processmemory import own_pages
 
 Array = npt.NDArray[np.float32]
@@ -69,7 +69,7 @@ class NumpyArrays:
             batch_shape=(batch_size, feed.shape[0], *patch_shape),
         )
 
-    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Array:
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: PatchTurn = STRAIGHT) -> Array:
         """Scale and pad; see `Arrays.gather`."""
         batch_nczyx = self._buffer("batch", staged.batch_shape)
         # What float32 cannot hold becomes inf, which is found in the result.
@@ -107,7 +107,7 @@ class NumpyArrays:
         return sums
 
     def add_turned(
-        self, sum_nczyx: Array, batch_nczyx: Array, turn: Turn, moves: Sequence[Move]
+        self, sum_nczyx: Array, batch_nczyx: Array, turn: PatchTurn, moves: Sequence[Move]
     ) -> None:
         """Add through a view that is turned back; see `Arrays.add_turned`."""
         back = batch_nczyx.swapaxes(-2, -1) if turn.swaps_yx else batch_nczyx

@@ -16,7 +16,7 @@ from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.stageclock import StageClock
 from mpichunk.bench.figures import Pass
 from mpichunk.block.inference import BlockInference, texture_batch
-from mpichunk.block.pipeline import Pipeline, Source, load_block
+from mpichunk.block.pipeline import InputSource, Pipeline, load_block
 from mpichunk.errors import UserError
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.plan import Plan
@@ -36,7 +36,7 @@ class Trial:
     """One rank's network and volumes, to be measured."""
 
     plan: Plan
-    source: Source
+    source: InputSource
     writer: Writer
     output: OutputSpec
     """What `writer` writes."""

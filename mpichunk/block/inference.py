@@ -39,7 +39,7 @@ from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Slices, Triple, subtract
-from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, Turn
+from mpichunk.geometry.symmetry import STRAIGHT, Augmentation, PatchTurn
 from mpichunk.plan.plan import Block
 from mpichunk.words import count
 
@@ -322,7 +322,7 @@ class BlockInference:
             arrays.multiply(part, share.factor)
         return mean_nczyx
 
-    def _predict_turned(self, staged: Staged, turn: Turn) -> DeviceArray:
+    def _predict_turned(self, staged: Staged, turn: PatchTurn) -> DeviceArray:
         """Return the activated prediction of one batch of turned patches, as turned as they are."""
         arrays = self._engine.arrays
         batch_nczyx = arrays.gather(staged, scaling=self._scaling, turn=turn)

@@ -49,7 +49,7 @@ BLOCK_FAILURES = (BlockError, OSError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class InputSource:
     """Where blocks are read from."""
 
     volume: Reader
@@ -66,7 +66,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class LoadedBlock:
     """A block that has been read."""
 
     source_czyx: npt.NDArray[Any] | None
@@ -82,7 +82,7 @@ class Loaded:
     """Time it took."""
 
 
-def load_block(source: Source, block: Block) -> Loaded:
+def load_block(source: InputSource, block: Block) -> LoadedBlock:
     """Read what a block needs: the mask first, and no input when the mask excludes it all.
 
     Raises:
@@ -98,7 +98,7 @@ def load_block(source: Source, block: Block) -> Loaded:
         inside_czyx = source.volume.read(inside).result()
         nbytes_read = inside_czyx.nbytes
         source_czyx = pad(inside_czyx, inside, block.input_box, domain, source.pad)
-    return Loaded(
+    return LoadedBlock(
         source_czyx=source_czyx,
         mask_zyx=mask_zyx,
         nbytes_read=nbytes_read,
@@ -106,7 +106,7 @@ def load_block(source: Source, block: Block) -> Loaded:
     )
 
 
-def _load_mask(source: Source, block: Block) -> BoolArray | None:
+def _load_mask(source: InputSource, block: Block) -> BoolArray | None:
     """Return which voxels of the block's output box are wanted."""
     mask, grid = source.mask, source.mask_grid
     if mask is None or grid is None:
@@ -125,7 +125,7 @@ class Pipeline:
         self,
         *,
         plan: Plan,
-        source: Source,
+        source: InputSource,
         inference: BlockInference,
         writer: Writer,
         num_channels: int,
@@ -147,7 +147,7 @@ class Pipeline:
         self._trimmed = monotonic()
         self._stepping = threading.Lock()
         self._is_abandoned = False
-        self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[Loaded]] | None]
+        self._loading: queue.SimpleQueue[tuple[Lease, Block, Future[LoadedBlock]] | None]
         self._loading = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="read")
         self._settler = ThreadPoolExecutor(1, thread_name_prefix="settle")
@@ -229,7 +229,7 @@ class Pipeline:
         with self._stepping:
             self._num_steps += 1
 
-    def _load(self, block: Block) -> Loaded:
+    def _load(self, block: Block) -> LoadedBlock:
         """Read what a block needs."""
         loaded = load_block(self._source, block)
         if loaded.source_czyx is not None:
@@ -237,7 +237,7 @@ class Pipeline:
         self._step()
         return loaded
 
-    def _compute(self, lease: Lease, block: Block, loading: Future[Loaded]) -> None:
+    def _compute(self, lease: Lease, block: Block, loading: Future[LoadedBlock]) -> None:
         """Infer one block, and let it be written once it is there."""
         loaded = loading.result()
         started = monotonic()
@@ -254,7 +254,7 @@ class Pipeline:
             self._trimmed = monotonic()
 
     def _settle(
-        self, lease: Lease, core: Box, inferred: Inferred, loaded: Loaded, started: float
+        self, lease: Lease, core: Box, inferred: Inferred, loaded: LoadedBlock, started: float
     ) -> None:
         """Wait for the device, which works on one block after the other; hand over to a writer."""
         core_czyx = inferred.core()

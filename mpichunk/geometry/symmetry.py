@@ -26,7 +26,7 @@ NAMES = ("flip_z", "flip_y", "flip_x", "rot90")
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Turn:
+class PatchTurn:
     """One symmetry of a box: flips of axes, then perhaps an exchange of y and x."""
 
     swaps_yx: bool = False
@@ -40,13 +40,13 @@ class Turn:
         """Axes that are reversed, counted from the last: -3 is z."""
         return tuple(axis - 3 for axis in range(3) if self.flips[axis])
 
-    def then(self, other: "Turn") -> "Turn":
+    def then(self, other: "PatchTurn") -> "PatchTurn":
         """Return this turn followed by another one."""
         flips = tuple(
             a != b for a, b in zip(self.flips, _swapped(other.flips, self.swaps_yx), strict=True)
         )
         z, y, x = flips
-        return Turn(self.swaps_yx != other.swaps_yx, (z, y, x))
+        return PatchTurn(self.swaps_yx != other.swaps_yx, (z, y, x))
 
     def of(self, offset: Triple) -> Triple:
         """Return where an offset between two voxels points once they are turned."""
@@ -54,14 +54,14 @@ class Turn:
         return (z, x, y) if self.swaps_yx else (z, y, x)
 
 
-STRAIGHT = Turn()
+STRAIGHT = PatchTurn()
 """Nothing is turned."""
 
-_GENERATORS: Mapping[str, Turn] = {
-    "flip_z": Turn(flips=(True, False, False)),
-    "flip_y": Turn(flips=(False, True, False)),
-    "flip_x": Turn(flips=(False, False, True)),
-    "rot90": Turn(swaps_yx=True, flips=(False, False, True)),
+_GENERATORS: Mapping[str, PatchTurn] = {
+    "flip_z": PatchTurn(flips=(True, False, False)),
+    "flip_y": PatchTurn(flips=(False, True, False)),
+    "flip_x": PatchTurn(flips=(False, False, True)),
+    "rot90": PatchTurn(swaps_yx=True, flips=(False, False, True)),
 }
 
 
@@ -95,7 +95,7 @@ class Share:
 class Augmentation:
     """A group of turns, and the way back from each."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[PatchTurn, ...]
     """All of them, the straight one first."""
 
     moves: tuple[tuple[Move, ...], ...]
@@ -137,7 +137,7 @@ class Augmentation:
         )
 
 
-def turns_of(names: Iterable[str]) -> tuple[Turn, ...]:
+def turns_of(names: Iterable[str]) -> tuple[PatchTurn, ...]:
     """Return every turn that these symmetries generate, each once; the straight one is the first.
 
     The same for any order of the names. All three flips and `rot90` together generate 16 turns.
@@ -150,7 +150,7 @@ def turns_of(names: Iterable[str]) -> tuple[Turn, ...]:
     return tuple(sorted(found))
 
 
-def partner(turn: Turn, channel: int, offsets: Offsets) -> tuple[int, bool]:
+def partner(turn: PatchTurn, channel: int, offsets: Offsets) -> tuple[int, bool]:
     """Return which channel of a turned prediction answers for a channel, and whether backwards.
 
     Backwards: it joins the same two voxels, but stands at the other one of them.
@@ -169,7 +169,7 @@ def partner(turn: Turn, channel: int, offsets: Offsets) -> tuple[int, bool]:
     raise ValueError(f"no channel has the offset {list(wanted)} or {list(opposite)}")
 
 
-def _moves(turn: Turn, num_channels: int, offsets: Offsets, shape: Triple) -> Iterator[Move]:
+def _moves(turn: PatchTurn, num_channels: int, offsets: Offsets, shape: Triple) -> Iterator[Move]:
     """Yield the way back from one turn; neighbouring channels that go the same way go together."""
     channel = 0
     while channel < num_channels:

@@ -14,7 +14,7 @@ from mpichunk.backends.devices.visibility import gpu_hints, visible_devices
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.inference import BlockInference, scaling_for
-from mpichunk.block.pipeline import Source
+from mpichunk.block.pipeline import InputSource
 from mpichunk.config.predictionrules import channel_offsets
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import Augmentation
@@ -100,7 +100,7 @@ def load_engine(job: Job, request: EngineRequest, prepared: bytes | None = None)
     return engine
 
 
-def open_volumes(stack: ExitStack, job: Job, request: EngineRequest) -> tuple[Source, Writer]:
+def open_volumes(stack: ExitStack, job: Job, request: EngineRequest) -> tuple[InputSource, Writer]:
     """Open the volumes as this rank sees them.
 
     Raises:
@@ -110,7 +110,7 @@ def open_volumes(stack: ExitStack, job: Job, request: EngineRequest) -> tuple[So
     mask = None
     if job.mask_handle is not None:
         mask = stack.enter_context(Reader.reopen(job.mask_handle, num_threads=num_threads))
-    source = Source(
+    source = InputSource(
         volume=stack.enter_context(Reader.reopen(job.volume_handle, num_threads=num_threads)),
         pad=job.config.input.pad,
         mask=mask,

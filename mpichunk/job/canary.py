@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class GoldenResult:
     """What one rank made of the golden batch."""
 
     rank: int
@@ -89,7 +89,7 @@ def median_of(outputs: Sequence[Output]) -> Output:
     return middle
 
 
-def judge(findings: Sequence[Finding]) -> dict[int, str]:
+def judge(findings: Sequence[GoldenResult]) -> dict[int, str]:
     """Return a sentence for each rank that must not compute."""
     off: dict[int, str] = {}
     for item in findings:
@@ -181,7 +181,7 @@ def find_off_ranks(
         output = golden()
     except DEVICE_FAILURES as refused:
         error = _as_refusal(refused, device)
-    mine = Finding(
+    mine = GoldenResult(
         rank=comm.rank,
         host=comm.host,
         device=device,
@@ -211,8 +211,8 @@ def find_off_ranks(
 
 
 def _compare(
-    comm: Communicator, mine: Finding, output: Output | None, wanted: Output | None
-) -> list[Finding]:
+    comm: Communicator, mine: GoldenResult, output: Output | None, wanted: Output | None
+) -> list[GoldenResult]:
     """Return the findings of all ranks; `wanted` is the coordinator's reference, if it has one."""
     is_there, digest = comm.bcast((wanted is not None, wanted is not None and digest_of(wanted)))
     if is_there:
@@ -232,7 +232,7 @@ def _compare(
     return comm.allgather(replace(mine, deviation=share))
 
 
-def _differ_mostly(findings: Sequence[Finding]) -> bool:
+def _differ_mostly(findings: Sequence[GoldenResult]) -> bool:
     """Return whether, of three outputs and more, most are not what they are compared with."""
     able = [item for item in findings if item.error is None]
     return len(able) > 2 and 2 * len(judge(able)) > len(able)
@@ -268,7 +268,7 @@ def _require_room(model: Model, request: EngineRequest, engine: Engine, others_n
         raise MemoryError(f"it would take about {size(need)} there: {room.words}")
 
 
-def _refuse_if_nobody_can(findings: Sequence[Finding]) -> None:
+def _refuse_if_nobody_can(findings: Sequence[GoldenResult]) -> None:
     """Raise the first rank's error where every rank has one."""
     errors = [item.error for item in findings]
     first = errors[0]

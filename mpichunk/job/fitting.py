@@ -13,7 +13,7 @@ from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
-from mpichunk.job.probing import Held, Loading, probe_engine, settle, write_probe
+from mpichunk.job.probing import HeldMemory, MeasuredLoad, probe_engine, settle, write_probe
 from mpichunk.job.startup import Job
 from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory
@@ -111,7 +111,7 @@ def probe_ranks(
     engine: Engine,
     request: EngineRequest,
     sound: tuple[int, ...],
-    loading: Loading,
+    loading: MeasuredLoad,
 ) -> tuple[Probe | None, Probe | None]:
     """Run one forward more on every rank that computes.
 
@@ -120,7 +120,7 @@ def probe_ranks(
     """
     if job.config.model.backend == "identity":
         return None, None
-    held = Held.most(comm.allgather(settle(engine, loading)))
+    held = HeldMemory.most(comm.allgather(settle(engine, loading)))
     mine: Probe | None = None
     if comm.rank in sound:
         try:

@@ -21,7 +21,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class MemoryGroup:
     """A control group that limits this process's memory."""
 
     ident: int
@@ -33,7 +33,7 @@ class Group:
 
 def host_room(
     num_local: int,
-    groups: Sequence[tuple[Group, int]] = (),
+    groups: Sequence[tuple[MemoryGroup, int]] = (),
     *,
     environ: Mapping[str, str] = os.environ,
     available_nbytes: int | None = None,
@@ -95,7 +95,7 @@ def slurm_nbytes(environ: Mapping[str, str]) -> int | None:
     return None
 
 
-def memory_groups(root: Path = Path("/")) -> Iterator[Group]:
+def memory_groups(root: Path = Path("/")) -> Iterator[MemoryGroup]:
     """Yield the control groups that limit this process's memory, of version 1 and 2.
 
     A limit counts for all groups below it. What is used includes cached files, which the kernel
@@ -112,7 +112,7 @@ def memory_groups(root: Path = Path("/")) -> Iterator[Group]:
             counts = dict(line.split(maxsplit=1) for line in lines)
             cached = sum(int(counts[name]) for name in cached_names)
             nbytes = max(0, int(text) - max(0, used - cached))
-            yield Group(ident=folder.stat().st_ino, nbytes=nbytes)
+            yield MemoryGroup(ident=folder.stat().st_ino, nbytes=nbytes)
 
 
 _Names = tuple[str, str, tuple[str, str]]

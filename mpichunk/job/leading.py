@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.job.display import get_display, summarise
 from mpichunk.job.probing import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
@@ -21,25 +22,25 @@ from mpichunk.plan.probe import Peak
 from mpichunk.process import Process
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.roles.monitor import Lead
+from mpichunk.roles.monitor import CoordinatorRole
 from mpichunk.rundir.history import read_tries
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.lock import RunLock
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.breaker import Breaker
-from mpichunk.schedule.hang import HangDetector, Tempo
+from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import State
-from mpichunk.schedule.progress import Heartbeat, get_display, summarise, totals
+from mpichunk.schedule.progress import JournaledDisplay, totals
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
 
-BEAT_SECONDS = 30.0
+HEARTBEAT_SECONDS = 30.0
 """How often the journal notes that the run is alive."""
 
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class JournalKeeper:
     """Holds the lock and the journal, on the coordinator; both are let go with the stack."""
 
     def __init__(
@@ -75,7 +76,7 @@ class Keeper:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leading:
+class CoordinatorSetup:
     """What every rank must know to become the coordinator."""
 
     comm: Communicator
@@ -108,7 +109,7 @@ class Leading:
             return ()
         return static_blocks(self.todo, len(self.sound), self.sound.index(self.comm.rank))
 
-    def begin(self, journal: Journal) -> Lead:
+    def begin(self, journal: Journal) -> CoordinatorRole:
         """Return the second role of the first coordinator."""
         schedule = self.job.config.schedule
         scheduler = Scheduler(
@@ -120,7 +121,7 @@ class Leading:
         )
         return self._lead(journal, scheduler)
 
-    def take_over(self, journal: Journal) -> Lead:
+    def take_over(self, journal: Journal) -> CoordinatorRole:
         """Return the second role of a rank that goes on where the journal ends."""
         scheduler = Scheduler(
             len(self.job.plan),
@@ -132,7 +133,7 @@ class Leading:
         scheduler.recall(tries.failed_on, tries.died_on, tries.given_up)
         return self._lead(journal, scheduler)
 
-    def tell(self, lead: Lead) -> None:
+    def tell(self, lead: CoordinatorRole) -> None:
         """Tell what all ranks have done."""
         lead.attendance.close()
         vectors, num_done = lead.attendance.vectors, lead.attendance.num_done
@@ -160,9 +161,9 @@ class Leading:
         with suppress(OSError):
             write_peak(self.job.run_dir, self.job.config, self.job.model_files(), peak)
 
-    def _lead(self, journal: Journal, scheduler: Scheduler) -> Lead:
+    def _lead(self, journal: Journal, scheduler: Scheduler) -> CoordinatorRole:
         comm, schedule, num_before = self.comm, self.job.config.schedule, self.num_before
-        tempo = Tempo(schedule.min_lease_seconds)
+        durations = BlockDurations(schedule.min_lease_seconds)
         display = get_display(
             size=comm.size,
             num_blocks=len(self.todo),
@@ -170,7 +171,7 @@ class Leading:
             start=self.started,
             stream=sys.stderr,
         )
-        return Lead(
+        return CoordinatorRole(
             coordinator=Coordinator(
                 scheduler,
                 journal,
@@ -180,12 +181,12 @@ class Leading:
                     num_ranks=len(scheduler.ranks),
                     max_consecutive_failures=schedule.max_consecutive_failures,
                 ),
-                tempo=tempo,
+                durations=durations,
             ),
-            detector=HangDetector(comm.alive, tempo, time.monotonic()),
+            detector=HangDetector(comm.alive, durations, time.monotonic()),
             attendance=Attendance(
                 comm.alive,
-                Heartbeat(display, journal.append_beat, interval=BEAT_SECONDS),
+                JournaledDisplay(display, journal.append_beat, interval=HEARTBEAT_SECONDS),
                 # Asked again and again: a difference of numbers, not a count of all blocks.
                 num_done=lambda: scheduler.num_done - num_before,
             ),

@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = ("activation", "augment", "affinity_channels", "skip_blank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class HeldMemory:
     """What a rank holds of its host's memory once its network is loaded, and held before."""
 
     resident_nbytes: int | None
@@ -42,7 +42,7 @@ class Held:
     """The most until it was loaded."""
 
     @classmethod
-    def most(cls, found: Iterable["Held"]) -> "Held":
+    def most(cls, found: Iterable["HeldMemory"]) -> "HeldMemory":
         """Return the most that any rank holds, and held."""
         held = list(found)
         return cls(
@@ -52,7 +52,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class Loading:
+class MeasuredLoad:
     """Loads a network, and notes what that took."""
 
     load: Callable[[], Engine]
@@ -69,12 +69,12 @@ class Loading:
         return engine
 
 
-def settle(engine: Engine, loading: Loading) -> Held:
+def settle(engine: Engine, loading: MeasuredLoad) -> HeldMemory:
     """Give back what loading and trying the network has left over; return what stays."""
     if engine.arrays.is_host:
         engine.arrays.release()
     trim()
-    return Held(resident_nbytes=resident_nbytes(), start_nbytes=loading.start_nbytes)
+    return HeldMemory(resident_nbytes=resident_nbytes(), start_nbytes=loading.start_nbytes)
 
 
 def _most(values: Iterable[int | None]) -> int | None:

@@ -7,25 +7,24 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from mpichunk.geometry.box import Box
+from mpichunk.roles.bookkeeper import Bookkeeper
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
 from mpichunk.schedule.demand import Demand
-from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import (
     DRAINED,
     FAILURES,
     FINISHED,
     RANK_LOST,
-    Acknowledge,
     Assign,
     Contest,
-    Contested,
     Done,
     Drain,
     Failed,
     GiveBack,
     Lease,
-    Record,
+    PromiseToAsk,
     Request,
     State,
     Stop,
@@ -33,15 +32,10 @@ from mpichunk.schedule.messages import (
     ToWorker,
 )
 from mpichunk.schedule.scheduler import Scheduler
+from mpichunk.schedule.writers import Writers
 
 Outgoing = tuple[int, ToWorker]
 """A message and the rank that it is for."""
-
-SYNC_SECONDS = 0.02
-"""Least time between two syncs of the journal: with small blocks the disk would set the pace."""
-
-SYNC_SHARE = 0.2
-"""Of rank 0's main thread, at most, for a slow disk; a second lies between syncs of over 0.25 s."""
 
 BACK_UP_SECONDS = 0.5
 """How often slow blocks are looked for at the end of a run."""
@@ -62,7 +56,7 @@ class Coordinator:
         core_of: What a block writes.
         hosts: Name of the machine of each rank, by its number.
         breaker: Says when failures end the run early; default: never.
-        tempo: Learns what a block takes, and says when one is slow.
+        durations: Learns what a block takes, and says when one is slow.
     """
 
     def __init__(
@@ -73,22 +67,18 @@ class Coordinator:
         core_of: Callable[[int], Box],
         hosts: Mapping[int, str],
         breaker: Breaker | None = None,
-        tempo: Tempo | None = None,
+        durations: BlockDurations | None = None,
     ) -> None:
         self._scheduler = scheduler
-        self._journal = journal
-        self._core_of = core_of
+        self._book = Bookkeeper(journal, core_of=core_of, hosts=hosts)
         self._hosts = hosts
         self._ranks = tuple(sorted(hosts))
         self._demand = Demand()
         self._now = float("-inf")
-        self._unacknowledged: dict[int, list[Lease]] = {}
-        self._next_sync = float("-inf")
         self._breaker = breaker
-        self._tempo = tempo or Tempo(float("inf"))
+        self._durations = durations or BlockDurations(float("inf"))
         self._next_back_up = float("-inf")
-        self._contested: dict[int, tuple[int, Lease, bool]] = {}
-        self._writers: dict[int, int] = {}
+        self._writers = Writers()
         self._is_in_doubt = False
         self._excluded: set[int] = set()
         self._newly_excluded: list[int] = []
@@ -100,8 +90,10 @@ class Coordinator:
         self.is_ended = False
         """Whether every rank has been told to stop."""
 
-        self.disk_seconds = 0.0
+    @property
+    def disk_seconds(self) -> float:
         """What the journal has taken so far."""
+        return self._book.disk_seconds
 
     def handle(self, rank: int, message: ToCoordinator) -> None:
         """Take in a message of a rank."""
@@ -112,21 +104,21 @@ class Coordinator:
             case Done():
                 self._finish(rank, message)
                 self._demand.look_at(rank)
-                self._unacknowledged.setdefault(rank, []).append(message.lease)
+                self._book.owe(rank, message.lease)
             case Failed():
-                self._release(rank, message.lease)
+                self._writers.release(rank, message.lease)
                 self._fail(rank, message)
                 self._demand.look_at_all()
-                self._unacknowledged.setdefault(rank, []).append(message.lease)
-            case Contested(lease=lease):
+                self._book.owe(rank, message.lease)
+            case PromiseToAsk(lease=lease):
                 if self._scheduler.holds(rank, lease):
-                    self._contested[lease.block] = rank, lease, True
+                    self._writers.promise(rank, lease)
                     self._next_back_up = float("-inf")
             case Drain(reason=reason):
                 self._end(DRAINED, f"{reason} on rank {rank} ({self._hosts[rank]})")
             case GiveBack(leases=leases):
                 for lease in leases:
-                    self._release(rank, lease)
+                    self._writers.release(rank, lease)
                     self._scheduler.give_back(rank, lease)
                 self._demand.look_at_all()
 
@@ -155,22 +147,21 @@ class Coordinator:
         self._ranks = tuple(sorted(held))
         self._excluded.update(idle)
         self._newly_excluded.clear()
-        self._writers = {lease.block: r for r, leases in writing.items() for lease in leases}
+        self._writers.regroup(writing)
         working = {rank: leases for rank, leases in held.items() if rank not in self._excluded}
         if not working and not self._scheduler.is_finished:
             self._end(FAILURES, "no rank is left that computes right")
         # A rank that is left out may still write what it has begun to write.
         busy = {rank: writing.get(rank, ()) for rank in self._excluded.intersection(held)}
-        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=self._writers)
+        writers = self._writers.by_block
+        fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=writers)
         for rank in busy:
             self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks = len(working)
         self._demand.clear()
-        self._unacknowledged.clear()
-        self._next_sync = float("-inf")
+        self._book.regroup()
         self.is_ended = False
-        self._contested.clear()
         for rank, lease, state in fates:
             self._note_death(rank, lease, state)
 
@@ -194,12 +185,12 @@ class Coordinator:
         """Return whether a rank may write a block: of several that hold it the first that asks."""
         if not self._scheduler.holds(rank, lease):
             return False
-        return self._writers.setdefault(lease.block, rank) == rank
+        return self._writers.may_write(rank, lease.block)
 
     def give_up_rank(self, rank: int) -> None:
         """Lease what a rank holds to others: of what is done from now on, two may write a block."""
         self._is_in_doubt = True
-        self._journal.places.begin()
+        self._book.begin_to_doubt()
         self._demand.park(rank)
         self._take_back(rank)
 
@@ -220,7 +211,7 @@ class Coordinator:
         self._scheduler.give_up_rank(rank)
         self._demand.drop(rank)
         self._demand.look_at_all()
-        self._writers = {b: writer for b, writer in self._writers.items() if writer != rank}
+        self._writers.give_up_rank(rank)
 
     def _back_up(self, now: float) -> list[Outgoing]:
         """Lease slow blocks once more, to idle ranks, when there are no others.
@@ -231,15 +222,12 @@ class Coordinator:
             return []
         self._next_back_up = now + BACK_UP_SECONDS
         outgoing: list[Outgoing] = []
-        late_leases = self._scheduler.late_leases(now, self._tempo.slow_seconds)
+        late_leases = self._scheduler.late_leases(now, self._durations.slow_seconds)
         idle = list(filter(self._scheduler.is_idle, self._demand.ranks)) if late_leases else []
         for holder, late in late_leases:
-            # What the rank that had it before has promised does not bind this one.
-            *whose, has_promised = self._contested.get(late.block, (None, None, False))
-            if whose != [holder, late]:
-                self._contested[late.block] = holder, late, False
+            if self._writers.contest(holder, late):
                 outgoing.append((holder, Contest(lease=late)))
-            elif has_promised:
+            elif self._writers.has_promised(holder, late):
                 outgoing += self._lease_again(late.block, idle, now)
         return outgoing
 
@@ -259,17 +247,10 @@ class Coordinator:
         if self._scheduler.is_finished:
             self._end(FINISHED, "")
         is_stop_due = self.ending is not None and not self.is_ended
-        if now < self._next_sync and not is_stop_due:
+        if not self._book.is_due(now) and not is_stop_due:
             return []
-        before = self.disk_seconds
-        self._sync()
-        took = self.disk_seconds - before
-        self._next_sync = now + max(SYNC_SECONDS, min(took / SYNC_SHARE, took + 50 * SYNC_SECONDS))
-        outgoing: list[Outgoing] = [
-            (rank, Acknowledge(leases=tuple(leases)))
-            for rank, leases in self._unacknowledged.items()
-        ]
-        self._unacknowledged.clear()
+        self._sync(now)
+        outgoing: list[Outgoing] = [*self._book.acknowledge()]
         if self.ending is not None and not self.is_ended:
             self.is_ended = True
             outgoing += [(rank, self.ending) for rank in self._ranks]
@@ -285,25 +266,15 @@ class Coordinator:
         elif reason == FAILURES:
             log.error("ending early: %s", why)
 
-    def _sync(self) -> None:
+    def _sync(self, now: float | None = None) -> None:
         """Make the journal durable; end the run when that cannot be done.
 
         What is not in the journal is acknowledged all the same, else no rank would ever end: its
         blocks count as not done, and are computed again by the next start.
         """
-        try:
-            self.disk_seconds += self._journal.sync()
-        except OSError as error:
-            self._journal.give_up()
-            why = f"{self._journal.path}: the journal cannot be written: {error.strerror or error}"
+        why = self._book.sync(now)
+        if why:
             self._end(FAILURES, why)
-
-    def _release(self, rank: int, lease: Lease) -> None:
-        """Let another rank write a block that this one will not; what it promised ends, too."""
-        if self._writers.get(lease.block) == rank:
-            del self._writers[lease.block]
-        if self._contested.get(lease.block, ())[:2] == (rank, lease):
-            del self._contested[lease.block]
 
     def _finish(self, rank: int, done: Done) -> None:
         """Note a block that is done; of one that was done already, only whether it is the same."""
@@ -311,11 +282,10 @@ class Coordinator:
         if not self._scheduler.finish(rank, done.lease, self._now):
             self._compare(rank, done)
             return
-        self._note(rank, done, "done")
-        self._tempo.note(sum(done.seconds.values()))
+        self._book.note(rank, done, "done")
+        self._durations.note(sum(done.seconds.values()))
         self._retries.pop(block, None)
-        self._contested.pop(block, None)
-        self._writers.pop(block, None)
+        self._writers.finish(block)
         if self._breaker is not None:
             self._breaker.succeed(rank)
 
@@ -328,11 +298,12 @@ class Coordinator:
             return
         self._sync()
         block = done.lease.block
-        if self._journal.places.checksum(block) in (done.checksum, None):
+        if self._book.checksum(block) in (done.checksum, None):
             return
         why = f"rank {rank} has written other values over it; it is computed again"
         log.warning("block %d: %s", block, why)
-        self._note(rank, Failed(lease=done.lease, error="DifferentValues", message=why), "undone")
+        different = Failed(lease=done.lease, error="DifferentValues", message=why)
+        self._book.note(rank, different, "undone")
         self._scheduler.reopen(block)
         self._demand.look_at_all()
 
@@ -340,7 +311,7 @@ class Coordinator:
         """Note what a rank was computing, or near, when it died."""
         why = f"rank {rank} died while it computed this block, or the one before"
         failed = Failed(lease=lease, error=RANK_LOST, message=why)
-        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        self._book.note(rank, failed, "failed" if state == State.FAILED else "retry")
         if state == State.FAILED:
             log.error("block %d: %s, as others did; given up", lease.block, why)
 
@@ -352,7 +323,7 @@ class Coordinator:
         self._break_if_hopeless(rank, failed)
         if self.ending is not None and self.ending.reason == FAILURES:
             state = State.FAILED
-        self._note(rank, failed, "failed" if state == State.FAILED else "retry")
+        self._book.note(rank, failed, "failed" if state == State.FAILED else "retry")
         if state == State.FAILED:
             self._retries.pop(failed.lease.block, None)
         else:
@@ -374,7 +345,7 @@ class Coordinator:
             return
         self._end(FAILURES, why)
         for earlier_rank, earlier in self._retries.values():
-            self._note(earlier_rank, earlier, "failed")
+            self._book.note(earlier_rank, earlier, "failed")
         self._retries.clear()
 
     def _exclude(self, rank: int, failed: Failed) -> None:
@@ -393,8 +364,3 @@ class Coordinator:
         self._scheduler.retire(rank)
         if self._breaker is not None:
             self._breaker.num_ranks -= 1
-
-    def _note(self, rank: int, record: Record, state: str) -> None:
-        """Append a line about a block to the journal."""
-        core = self._core_of(record.lease.block)
-        self._journal.append(record, state, core=core, rank=rank, host=self._hosts[rank])

@@ -63,7 +63,7 @@ class Signals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outside:
+class DrainSources:
     """What the world outside may tell a run."""
 
     signals: Signals = field(default_factory=Signals)
@@ -73,11 +73,11 @@ class Outside:
     """Returns the end of the allocation, seconds since the epoch, None if it is not known."""
 
 
-class Watch:
+class DrainWatch:
     """Asks again and again whether the run should end early.
 
     Args:
-        outside: What there is to ask.
+        sources: What there is to ask.
         stop_file: The run directory's stop file.
         stop_before_seconds: How long before the end of the allocation to begin.
         clock: Seconds since the epoch.
@@ -85,13 +85,13 @@ class Watch:
 
     def __init__(
         self,
-        outside: Outside,
+        sources: DrainSources,
         *,
         stop_file: Path,
         stop_before_seconds: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._outside = outside
+        self._sources = sources
         self._stop_file = stop_file
         self._stop_before_seconds = stop_before_seconds
         self._clock = clock
@@ -116,13 +116,13 @@ class Watch:
     @property
     def is_time_up(self) -> bool:
         """Whether the allocation ends at once, and nothing in flight can be finished."""
-        end_time = self._outside.end_time()
+        end_time = self._sources.end_time()
         seconds = min(DROP_SECONDS, self._stop_before_seconds / 4)
         return end_time is not None and self._clock() >= end_time - seconds
 
     def _find_reason(self, now: float, is_leader: bool) -> str | None:
-        if self._outside.signals.received is not None:
-            return self._outside.signals.received.name
+        if self._sources.signals.received is not None:
+            return self._sources.signals.received.name
         if not is_leader:
             return None
         is_there = False
@@ -132,7 +132,7 @@ class Watch:
         return reason_to_stop(
             is_asked=is_there,
             now=self._clock(),
-            end_time=self._outside.end_time(),
+            end_time=self._sources.end_time(),
             stop_before_seconds=self._stop_before_seconds,
         )
 

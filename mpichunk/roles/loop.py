@@ -16,34 +16,34 @@ from mpichunk.errors import ExitCode, RankLost
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.crash import crash
 from mpichunk.ranks.recovery import StartOver, Watchdog, regroup
-from mpichunk.roles.drain import Watch
-from mpichunk.roles.monitor import Lead, Monitor, MustEnd, note_beat
+from mpichunk.roles.drain import DrainWatch
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.messages import (
     FINISHED,
-    Ask,
-    Beat,
+    AskToWrite,
     Drain,
-    Gone,
+    Heartbeat,
     Kill,
     Leave,
     Message,
+    ProcessGone,
     ToCoordinator,
     ToWorker,
-    Verdict,
+    WriteVerdict,
 )
 from mpichunk.schedule.progress import Counters
 
 SHORTEST_NAP_SECONDS = 0.0002
 LONGEST_NAP_SECONDS = 0.04
 LONGEST_NAP_OF_COORDINATOR_SECONDS = 0.02
-FIRST_BEAT_SECONDS = 0.1
+FIRST_HEARTBEAT_SECONDS = 0.1
 FAREWELL_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
 
-class Pulse:
+class Heartbeats:
     """The signs of life of one rank, and how it learns that all have ended.
 
     A rank sends its counters every `interval` seconds, more often at first, and at once when it has
@@ -54,7 +54,7 @@ class Pulse:
     def __init__(self, counters: Counters, *, interval: float) -> None:
         self._counters = counters
         self._most_seconds = interval
-        self._interval = min(FIRST_BEAT_SECONDS, interval)
+        self._interval = min(FIRST_HEARTBEAT_SECONDS, interval)
         self._next = float("-inf")
         self._is_ended = False
 
@@ -64,7 +64,7 @@ class Pulse:
         self.abort_code: int | None = None
         """Exit code of a job that must be ended by force."""
 
-    def step(self, now: float, *, is_ended: bool) -> list[Beat]:
+    def step(self, now: float, *, is_ended: bool) -> list[Heartbeat]:
         """Return a sign of life if it is time for one."""
         # After the last one there must be none: nobody would receive it.
         if self._is_ended or (now < self._next and not is_ended):
@@ -74,7 +74,7 @@ class Pulse:
         self._is_ended = is_ended
         self._counters["ended"] = is_ended
         self._counters.measure_memory()
-        return [Beat(counters=tuple(self._counters.vector.tolist()))]
+        return [Heartbeat(counters=tuple(self._counters.vector.tolist()))]
 
     def again(self) -> None:
         """Begin with the next step, for a coordinator that has not heard of this rank."""
@@ -97,10 +97,10 @@ class Loop:
     worker: Worker
     """This rank's role."""
 
-    lead: Lead | None
+    lead: CoordinatorRole | None
     """The second role, on the coordinator only."""
 
-    pulse: Pulse
+    heartbeats: Heartbeats
     """This rank's signs of life."""
 
     wake: threading.Event
@@ -109,13 +109,13 @@ class Loop:
     monitor: Monitor
     """Watches the others."""
 
-    watch: Watch | None = None
+    watch: DrainWatch | None = None
     """Says when the run should end early; None: never."""
 
-    take_over: Callable[[], Lead] | None = None
+    take_over: Callable[[], CoordinatorRole] | None = None
     """Makes the second role for a rank that has become the lowest."""
 
-    conclude: Callable[[Lead], int] = lambda _: ExitCode.UNEXPECTED
+    conclude: Callable[[CoordinatorRole], int] = lambda _: ExitCode.UNEXPECTED
     """Returns the exit code, when the job must then be ended by force."""
 
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -126,7 +126,7 @@ class Loop:
 
     _is_asked_to_end: bool = False
 
-    def serve(self) -> Lead | None:
+    def serve(self) -> CoordinatorRole | None:
         """Work until every rank has ended; called by the main thread of every rank.
 
         Returns:
@@ -138,7 +138,7 @@ class Loop:
         comm = self.comm
         is_met = True
         try:
-            while not (is_met and self.pulse.is_over):
+            while not (is_met and self.heartbeats.is_over):
                 try:
                     if not is_met:
                         self._rejoin()
@@ -146,8 +146,8 @@ class Loop:
                     self.watchdog.stop()
                     self._work()
                 except RankLost:
-                    if self.pulse.abort_code is not None:
-                        comm.abort(self.pulse.abort_code)
+                    if self.heartbeats.abort_code is not None:
+                        comm.abort(self.heartbeats.abort_code)
                     self.watchdog.start()
                     is_met = False
                     if not regroup(comm, is_computing=True):
@@ -167,7 +167,7 @@ class Loop:
         is_lead = self.lead is not None
         longest = LONGEST_NAP_OF_COORDINATOR_SECONDS if is_lead else LONGEST_NAP_SECONDS
         try:
-            while not self.pulse.is_over:
+            while not self.heartbeats.is_over:
                 # Cleared before looking: what comes while we look sets it again.
                 self.wake.clear()
                 if self._turn(self.clock()):
@@ -177,7 +177,7 @@ class Loop:
                     nap = min(2 * nap, longest)
         except MustEnd as end:
             sys.stderr.write(f"mpichunk: {end}\n")
-            self.pulse.abort_code = end.code
+            self.heartbeats.abort_code = end.code
             self._tell_all(Leave(code=end.code))
         self._see_off()
 
@@ -189,13 +189,13 @@ class Loop:
         """
         comm = self.comm
         # A rank may be lost while the coordinator lets all go: some know by now, and others do not.
-        lets_go = self.lead is not None and self.pulse.is_over
+        lets_go = self.lead is not None and self.heartbeats.is_over
         told = comm.allgather((comm.rank, self.worker.rejoin(), lets_go))
-        self.pulse.is_over = any(is_over for *_, is_over in told)
-        if self.pulse.is_over:
+        self.heartbeats.is_over = any(is_over for *_, is_over in told)
+        if self.heartbeats.is_over:
             return
         holdings: dict[int, Holding] = {rank: holding for rank, holding, _ in told}
-        self.pulse.again()
+        self.heartbeats.again()
         self.monitor.again()
         if not comm.is_coordinator:
             return
@@ -222,7 +222,7 @@ class Loop:
                 self.monitor.hear(now)
             for message in messages:
                 self._deliver(source, message, now)
-        if self.pulse.is_over:
+        if self.heartbeats.is_over:
             # Nobody receives any more.
             return True
         outgoing: list[tuple[int, Message]] = [(comm.coordinator, m) for m in self._say(now)]
@@ -237,7 +237,7 @@ class Loop:
         num_sent = _send(comm, outgoing)
         # Only then looked at: of many ranks many messages are on their way.
         is_ended = self.worker.is_ended and not self._unreceived(lead)
-        beats = self.pulse.step(now, is_ended=is_ended)
+        beats = self.heartbeats.step(now, is_ended=is_ended)
         num_sent += _send(comm, ((comm.coordinator, beat) for beat in beats))
         if lead is not None and lead.attendance.is_over:
             self._let_go(lead)
@@ -263,8 +263,8 @@ class Loop:
         """Give a message to the role that it is for."""
         match message:
             case Leave(code=code):
-                self.pulse.is_over = True
-                self.pulse.abort_code = code
+                self.heartbeats.is_over = True
+                self.heartbeats.abort_code = code
             case Kill(rank=rank):
                 self.monitor.kill(rank)
             case _ if isinstance(message, ToWorker):
@@ -273,44 +273,46 @@ class Loop:
                 assert self.lead is not None, f"rank {source} takes this rank for the coordinator"
                 self._deliver_to_lead(self.lead, source, message, now)
 
-    def _deliver_to_lead(self, lead: Lead, source: int, message: ToCoordinator, now: float) -> None:
+    def _deliver_to_lead(
+        self, lead: CoordinatorRole, source: int, message: ToCoordinator, now: float
+    ) -> None:
         """Give a message to one of those who are the coordinator."""
         match message:
-            case Beat():
-                note_beat(lead, source, message, now)
-            case Gone(rank=rank):
+            case Heartbeat():
+                note_heartbeat(lead, source, message, now)
+            case ProcessGone(rank=rank):
                 lead.detector.condemn(rank)
-            case Ask(lease=lease):
+            case AskToWrite(lease=lease):
                 may_write = lead.coordinator.may_write(source, lease)
-                _send(self.comm, [(source, Verdict(lease=lease, may_write=may_write))])
+                _send(self.comm, [(source, WriteVerdict(lease=lease, may_write=may_write))])
             case _:
                 lead.coordinator.handle(source, message)
 
-    def _unreceived(self, lead: Lead | None) -> set[int]:
+    def _unreceived(self, lead: CoordinatorRole | None) -> set[int]:
         """Return who has not yet taken a message, of those who are waited for."""
         unreceived = self.comm.unreceived_by()
         return unreceived if lead is None else unreceived - lead.attendance.excused
 
-    def _let_go(self, lead: Lead) -> None:
+    def _let_go(self, lead: CoordinatorRole) -> None:
         """Let everybody leave: in good order, or by force when a rank can neither."""
         code = None
         if lead.attendance.excused:
             code = self.conclude(lead)
             names = ", ".join(map(str, sorted(lead.attendance.excused)))
             log.warning("the job is now ended by force, since rank %s cannot be ended alone", names)
-        self.pulse.abort_code = code
+        self.heartbeats.abort_code = code
         self._tell_all(Leave(code=code))
 
     def _tell_all(self, message: Leave) -> None:
         """Send the others their last message, without waiting for them."""
-        self.pulse.is_over = True
+        self.heartbeats.is_over = True
         excused = self.lead.attendance.excused if self.lead is not None else set[int]()
         others = set(self.comm.alive) - excused - {self.comm.rank}
         _send(self.comm, ((rank, message) for rank in others))
 
     def _see_off(self) -> None:
         """Wait until the last messages of the coordinator have been received; others have none."""
-        comm, code = self.comm, self.pulse.abort_code
+        comm, code = self.comm, self.heartbeats.abort_code
         end = self.clock() + FAREWELL_SECONDS
         while self.lead is not None and comm.num_unreceived() and self.clock() < end:
             comm.receive()

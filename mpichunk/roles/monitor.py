@@ -18,7 +18,7 @@ from mpichunk.ranks.recovery import Watchdog
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import KILL_SECONDS, HangDetector
-from mpichunk.schedule.messages import Beat, Gone, Heard, Kill, Message
+from mpichunk.schedule.messages import CoordinatorHeartbeat, Heartbeat, Kill, Message, ProcessGone
 from mpichunk.schedule.progress import totals
 
 LOOK_SECONDS = 1.0
@@ -48,7 +48,7 @@ class MustEnd(MpichunkError):  # noqa: N818
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lead:
+class CoordinatorRole:
     """The second role of the lowest rank."""
 
     coordinator: Coordinator
@@ -110,7 +110,12 @@ class Monitor:
             self._neighbours.kill(rank)
 
     def step(
-        self, lead: Lead | None, now: float, *, is_asked_to_end: bool, disk_seconds: float = 0.0
+        self,
+        lead: CoordinatorRole | None,
+        now: float,
+        *,
+        is_asked_to_end: bool,
+        disk_seconds: float = 0.0,
     ) -> list[tuple[int, Message]]:
         """Look after the others if it is time to; return what is to be sent.
 
@@ -148,7 +153,7 @@ class Monitor:
             outgoing += self._look_after(lead, now)
         return outgoing
 
-    def _look_beside(self, now: float) -> list[Gone]:
+    def _look_beside(self, now: float) -> list[ProcessGone]:
         """Look whether the next process on this machine lives."""
         comm = self._comm
         if self._neighbours is None:
@@ -173,7 +178,7 @@ class Monitor:
                 "the same again to resume",
                 ExitCode.UNEXPECTED,
             )
-        return [Gone(rank=rank)]
+        return [ProcessGone(rank=rank)]
 
     def _look_up(self, now: float) -> None:
         """Look whether the coordinator is heard of; end it if not, and if that can be."""
@@ -194,14 +199,14 @@ class Monitor:
                 ExitCode.UNEXPECTED,
             )
 
-    def _look_after(self, lead: Lead, now: float) -> list[tuple[int, Message]]:
+    def _look_after(self, lead: CoordinatorRole, now: float) -> list[tuple[int, Message]]:
         """Find the ranks that hang, and let all hear what a lease may take."""
         comm, outgoing = self._comm, list[tuple[int, Message]]()
         is_ending = lead.coordinator.ending is not None
         if not is_ending:
             self._look_at_all(lead, now)
         for rank in lead.detector.new_hung(now, is_ending=is_ending):
-            self._tell_hung(rank, lead.detector.tempo.lease_seconds)
+            self._tell_hung(rank, lead.detector.durations.lease_seconds)
             if comm.is_fault_tolerant and comm.size > 1:
                 outgoing += [(killer, Kill(rank=rank)) for killer in self._killers(rank, lead)]
         for rank in lead.detector.new_given_up(now, can_die=comm.is_fault_tolerant):
@@ -212,7 +217,7 @@ class Monitor:
             )
             lead.coordinator.give_up_rank(rank)
             lead.attendance.excuse(rank)
-        word = Heard(lease_seconds=lead.detector.tempo.lease_seconds)
+        word = CoordinatorHeartbeat(lease_seconds=lead.detector.durations.lease_seconds)
         change = abs(word.lease_seconds - self._lease_seconds)
         if now >= self._next_word or change > CHANGE * word.lease_seconds:
             self._next_word = now + self._interval
@@ -221,9 +226,12 @@ class Monitor:
             outgoing += [(rank, word) for rank in sorted(set(comm.alive) - lead.detector.given_up)]
         return outgoing
 
-    def _look_at_all(self, lead: Lead, now: float) -> None:
+    def _look_at_all(self, lead: CoordinatorRole, now: float) -> None:
         """Tell when no rank moves, and end the job when that goes on."""
-        seconds, limit = lead.detector.standstill_seconds(now), lead.detector.tempo.lease_seconds
+        seconds, limit = (
+            lead.detector.standstill_seconds(now),
+            lead.detector.durations.lease_seconds,
+        )
         if seconds <= limit:
             self._has_told_standstill = False
             return
@@ -241,7 +249,7 @@ class Monitor:
                 STANDSTILL_FACTOR * limit,
             )
 
-    def _killers(self, rank: int, lead: Lead) -> list[int]:
+    def _killers(self, rank: int, lead: CoordinatorRole) -> list[int]:
         """Return who is to end a rank: one on its machine, and itself should it be able to."""
         hung = lead.detector.hung
         beside = [] if self._neighbours is None else self._neighbours.of(rank)
@@ -292,7 +300,7 @@ def watch_stopped(
     return thread
 
 
-def note_beat(lead: Lead, rank: int, beat: Beat, now: float) -> None:
+def note_heartbeat(lead: CoordinatorRole, rank: int, beat: Heartbeat, now: float) -> None:
     """Take in a sign of life, on the coordinator."""
     lead.attendance.note(rank, beat, now)
     counters = totals(beat.counters)

@@ -15,22 +15,22 @@ from mpichunk.schedule.lookahead import Lookahead
 from mpichunk.schedule.messages import (
     FINISHED,
     Acknowledge,
-    Ask,
+    AskToWrite,
     Assign,
     Contest,
-    Contested,
+    CoordinatorHeartbeat,
     Done,
     Dropped,
     GiveBack,
-    Heard,
     Lease,
+    PromiseToAsk,
     Record,
     Records,
     Request,
     Stop,
     ToCoordinator,
     ToWorker,
-    Verdict,
+    WriteVerdict,
 )
 from mpichunk.schedule.ownrun import OwnRun, Standstill
 from mpichunk.schedule.permits import Permits
@@ -157,22 +157,22 @@ class Worker:
                     self._give_back()
                 else:
                     self._leave_to_others()
-            case Contest() | Verdict() | Heard():
+            case Contest() | WriteVerdict() | CoordinatorHeartbeat():
                 self._handle_permits(message)
 
-    def _handle_permits(self, message: Contest | Verdict | Heard) -> None:
+    def _handle_permits(self, message: Contest | WriteVerdict | CoordinatorHeartbeat) -> None:
         """Take in what decides whether blocks may be written."""
         match message:
             case Contest(lease=lease):
                 if self._permits.contest(lease):
                     self._contested.append(lease)
-            case Verdict(lease=lease, may_write=may_write):
+            case WriteVerdict(lease=lease, may_write=may_write):
                 self._permits.answer(lease, may_write)
                 if not may_write:
                     # A block of the own run is refused only to a rank that was given up.
                     self._own.drop()
                     self._doubtful.add(lease.block)
-            case Heard(lease_seconds=seconds):
+            case CoordinatorHeartbeat(lease_seconds=seconds):
                 self._permits.lease_seconds = seconds
 
     def rejoin(self) -> "Holding":
@@ -216,9 +216,9 @@ class Worker:
         requests = self._request(now)
         messages: list[ToCoordinator] = [*self._report(now)]
         # A promise ends with the lease: what is given back may be leased to this rank again.
-        messages += [Contested(lease=lease) for lease in self._contested if lease in self.held]
+        messages += [PromiseToAsk(lease=lease) for lease in self._contested if lease in self.held]
         self._contested.clear()
-        messages += [Ask(lease=lease) for lease in self._permits.questions()]
+        messages += [AskToWrite(lease=lease) for lease in self._permits.questions()]
         if self._given_back:
             self._doubt(self._given_back)
             messages.append(GiveBack(leases=tuple(self._given_back)))

@@ -32,7 +32,7 @@ from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.fingerprint import differences
 from mpichunk.rundir.layout import JOURNAL
-from mpichunk.rundir.places import Places
+from mpichunk.rundir.places import JournalPlaces
 from mpichunk.schedule.messages import Done, Failed, Record, State
 from mpichunk.words import count
 
@@ -68,7 +68,7 @@ class Journal:
         self.states = states
         """(num_blocks,) the `State` of each block when the journal was opened."""
 
-        self.places = Places(self.path, len(states))
+        self.places = JournalPlaces(self.path, len(states))
         """Where lines stand that are written once it is asked to note them."""
 
         self._file = file

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.schedule.messages import Beat
+from mpichunk.schedule.messages import Heartbeat
 from mpichunk.schedule.progress import COUNTERS, Display, totals
 
 
@@ -59,7 +59,7 @@ class Attendance:
         """Wait for a rank again."""
         self.excused.discard(rank)
 
-    def note(self, rank: int, beat: Beat, now: float) -> None:
+    def note(self, rank: int, beat: Heartbeat, now: float) -> None:
         """Take in a sign of life; those of the first rank set the pace of the display."""
         self._vectors[rank] = np.array(beat.counters)
         if beat.counters[COUNTERS.index("ended")]:

@@ -2,9 +2,9 @@
 
 Numbers in, decisions out. Knows no clock (`now` is passed in), no MPI and no processes.
 
-    moves --- no step for `Tempo.lease_seconds` ---> hung --- killed, as MPI says ---> left behind
-      ^                                               |
-      '------------- a step after all ---- given up <-'  cannot be killed, or MPI has no survivors
+    moves --- no step for `lease_seconds` ---> hung --- killed, as MPI says ---> left behind
+      ^                                         |
+      '------- a step after all ---- given up <-'  cannot be killed, or MPI has no survivors
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ KILL_SECONDS = 10.0
 """How long a rank that was sent SIGKILL may take to die."""
 
 
-class Tempo:
+class BlockDurations:
     """What is typical of a block, measured.
 
     Args:
@@ -82,12 +82,12 @@ class HangDetector:
 
     Args:
         ranks: Who takes part.
-        tempo: How long a step may take.
+        durations: How long a step may take.
         now: Seconds.
     """
 
-    def __init__(self, ranks: Iterable[int], tempo: Tempo, now: float) -> None:
-        self.tempo = tempo
+    def __init__(self, ranks: Iterable[int], durations: BlockDurations, now: float) -> None:
+        self.durations = durations
         """What blocks take."""
 
         self.given_up: set[int] = set()
@@ -147,7 +147,7 @@ class HangDetector:
             now: Seconds.
             is_ending: Whether ranks only finish what they hold: then those that move have ended.
         """
-        limit = self.tempo.lease_seconds
+        limit = self.durations.lease_seconds
         if self.standstill_seconds(now) > limit / 2 and not is_ending:
             return []
         found = [

@@ -10,13 +10,13 @@ Knows no transport and no policy. A block travels as its index in the plan: ever
       | -- Drain(reason) --------------------------> |   this rank was asked to end early
       | <-- Stop(reason) --------------------------- |
       | -- GiveBack(leases) -----------------------> |   what this rank does not keep
-      | -- Beat(counters) -------------------------> |   again and again; the last one at the end
-      | <-- Heard(lease_seconds) ------------------- |   the coordinator is alive, too
+      | -- Heartbeat(counters) --------------------> |   again and again; the last one at the end
+      | <-- CoordinatorHeartbeat(lease_seconds) ---- |   the coordinator is alive, too
       | <-- Contest(lease) ------------------------- |   another rank is to compute it, too
-      | -- Contested(lease) -----------------------> |   it is not being written, and asks before
-      | -- Ask(lease) -----------------------------> |   before a block is written that is late
-      | <-- Verdict(lease, may_write) -------------- |
-      | -- Gone(rank) -----------------------------> |   a process of the same machine has ended
+      | -- PromiseToAsk(lease) --------------------> |   it is not being written, and asks before
+      | -- AskToWrite(lease) ----------------------> |   before a block is written that is late
+      | <-- WriteVerdict(lease, may_write) --------- |
+      | -- ProcessGone(rank) ----------------------> |   a process of the same machine has ended
       | <-- Kill(rank) ----------------------------- |   one that hangs, on the same machine
       | <-- Leave(code) ---------------------------- |   all have sent their last sign of life
 """
@@ -201,7 +201,7 @@ class GiveBack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """The rank is alive."""
 
     counters: tuple[float, ...]
@@ -252,7 +252,7 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contested:
+class PromiseToAsk:
     """The answer to `Contest`, if the block is not being written yet: the rank will ask before."""
 
     lease: Lease
@@ -260,7 +260,7 @@ class Contested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class AskToWrite:
     """Other ranks may compute this block, too; may this one write it?"""
 
     lease: Lease
@@ -268,8 +268,8 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The answer to `Ask`."""
+class WriteVerdict:
+    """The answer to `AskToWrite`."""
 
     lease: Lease
     """What was asked for."""
@@ -279,7 +279,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
+class CoordinatorHeartbeat:
     """What the coordinator lets ranks know now and then, and when it has changed."""
 
     lease_seconds: float
@@ -287,7 +287,7 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gone:
+class ProcessGone:
     """The process of a rank has ended, and MPI has not said so."""
 
     rank: int
@@ -342,6 +342,10 @@ Record = Done | Failed
 Records = queue.SimpleQueue[Record | Dropped | BaseException]
 """What a pipeline's threads have finished; an exception in it is a crash for the main thread."""
 
-ToCoordinator = Record | Request | Drain | GiveBack | Beat | Contested | Ask | Gone
-ToWorker = Assign | Acknowledge | Stop | Heard | Contest | Verdict | Kill | Leave
+ToCoordinator = (
+    Record | Request | Drain | GiveBack | Heartbeat | PromiseToAsk | AskToWrite | ProcessGone
+)
+ToWorker = (
+    Assign | Acknowledge | Stop | CoordinatorHeartbeat | Contest | WriteVerdict | Kill | Leave
+)
 Message = ToCoordinator | ToWorker

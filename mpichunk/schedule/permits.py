@@ -5,7 +5,7 @@ receives. Knows neither what is written nor who answers.
 
     writer thread    may_write(lease) ---.                    .--> True or False
                                          v                    |
-    main thread           questions() -> Ask       Verdict -> answer(lease)
+    main thread     questions() -> AskToWrite    WriteVerdict -> answer(lease)
 """
 
 import threading

@@ -40,7 +40,7 @@ from mpichunk.job.assembly import (
 )
 from mpichunk.job.fitting import device_room, keep_probe
 from mpichunk.job.masking import is_wanted
-from mpichunk.job.probing import Held, Loading, device_words, forward_nbytes, settle
+from mpichunk.job.probing import HeldMemory, MeasuredLoad, device_words, forward_nbytes, settle
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT, unexplained_nbytes
 from mpichunk.plan.plan import Plan
@@ -135,7 +135,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     parent = on_rank_0(comm, lambda: scratch_parent(job.output, options.scratch))
     request = engine_request(job, bind_ranks(comm, job, fresh=True).of(comm.rank))
     prepared = on_rank_0(comm, lambda: prepare_network(job, request))
-    loading = Loading(lambda: load_engine(job, request, prepared))
+    loading = MeasuredLoad(lambda: load_engine(job, request, prepared))
     engine = on_every_rank(comm, loading)
     on_every_rank(comm, lambda: check_engine(engine, request))
     settle(engine, loading)
@@ -148,7 +148,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
         blocks = on_rank_0(comm, lambda: choose_blocks(job.plan, _wants(job), num=wanted))
         mine = _measure(comm, trial, blocks, num_blocks, options.num_repeats)
     # Now storage libraries are at work, too.
-    held = Held.most(comm.allgather(settle(engine, loading)))
+    held = HeldMemory.most(comm.allgather(settle(engine, loading)))
     ranks = comm.allgather(mine)
     figures = combine(ranks)
     estimate = job.estimate()

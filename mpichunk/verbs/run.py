@@ -29,7 +29,7 @@ import numpy as np
 from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import EngineInfo
 from mpichunk.block.inference import BlockInference
-from mpichunk.block.pipeline import Pipeline, Source
+from mpichunk.block.pipeline import InputSource, Pipeline
 from mpichunk.config.file import LoadedConfig, load_config, load_plain_config
 from mpichunk.config.schema import Schedule
 from mpichunk.errors import UserError
@@ -44,8 +44,8 @@ from mpichunk.job.assembly import (
 from mpichunk.job.canary import find_sound_ranks
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.job.fitting import Crew, check_device, check_host, keep_probe, probe_ranks
-from mpichunk.job.leading import Keeper, Leading
-from mpichunk.job.probing import Loading
+from mpichunk.job.leading import CoordinatorSetup, JournalKeeper
+from mpichunk.job.probing import MeasuredLoad
 from mpichunk.job.sight import check_sight
 from mpichunk.job.startup import (
     Job,
@@ -68,9 +68,9 @@ from mpichunk.ranks.launcher import name_of
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Watchdog, survive
 from mpichunk.ranks.slurm import Allocation, describe
-from mpichunk.roles.drain import Outside, Signals, Watch, clear_stop
-from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.monitor import Lead, Monitor, watch_stopped
+from mpichunk.roles.drain import DrainSources, DrainWatch, Signals, clear_stop
+from mpichunk.roles.loop import Heartbeats, Loop
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, watch_stopped
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import STOP
@@ -89,10 +89,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
-class Life:
+class RankState:
     """What of a process outlasts the loss of another rank."""
 
-    outside: Outside
+    drain_sources: DrainSources
     """Signals, and the end of the allocation."""
 
     watchdog: Watchdog
@@ -112,17 +112,17 @@ class Life:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RankParts:
     """What a rank takes into the computing, besides what every rank has."""
 
-    source: Source
+    source: InputSource
     inference: BlockInference
     writer: Writer
     neighbours: Neighbours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
+class StartFacts:
     """What is noted of a start before its first block."""
 
     bindings: Bindings
@@ -153,9 +153,9 @@ def run(config_path: Path, overrides: Sequence[str], *, fresh: bool) -> int:
         watchdog = Watchdog()
     with Signals() as signals:
         allocation = Allocation(os.environ)
-        outside = Outside(signals=signals, end_time=allocation.end_time)
-        life = Life(outside=outside, watchdog=watchdog, allocation=allocation)
-        code = run_on(comm, config_path, overrides, fresh=fresh, life=life)
+        drain_sources = DrainSources(signals=signals, end_time=allocation.end_time)
+        state = RankState(drain_sources=drain_sources, watchdog=watchdog, allocation=allocation)
+        code = run_on(comm, config_path, overrides, fresh=fresh, state=state)
     comm.leave(code)
     return code
 
@@ -166,14 +166,14 @@ def run_on(
     overrides: Sequence[str] = (),
     *,
     fresh: bool = False,
-    life: Life | None = None,
+    state: RankState | None = None,
 ) -> int:
     """Do what `run` does, on the ranks given. Only rank 0 prints the user's mistakes."""
-    own_life = life or Life(outside=Outside(), watchdog=Watchdog())
+    own_state = state or RankState(drain_sources=DrainSources(), watchdog=Watchdog())
 
     def body() -> int:
-        code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, own_life))
-        if own_life.is_abandoning:
+        code = survive(comm, lambda: _run(comm, config_path, overrides, fresh, own_state))
+        if own_state.is_abandoning:
             comm.leave(code, at_once=True)
         return code
 
@@ -191,25 +191,25 @@ def _start_timeout(config_path: Path, overrides: Sequence[str]) -> float:
 
 
 def _run(
-    comm: Communicator, config_path: Path, overrides: Sequence[str], fresh: bool, life: Life
+    comm: Communicator, config_path: Path, overrides: Sequence[str], fresh: bool, state: RankState
 ) -> int:
     """Run it, or raise the same UserError on every rank."""
     loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
-    fresh = fresh and not any(comm.allgather(life.has_begun))
+    fresh = fresh and not any(comm.allgather(state.has_begun))
     with loaded.locating():
-        return _run_config(comm, loaded, fresh=fresh, life=life)
+        return _run_config(comm, loaded, fresh=fresh, state=state)
 
 
-def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: Life) -> int:
+def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state: RankState) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     bindings = bind_ranks(comm, job, fresh=fresh)
     processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
     neighbours = Neighbours(comm.rank, processes)
-    if comm.size > 1 and not life.is_watching:
-        life.is_watching = True
+    if comm.size > 1 and not state.is_watching:
+        state.is_watching = True
         patience = job.config.schedule.min_lease_seconds
-        watch_stopped(neighbours, life.watchdog, seconds=patience, rank=comm.rank)
+        watch_stopped(neighbours, state.watchdog, seconds=patience, rank=comm.rank)
     found = on_rank_0(comm, lambda: find_todo(job, bindings, fresh=fresh))
     todo = found.unpack(len(job.plan))
     ending: Stop | None = None
@@ -222,22 +222,24 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, life: 
         crew = Crew(num_blocks=num_todo, ranks=comm.alive)
         check_host(comm, job, request, crew)
         prepared = on_rank_0(comm, lambda: prepare_network(job, request))
-        loading = Loading(lambda: load_engine(job, request, prepared))
+        loading = MeasuredLoad(lambda: load_engine(job, request, prepared))
         engine, sound = find_sound_ranks(comm, job.config.model, request, loading)
         probe, told = probe_ranks(comm, job, engine, request, sound, loading)
         crew = Crew(num_blocks=num_todo, ranks=sound, probe=probe, has_probed=True)
         check_host(comm, job, request, crew)
         check_device(comm, job, engine, bindings, crew)
         expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo, latest=told))
-        leading = Leading(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
+        setup = CoordinatorSetup(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
-            keeper = Keeper(comm, job, found.fingerprint, processes.values(), stack)
-            opening = Opening(bindings=bindings, engine=engine.info, expected=expected, told=told)
-            _open_run(comm, keeper, opening, fresh=fresh, life=life)
+            keeper = JournalKeeper(comm, job, found.fingerprint, processes.values(), stack)
+            facts = StartFacts(bindings=bindings, engine=engine.info, expected=expected, told=told)
+            _open_run(comm, keeper, facts, fresh=fresh, state=state)
             source, writer = on_every_rank(comm, lambda: open_volumes(stack, job, request))
             inference = make_inference(job, engine, request)
-            part = Part(source=source, inference=inference, writer=writer, neighbours=neighbours)
-            ending = _compute(comm, leading, keeper, part, life)
+            parts = RankParts(
+                source=source, inference=inference, writer=writer, neighbours=neighbours
+            )
+            ending = _compute(setup, keeper, parts, state)
     return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
 
 
@@ -254,12 +256,7 @@ def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bin
 
 
 def _open_run(
-    comm: Communicator,
-    keeper: Keeper,
-    opening: Opening,
-    *,
-    fresh: bool,
-    life: Life,
+    comm: Communicator, keeper: JournalKeeper, facts: StartFacts, *, fresh: bool, state: RankState
 ) -> None:
     """Begin or go on with the run directory and the output.
 
@@ -272,87 +269,86 @@ def _open_run(
         lock = keeper.lock()
         create_output(job.output, sources=job.sources)
         journal = keeper.open(lock, fresh=fresh)
-        if not life.has_begun:
+        if not state.has_begun:
             clear_stop(job.run_dir, before=lock.taken)
-        _note_start(journal, opening.bindings, opening.engine, life.allocation)
-        if opening.told is not None:
-            keep_probe(job, opening.told)
-        return write_run_files(job.config, job, opening.expected)
+        _note_start(journal, facts, state.allocation)
+        if facts.told is not None:
+            keep_probe(job, facts.told)
+        return write_run_files(job.config, job, facts.expected)
 
     nonce = on_rank_0(comm, begin)
-    life.has_begun = True
+    state.has_begun = True
     on_every_rank(comm, lambda: check_sight(job.run_dir, nonce, host=comm.host))
     on_every_rank(comm, lambda: log_to_file(job.run_dir, comm.rank))
 
 
-def _note_start(
-    journal: Journal, bindings: Bindings, engine: EngineInfo, allocation: Allocation
-) -> None:
+def _note_start(journal: Journal, facts: StartFacts, allocation: Allocation) -> None:
     """Note this start in the journal, and what has changed since the first."""
     for change in changed_versions(journal.header, library_versions()):
         log.warning("%s", change)
-    facts: dict[str, object] = {
+    bindings = facts.bindings
+    told: dict[str, object] = {
         "num_ranks": len(bindings.ranks),
         "hosts": sorted({binding.host for binding in bindings.ranks}),
         "device_kinds": list(bindings.device_kinds),
         "threads": bindings.ranks[0].threads,
-        "engine": asdict(engine),
+        "engine": asdict(facts.engine),
     }
     if slurm := allocation.facts():
         log.info("%s", describe(slurm))
-        facts["slurm"] = slurm
-    journal.append_start(facts)
+        told["slurm"] = slurm
+    journal.append_start(told)
     sync_first(journal)
 
 
 def _compute(
-    comm: Communicator, leading: Leading, keeper: Keeper, part: Part, life: Life
+    setup: CoordinatorSetup, keeper: JournalKeeper, parts: RankParts, state: RankState
 ) -> Stop | None:
     """Compute the blocks still to do: this rank's part of it, until all ranks have ended.
 
     Returns, on the coordinator, why they have ended.
     """
-    job, wake = leading.job, threading.Event()
+    comm, job, wake = setup.comm, setup.job, threading.Event()
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
-    pipeline = _pipeline(job, part, records, permits, wake)
-    counters = Counters(lambda: part.inference.device_peak_nbytes)
+    pipeline = _pipeline(job, parts, records, permits, wake)
+    counters = Counters(lambda: parts.inference.device_peak_nbytes)
     # A rank that computes wrongly asks for no blocks.
-    depth = BLOCKS_IN_FLIGHT if comm.rank in leading.sound else 0
+    depth = BLOCKS_IN_FLIGHT if comm.rank in setup.sound else 0
     worker = Worker(
         pipeline,
         records,
         counters,
         depth=depth,
-        own_blocks=leading.own_blocks,
+        own_blocks=setup.own_blocks,
         permits=permits,
-        since=leading.started,
+        since=setup.started,
     )
     silence = job.config.schedule.min_lease_seconds
     interval = min(PROGRESS_SECONDS, silence / 4)
 
-    def take_over() -> Lead:
+    def take_over() -> CoordinatorRole:
         lead_terminal()
-        return leading.take_over(keeper.open(keeper.lock()))
+        return setup.take_over(keeper.open(keeper.lock()))
 
-    def end(lead: Lead) -> Stop:
+    def end(lead: CoordinatorRole) -> Stop:
         assert keeper.journal is not None
         ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank goes on")
-        leading.tell(lead)
+        setup.tell(lead)
         note_end(keeper.journal, ending)
         return ending
 
     loop = Loop(
         comm=comm,
         worker=worker,
-        lead=leading.begin(keeper.journal) if keeper.journal is not None else None,
-        pulse=Pulse(counters, interval=interval),
+        lead=setup.begin(keeper.journal) if keeper.journal is not None else None,
+        heartbeats=Heartbeats(counters, interval=interval),
         wake=wake,
-        monitor=Monitor(comm, part.neighbours, silence_seconds=silence, interval=interval),
-        watch=_watch(job, life.outside),
+        monitor=Monitor(comm, parts.neighbours, silence_seconds=silence, interval=interval),
+        watch=_watch(job, state.drain_sources),
         take_over=take_over,
         conclude=lambda lead: conclude(job.run_dir, end(lead), num_blocks=len(job.plan)),
-        watchdog=life.watchdog,
+        watchdog=state.watchdog,
     )
     with pipeline:
         try:
@@ -362,19 +358,19 @@ def _compute(
             permits.close(())
         if worker.is_abandoning:
             pipeline.abandon()
-            life.is_abandoning = True
+            state.is_abandoning = True
     return None if lead is None else end(lead)
 
 
 def _pipeline(
-    job: Job, part: Part, records: Records, permits: Permits, wake: threading.Event
+    job: Job, parts: RankParts, records: Records, permits: Permits, wake: threading.Event
 ) -> Pipeline:
     """Return what computes this rank's blocks."""
     return Pipeline(
         plan=job.plan,
-        source=part.source,
-        inference=part.inference,
-        writer=part.writer,
+        source=parts.source,
+        inference=parts.inference,
+        writer=parts.writer,
         num_channels=job.output.num_channels,
         dtype=job.output.dtype,
         records=records,
@@ -383,10 +379,10 @@ def _pipeline(
     )
 
 
-def _watch(job: Job, outside: Outside) -> Watch:
+def _watch(job: Job, drain_sources: DrainSources) -> DrainWatch:
     """Return what says when the run should end early."""
-    return Watch(
-        outside,
+    return DrainWatch(
+        drain_sources,
         stop_file=job.run_dir / STOP,
         stop_before_seconds=job.config.schedule.stop_before_seconds,
     )

@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class BlockFinding:
     """One block that is not as the journal says."""
 
     block: int
@@ -75,7 +75,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class StoredRun:
     """What rank 0 has read, for every rank."""
 
     job: Job
@@ -92,17 +92,17 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verification:
     """What a verification found."""
 
     states: npt.NDArray[np.uint8]
     """(num_blocks,) the `State` of each block before any repair."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[BlockFinding, ...]
     """In plan order."""
 
     @property
-    def bad(self) -> list[Finding]:
+    def bad(self) -> list[BlockFinding]:
         """Blocks that are done but not as they were written."""
         return [finding for finding in self.findings if finding.kind != EXTRA]
 
@@ -131,27 +131,27 @@ def _verify(
     loaded = on_rank_0(comm, lambda: load_run_config(config_path, overrides))
     with ExitStack() as stack:
 
-        def open_run() -> Case:
+        def open_run() -> StoredRun:
             job, header = _open_job(loaded)
             if repair:
                 stack.enter_context(RunLock.acquire(job.run_dir))
-            return _read_case(job, header)
+            return _read_stored(job, header)
 
-        case = on_rank_0(comm, open_run)
-        blocks = range(comm.rank, len(case.states), comm.size)
-        path = case.job.run_dir / journal.NAME
+        stored = on_rank_0(comm, open_run)
+        blocks = range(comm.rank, len(stored.states), comm.size)
+        path = stored.job.run_dir / journal.NAME
         digests = on_every_rank(comm, lambda: read_digests(path, blocks))
         num_threads = max(1, len(os.sched_getaffinity(0)) // comm.local_size)
         # Together: a rank that does not see the output must not leave the others waiting.
-        read = on_every_rank(comm, lambda: _reader(case, num_threads))
-        found = comm.gather(_find_all(case, blocks, digests, read, num_threads))
+        read = on_every_rank(comm, lambda: _reader(stored, num_threads))
+        found = comm.gather(_find_all(stored, blocks, digests, read, num_threads))
 
         def conclude() -> ExitCode:
             findings = sorted((f for part in found or [] for f in part), key=lambda f: f.block)
-            verdict = Verdict(states=case.states, findings=tuple(findings))
+            verdict = Verification(states=stored.states, findings=tuple(findings))
             if repair and verdict.bad:
-                _mark_undone(case, verdict.bad, host=comm.host)
-            print(_as_json(case, verdict, repair) if as_json else _text(case, verdict, repair))
+                _mark_undone(stored, verdict.bad, host=comm.host)
+            print(_as_json(stored, verdict, repair) if as_json else _text(stored, verdict, repair))
             return verdict.exit_code
 
         return on_rank_0(comm, conclude)
@@ -159,13 +159,13 @@ def _verify(
 
 def find(
     block: int, core: Box, state: State, digest: npt.NDArray[np.uint8], read: Read
-) -> Finding | None:
+) -> BlockFinding | None:
     """Compare one block with what the journal says of it."""
     try:
         core_czyx = read(core)
     except BlockError as error:
         kind = UNREADABLE if state == State.DONE else EXTRA
-        return Finding(block=block, kind=kind, message=str(error))
+        return BlockFinding(block=block, kind=kind, message=str(error))
     if state == State.DONE:
         if digest_of(core_czyx) == digest.tobytes():
             return None
@@ -174,7 +174,7 @@ def find(
         kind = EXTRA
     else:
         return None
-    return Finding(block=block, kind=kind, message=WORDS[kind])
+    return BlockFinding(block=block, kind=kind, message=WORDS[kind])
 
 
 def check_same_config(header: dict[str, Any], job: Job, path: Path) -> None:
@@ -216,12 +216,12 @@ def _open_job(loaded: LoadedConfig) -> tuple[Job, dict[str, Any]]:
     return job, header
 
 
-def _read_case(job: Job, header: dict[str, Any]) -> Case:
+def _read_stored(job: Job, header: dict[str, Any]) -> StoredRun:
     """Read the journal, on rank 0."""
     path = job.run_dir / journal.NAME
     states = np.zeros(len(job.plan), np.uint8)
     journal.scan(path, states)
-    return Case(
+    return StoredRun(
         job=job,
         header=header,
         is_there=check_output(job.output, sources=job.sources),
@@ -230,15 +230,15 @@ def _read_case(job: Job, header: dict[str, Any]) -> Case:
 
 
 def _find_all(
-    case: Case, blocks: range, digests: Digests, read: Read, num_threads: int
-) -> list[Finding]:
+    stored: StoredRun, blocks: range, digests: Digests, read: Read, num_threads: int
+) -> list[BlockFinding]:
     """Compare this rank's blocks, several at a time."""
 
-    def look(block: int) -> Finding | None:
-        core, state = case.job.plan.grid[block], State(int(case.states[block]))
+    def look(block: int) -> BlockFinding | None:
+        core, state = stored.job.plan.grid[block], State(int(stored.states[block]))
         return find(block, core, state, digests[blocks.index(block)], read)
 
-    findings: list[Finding] = []
+    findings: list[BlockFinding] = []
     next_told = time.monotonic() + PROGRESS_SECONDS
     for num_read, finding in enumerate(_in_order(look, blocks, num_threads), start=1):
         if finding is not None:
@@ -254,19 +254,19 @@ def _find_all(
     return findings
 
 
-def _reader(case: Case, num_threads: int) -> Read:
+def _reader(stored: StoredRun, num_threads: int) -> Read:
     """Return what reads a core; where there is no output, every core is zero."""
-    spec = case.job.output
-    if case.is_there:
+    spec = stored.job.output
+    if stored.is_there:
         return open_output(spec, num_threads=num_threads).read
     return lambda core: np.zeros((spec.num_channels, *core.shape), spec.dtype)
 
 
 def _in_order(
-    look: Callable[[int], Finding | None], blocks: Iterable[int], num_threads: int
-) -> Iterator[Finding | None]:
+    look: Callable[[int], BlockFinding | None], blocks: Iterable[int], num_threads: int
+) -> Iterator[BlockFinding | None]:
     """Yield what `look` returns for each block, with few blocks in memory at a time."""
-    pending: deque[Future[Finding | None]] = deque()
+    pending: deque[Future[BlockFinding | None]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="verify") as pool:
         for block in blocks:
             pending.append(pool.submit(look, block))
@@ -276,36 +276,36 @@ def _in_order(
             yield pending.popleft().result()
 
 
-def _mark_undone(case: Case, bad: Sequence[Finding], *, host: str) -> None:
+def _mark_undone(stored: StoredRun, bad: Sequence[BlockFinding], *, host: str) -> None:
     """Note in the journal that these blocks are to be computed again."""
     with Journal.open(
-        case.job.run_dir,
-        num_blocks=len(case.states),
-        fingerprint=case.header["fingerprint"]["parts"],
+        stored.job.run_dir,
+        num_blocks=len(stored.states),
+        fingerprint=stored.header["fingerprint"]["parts"],
         versions=library_versions(),
     ) as ledger:
         for finding in bad:
             lease = Lease(block=finding.block, attempt=0)
             record = Failed(lease=lease, error=finding.kind, message=finding.message)
-            core = case.job.plan.grid[finding.block]
+            core = stored.job.plan.grid[finding.block]
             ledger.append(record, "undone", core=core, rank=0, host=host)
 
 
-def _counts(case: Case, verdict: Verdict) -> dict[str, int]:
+def _counts(stored: StoredRun, verdict: Verification) -> dict[str, int]:
     """Return how many blocks there are of each sort."""
-    counts = np.bincount(case.states, minlength=len(State))
+    counts = np.bincount(stored.states, minlength=len(State))
     kinds = [finding.kind for finding in verdict.findings]
     return {
-        "num_blocks": len(case.states),
+        "num_blocks": len(stored.states),
         "num_done": int(counts[State.DONE]),
         "num_failed": int(counts[State.FAILED]),
         **{f"num_{kind}": kinds.count(kind) for kind in KINDS},
     }
 
 
-def _as_json(case: Case, verdict: Verdict, repair: bool) -> str:
+def _as_json(stored: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as JSON, every finding in it."""
-    grid = case.job.plan.grid
+    grid = stored.job.plan.grid
     blocks = [
         {
             "block": finding.block,
@@ -316,10 +316,10 @@ def _as_json(case: Case, verdict: Verdict, repair: bool) -> str:
         for finding in verdict.findings
     ]
     found = {
-        "run_dir": str(case.job.run_dir),
-        "output": case.job.output.volume,
-        "output_exists": case.is_there,
-        **_counts(case, verdict),
+        "run_dir": str(stored.job.run_dir),
+        "output": stored.job.output.volume,
+        "output_exists": stored.is_there,
+        **_counts(stored, verdict),
         "num_marked_undone": len(verdict.bad) if repair else 0,
         "blocks": blocks,
         "exit_code": int(verdict.exit_code),
@@ -327,19 +327,19 @@ def _as_json(case: Case, verdict: Verdict, repair: bool) -> str:
     return json.dumps(found, indent=2)
 
 
-def _text(case: Case, verdict: Verdict, repair: bool) -> str:
+def _text(stored: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as a few lines."""
-    counts = _counts(case, verdict)
+    counts = _counts(stored, verdict)
     num_good = counts["num_done"] - len(verdict.bad)
     kinds = ", ".join(f"{counts[f'num_{kind}']} {kind}" for kind in KINDS)
-    gone = "" if case.is_there else "; it does not exist"
+    gone = "" if stored.is_there else "; it does not exist"
     lines = [
-        f"output   {case.job.output.volume}{gone}",
+        f"output   {stored.job.output.volume}{gone}",
         f"blocks   {counts['num_done']} of {counts['num_blocks']} done, {num_good} of these as "
         f"they were written; {kinds}",
     ]
     for finding in verdict.findings[:MOST_FAILURES_SHOWN]:
-        core = case.job.plan.grid[finding.block]
+        core = stored.job.plan.grid[finding.block]
         lines.append(f"{finding.kind:<10} block {finding.block}, {core}: {finding.message}")
     if len(verdict.findings) > MOST_FAILURES_SHOWN:
         lines.append(f"and {len(verdict.findings) - MOST_FAILURES_SHOWN} more: --json")
@@ -347,7 +347,7 @@ def _text(case: Case, verdict: Verdict, repair: bool) -> str:
     return "\n".join(lines)
 
 
-def _state(verdict: Verdict, repair: bool) -> str:
+def _state(verdict: Verification, repair: bool) -> str:
     """Return what that means, and what to do next."""
     if verdict.bad and repair:
         num = len(verdict.bad)

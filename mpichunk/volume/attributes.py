@@ -36,7 +36,7 @@ _SIZES: Mapping[str, str | None] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class ConfigFacts:
     """What the config says of a volume; it overrides the volume's own attributes."""
 
     voxel_size: VoxelSize | None = None

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box
 from mpichunk.volume.address import Address
-from mpichunk.volume.attributes import Given
+from mpichunk.volume.attributes import ConfigFacts
 from mpichunk.volume.metadata import Metadata, Scale, scale_of
-from mpichunk.volume.source import Facts, Recipe, usable_dtype
+from mpichunk.volume.source import Recipe, VolumeFacts, usable_dtype
 from mpichunk.volume.tensor import virtual_store
 
 ENCODINGS = ("raw", "png", "jpeg", "compressed_segmentation")
@@ -51,7 +51,9 @@ class CloudSource:
 
     driver = "cloudvolume"
 
-    def __init__(self, address: Address, metadata: Metadata, *, mip: int, given: Given) -> None:
+    def __init__(
+        self, address: Address, metadata: Metadata, *, mip: int, given: ConfigFacts
+    ) -> None:
         scale = scale_of(address, metadata, mip)
         _require_codec(address, scale.encoding)
         self.location = str(address)
@@ -70,7 +72,7 @@ class CloudSource:
         except Exception as error:
             raise VolumeError(f"{address} cannot be opened by cloud-volume: {error}") from error
         self._first = scale.start
-        self.facts = Facts(
+        self.facts = VolumeFacts(
             shape=scale.shape,
             num_channels=int(metadata["num_channels"]),
             dtype=usable_dtype(dtype, self.location),

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple
 from mpichunk.volume.address import SYNTHETIC
-from mpichunk.volume.attributes import Given
-from mpichunk.volume.source import Facts, Recipe
+from mpichunk.volume.attributes import ConfigFacts
+from mpichunk.volume.source import Recipe, VolumeFacts
 from mpichunk.volume.synthetic import parse_synthetic
 from mpichunk.volume.tensor import virtual_store
 
@@ -25,14 +25,14 @@ class ComputedSource:
 
     driver = SYNTHETIC
 
-    def __init__(self, url: str, given: Given) -> None:
+    def __init__(self, url: str, given: ConfigFacts) -> None:
         try:
             self._volume = parse_synthetic(url)
         except VolumeError as error:
             raise VolumeError(error.message) from error
         self.location = url
         self._given = given
-        self.facts = Facts(
+        self.facts = VolumeFacts(
             shape=self._volume.domain.shape,
             num_channels=1,
             dtype=np.dtype(np.uint8),

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.volume.address import HDF5
-from mpichunk.volume.attributes import Given, axes_of, voxel_offset_of, voxel_size_of
-from mpichunk.volume.source import Facts, Recipe, usable_dtype
+from mpichunk.volume.attributes import ConfigFacts, axes_of, voxel_offset_of, voxel_size_of
+from mpichunk.volume.source import Recipe, VolumeFacts, usable_dtype
 from mpichunk.volume.tensor import virtual_store
 
 CONTIGUOUS_CHUNK: Triple = (64, 64, 64)
@@ -25,7 +25,7 @@ class Hdf5Source:
 
     driver = HDF5
 
-    def __init__(self, path: Path, dataset: str | None, given: Given) -> None:
+    def __init__(self, path: Path, dataset: str | None, given: ConfigFacts) -> None:
         import h5py
 
         try:
@@ -71,7 +71,7 @@ class Hdf5Source:
 
 def reopen_hdf5(recipe: Recipe) -> Hdf5Source:
     """Return the dataset that a recipe describes."""
-    given = Given(voxel_size=recipe["voxel_size"], voxel_offset=recipe["voxel_offset"])
+    given = ConfigFacts(voxel_size=recipe["voxel_size"], voxel_offset=recipe["voxel_offset"])
     return Hdf5Source(Path(recipe["path"]), recipe["dataset"], given)
 
 
@@ -97,7 +97,7 @@ def _find_dataset(file: Any, name: str | None, path: Path) -> Any:
     return file[names[0]]
 
 
-def _read_facts(dataset: Any, given: Given, location: str) -> tuple[str, Facts]:
+def _read_facts(dataset: Any, given: ConfigFacts, location: str) -> tuple[str, VolumeFacts]:
     """Return the axes of a dataset and what it says about itself."""
     attributes = {name: _plain(value) for name, value in dataset.attrs.items()}
     if not isinstance(dataset.dtype, np.dtype) or dataset.shape is None:
@@ -112,7 +112,7 @@ def _read_facts(dataset: Any, given: Given, location: str) -> tuple[str, Facts]:
     def spatial(values: tuple[int, ...]) -> Triple:
         return triple([values[axes.index(axis)] for axis in "zyx"])
 
-    return axes, Facts(
+    return axes, VolumeFacts(
         shape=spatial(dataset.shape),
         num_channels=dataset.shape[axes.index("c")] if "c" in axes else 1,
         dtype=usable_dtype(dataset.dtype, location),

@@ -14,7 +14,7 @@ from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.volume.address import HDF5, PRECOMPUTED, SYNTHETIC, Address, parse_address
-from mpichunk.volume.attributes import Given
+from mpichunk.volume.attributes import ConfigFacts
 from mpichunk.volume.cloud import CloudSource, needs_cloudvolume, reopen_cloud
 from mpichunk.volume.computed import ComputedSource, reopen_computed
 from mpichunk.volume.future import BlockFuture
@@ -120,7 +120,7 @@ def open_input(
     Raises:
         VolumeError: the volume is missing, is none, or is none that can be used.
     """
-    given = Given(voxel_size=voxel_size, voxel_offset=voxel_offset)
+    given = ConfigFacts(voxel_size=voxel_size, voxel_offset=voxel_offset)
     with keyed(key):
         address = parse_address(volume)
         mip = mip or int(address.options.get("scale_index", 0))
@@ -140,7 +140,7 @@ def open_input(
 
 
 def _open_source(
-    address: Address, mip: int, dataset: str | None, given: Given, num_threads: int | None
+    address: Address, mip: int, dataset: str | None, given: ConfigFacts, num_threads: int | None
 ) -> Source:
     """Open the volume by what reads its format."""
     if address.driver != SYNTHETIC:

@@ -23,7 +23,7 @@ Fetch = Callable[[Box], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class VolumeFacts:
     """What a volume says about itself, axes already turned to zyx, the config's word included."""
 
     shape: Triple
@@ -54,7 +54,7 @@ class Source(Protocol):
     location: str
     """As in `VolumeInfo.location`."""
 
-    facts: Facts
+    facts: VolumeFacts
     """What the volume says about itself."""
 
     def store(self, num_threads: int | None) -> Any:

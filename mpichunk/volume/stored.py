@@ -9,9 +9,9 @@ from typing import Any
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Triple, add, triple
 from mpichunk.volume.address import N5, PRECOMPUTED, ZARR2, Address
-from mpichunk.volume.attributes import Given, axes_of, voxel_offset_of, voxel_size_of
+from mpichunk.volume.attributes import ConfigFacts, axes_of, voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import MARKERS, Metadata, attributes_of, scale_of
-from mpichunk.volume.source import Facts, Recipe, VoxelSize, usable_dtype
+from mpichunk.volume.source import Recipe, VolumeFacts, VoxelSize, usable_dtype
 from mpichunk.volume.tensor import CACHE_NBYTES, make_context, open_store, to_czyx
 
 
@@ -24,7 +24,7 @@ class StoredSource:
         metadata: Metadata,
         *,
         mip: int,
-        given: Given,
+        given: ConfigFacts,
         num_threads: int | None,
     ) -> None:
         assert address.driver is not None
@@ -43,13 +43,15 @@ class StoredSource:
             start, voxel_size = _placement(address, attributes, self._axes, given)
         self.facts = self._read_facts(start, voxel_size, given)
 
-    def _read_facts(self, start: Triple, voxel_size: VoxelSize | None, given: Given) -> Facts:
+    def _read_facts(
+        self, start: Triple, voxel_size: VoxelSize | None, given: ConfigFacts
+    ) -> VolumeFacts:
         """Return what the store says, with the placement that its metadata and the config say."""
         origin = self._raw.domain.origin
         first = triple([origin[self._axes.index(axis)] for axis in "zyx"])
         turned = to_czyx(self._raw, self._axes, start)
         chunk_shape = (turned.chunk_layout.read_chunk.shape or (0, 0, 0, 0))[1:]
-        return Facts(
+        return VolumeFacts(
             shape=triple(turned.domain.shape[1:]),
             num_channels=int(turned.domain.shape[0]),
             dtype=usable_dtype(turned.dtype.numpy_dtype, self.location),
@@ -146,7 +148,7 @@ def _axes(raw: Any, address: Address, attributes: Metadata) -> str:
 
 
 def _placement(
-    address: Address, attributes: Metadata, axes: str, given: Given
+    address: Address, attributes: Metadata, axes: str, given: ConfigFacts
 ) -> tuple[Triple, VoxelSize | None]:
     """Return first voxel and voxel size by the attributes, unless the config says them."""
     try:

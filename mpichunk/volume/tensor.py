@@ -14,7 +14,7 @@ import tensorstore as ts
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple, subtract, triple
 from mpichunk.volume.future import cause
-from mpichunk.volume.source import Facts, Fetch
+from mpichunk.volume.source import Fetch, VolumeFacts
 
 CACHE_NBYTES = 64 * 2**20
 """Decoded chunks and shard indices kept per volume that is read; nothing is kept when writing."""
@@ -122,7 +122,9 @@ def to_czyx(store: Any, axes: str, start: Triple) -> Any:
     return store[ts.d[:].translate_to[(0, *start)]][ts.d[:].label[tuple("czyx")]]
 
 
-def virtual_store(fetch: Fetch, facts: Facts, num_threads: int | None, chunk_shape: Triple) -> Any:
+def virtual_store(
+    fetch: Fetch, facts: VolumeFacts, num_threads: int | None, chunk_shape: Triple
+) -> Any:
     """Return a TensorStore (c, z, y, x) whose chunks a Python function computes or reads.
 
     `fetch` is asked for whole chunks, anchored at the first voxel, clipped to the volume.

@@ -29,12 +29,12 @@ from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
-from mpichunk.roles.loop import Loop, Pulse
-from mpichunk.roles.monitor import Lead, Monitor
+from mpichunk.roles.loop import Heartbeats, Loop
+from mpichunk.roles.monitor import CoordinatorRole, Monitor
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import NAME, Journal, scan
 from mpichunk.schedule.attendance import Attendance
-from mpichunk.schedule.hang import HangDetector, Tempo
+from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import Done, Lease, Records, State
 from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
@@ -79,19 +79,19 @@ def cube(num_blocks: int) -> Grid:
     return Grid(origin=(0, 0, 0), step=(64, 64, 64), bounds=bounds)
 
 
-def lead_of(comm: Communicator, journal: Journal, num_blocks: int) -> Lead:
+def lead_of(comm: Communicator, journal: Journal, num_blocks: int) -> CoordinatorRole:
     """Return the coordinator's part, put together as `run` does."""
-    scheduler, tempo = Scheduler(num_blocks, size=comm.size), Tempo(300.0)
+    scheduler, durations = Scheduler(num_blocks, size=comm.size), BlockDurations(300.0)
     coordinator = Coordinator(
         scheduler,
         journal,
         core_of=cube(num_blocks).__getitem__,
         hosts=comm.hosts,
-        tempo=tempo,
+        durations=durations,
     )
     attendance = Attendance(comm.alive, NullDisplay(), num_done=lambda: scheduler.num_done)
-    detector = HangDetector(comm.alive, tempo, time.monotonic())
-    return Lead(coordinator=coordinator, attendance=attendance, detector=detector)
+    detector = HangDetector(comm.alive, durations, time.monotonic())
+    return CoordinatorRole(coordinator=coordinator, attendance=attendance, detector=detector)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def dispatch(comm: Communicator, num_blocks: int, run_dir: Path, profile: str | 
             permits=permits,
         ),
         lead=None if journal is None else lead_of(comm, journal, num_blocks),
-        pulse=Pulse(counters, interval=5.0),
+        heartbeats=Heartbeats(counters, interval=5.0),
         wake=wake,
         monitor=Monitor(comm),
     )

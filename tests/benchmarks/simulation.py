@@ -21,16 +21,16 @@ from mpichunk.plan.plan import Plan
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.rundir.journal import Journal
 from mpichunk.schedule.breaker import Breaker
-from mpichunk.schedule.hang import Tempo
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import (
     Acknowledge,
     Assign,
     Contest,
-    Contested,
     Done,
     Failed,
     GiveBack,
     Lease,
+    PromiseToAsk,
     Request,
     Stop,
     ToCoordinator,
@@ -75,7 +75,7 @@ class Case:
     seed: int = 0
 
 
-class NeverSlow(Tempo):
+class NeverSlow(BlockDurations):
     """Takes nothing for slow, so that nothing is backed up."""
 
     slow_seconds = float("inf")
@@ -170,7 +170,7 @@ class Simulation:
             core_of=plan.grid.__getitem__,
             hosts={rank: f"node{rank // 8:05d}" for rank in range(case.num_ranks)},
             breaker=Breaker(num_ranks=case.num_ranks, max_consecutive_failures=50),
-            tempo=(Tempo if case.is_backing_up else NeverSlow)(300.0),
+            durations=(BlockDurations if case.is_backing_up else NeverSlow)(300.0),
         )
         expected = case.block_seconds * self.num_to_do / case.num_ranks
         self.deaths = [expected * (i + 1) / (case.num_deaths + 1) for i in range(case.num_deaths)]
@@ -280,7 +280,7 @@ class Simulation:
             case Contest(lease=lease):
                 if lease in rank.held:
                     rank.contested.add(lease)
-                    self.inbox.append((rank.number, Contested(lease=lease)))
+                    self.inbox.append((rank.number, PromiseToAsk(lease=lease)))
             case Stop():
                 rank.is_stopped = True
 

@@ -79,6 +79,8 @@ def change_script(name: str, path: Path, site: Site, options: Mapping[str, str |
     """
     lines = (REPOSITORY / "slurm" / name).read_text().splitlines()
     changed, missing = [], dict(options)
+    shared = "slurm/requeue.sh"
+    read = {".venv/bin/activate": site.activate, shared: REPOSITORY / shared}
     for k, line in enumerate(lines):
         option = re.match(r"#SBATCH --([\w-]+)=", line)
         if option and option[1] in missing:
@@ -86,13 +88,14 @@ def change_script(name: str, path: Path, site: Site, options: Mapping[str, str |
             value = missing.pop(option[1])
             if value is not None:
                 changed.append(f"#SBATCH --{option[1]}={value}")
-        elif line == ". .venv/bin/activate || exit 2":
-            above = "\n".join(lines[max(0, k - 4) : k])
-            assert "# CHANGE" in above
-            changed.append(f". {site.activate} || exit 2")
+        elif line.startswith(". "):
+            (what,) = [what for what in read if line.startswith(f". {what} || ")]
+            assert "# CHANGE" in "\n".join(lines[max(0, k - 4) : k])
+            changed.append(f". {read.pop(what)} || exit 2")
         else:
             changed.append(line)
     assert not missing, f"{name} has no {missing}"
+    assert not read, f"{name} does not read {[*read]}"
     path.write_text("\n".join(changed) + "\n")
     path.chmod(0o755)
     return path

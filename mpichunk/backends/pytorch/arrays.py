@@ -17,7 +17,7 @@ from torch import Tensor
 from mpichunk.backends.engine import FINISH_NBYTES, Scaling
 from mpichunk.backends.pytorch.transfer import Transfer, make_transfer
 from mpichunk.geometry.box import Slices, Triple
-from mpichunk.geometry.symmetry import STRAIGHT, Move, Turn
+from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
 from mpichunk.processmemory import own_pages
 
 _DIVIDED_AS_FLOAT32 = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32}
@@ -125,7 +125,7 @@ class TorchArrays:
             feed.start, feed.layer_czyx = z.start, self._transfer.bring(feed.source_czyx[:, z])
         return feed.layer_czyx
 
-    def gather(self, staged: Staged, *, scaling: Scaling, turn: Turn = STRAIGHT) -> Tensor:
+    def gather(self, staged: Staged, *, scaling: Scaling, turn: PatchTurn = STRAIGHT) -> Tensor:
         """Scale and pad; see `Arrays.gather`."""
         batch_nczyx, raw_nczyx = self._buffer("batch", staged.batch_shape), staged.patches_nczyx
         size, num_patches = staged.batch_shape[0], len(raw_nczyx)
@@ -139,7 +139,7 @@ class TorchArrays:
         return batch_nczyx
 
     def _fill(
-        self, patches: Tensor, raws: Sequence[Tensor] | Tensor, scaling: Scaling, turn: Turn
+        self, patches: Tensor, raws: Sequence[Tensor] | Tensor, scaling: Scaling, turn: PatchTurn
     ) -> None:
         """Scale and turn some patches of a batch."""
         if self._is_quotient(raws[0].dtype, scaling):
@@ -182,7 +182,7 @@ class TorchArrays:
         return self._buffer("sums", shape).zero_()
 
     def add_turned(
-        self, sum_nczyx: Tensor, batch_nczyx: Tensor, turn: Turn, moves: Sequence[Move]
+        self, sum_nczyx: Tensor, batch_nczyx: Tensor, turn: PatchTurn, moves: Sequence[Move]
     ) -> None:
         """Flip one patch's channels at a time, by a copy; see `Arrays.add_turned`."""
         for sum_czyx, patch_czyx in zip(sum_nczyx, batch_nczyx, strict=True):
