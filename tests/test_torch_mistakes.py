@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -274,7 +274,8 @@ def test_shape_advice_names_the_nearest_sizes_that_lose_the_border_only(
     found = returned(shape)
     crop = border if is_cropped else (50, 50, 50)
     advice = shape_advice(returned, shape, found, crop)
-    assert len(tried) <= 2 + 32
+    # The patch, one that stands for it, the shorter ones, and one far from them.
+    assert len(tried) <= 2 + 32 + 1
     named = [json.loads(text) for text in re.findall(r"\[[\d, ]+\]", advice.words)]
     if is_good(shape):
         assert (advice.key, named) == ("patch.crop", [list(border)])
@@ -285,3 +286,70 @@ def test_shape_advice_names_the_nearest_sizes_that_lose_the_border_only(
     sizes = named[2 if any(n % m for n, m in zip(below, multiples, strict=True)) else 1 :]
     above = [n + (r - n) % m for n, r, m in zip(shape, remainders, multiples, strict=True)]
     assert sizes == [below, above]
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 32), (21, 21, 21), (20, 21, 40)])
+@pytest.mark.parametrize("crop", [(0, 0, 0), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "net", [nn.AvgPool3d(2), nn.AdaptiveAvgPool3d(8), nn.Upsample(scale_factor=2)]
+)
+def test_another_scale_is_no_border(net, shape, crop):
+    # A crop that fits the numbers of this size would put values of other places where it is cut.
+    engine = TorchEngine(net, make_request(patch_shape=shape, crop=crop))
+    with pytest.raises(ModelError, match=r"; no patch\.crop fits that$") as caught:
+        engine.infer(torch.zeros(1, 1, *shape))
+    assert caught.value.key == "patch.crop"
+
+
+@given(
+    scale=st.tuples(
+        *[st.sampled_from([(1, 2), (1, 3), (3, 4), (15, 16), (1, 1), (0, 1), (2, 1)])] * 3
+    ),
+    more=st.tuples(*[st.integers(-20, 20)] * 3),
+    shape=st.tuples(*[st.integers(4, 200)] * 3),
+    least=st.sampled_from([0, 4, 32]),
+)
+def test_no_crop_is_named_for_another_scale(scale, more, shape, least):
+    def returned(candidate):
+        axes = zip(candidate, scale, more, strict=True)
+        made = [n * up // down + (up == 0) * 30 + extra for n, (up, down), extra in axes]
+        return triple(made) if min(made) > 0 and min(candidate) >= least else None
+
+    found = returned(shape)
+    assume(found is not None and found != shape)
+    advice = shape_advice(returned, shape, found, (3, 3, 3))
+    is_border = all(s == (1, 1) and m <= 0 and m % 2 == 0 for s, m in zip(scale, more, strict=True))
+    if is_border:
+        assert advice.words.startswith(f"set patch.crop: {[-m // 2 for m in more]}")
+    else:
+        assert advice.words == "no patch.crop fits that"
+
+
+def test_trying_other_sizes_ends_early_where_the_output_is_always_the_same():
+    tried = []
+
+    def returned(candidate):
+        tried.append(candidate)
+        return 8, 8, 8
+
+    shape_advice(returned, (64, 128, 128), (8, 8, 8), (0, 0, 0))
+    assert len(tried) == 1
+
+
+def test_trying_other_sizes_takes_no_longer_than_some_seconds():
+    # A step of 48 is more than what is tried, and each try takes its time.
+    now = [0.0]
+
+    def returned(candidate):
+        now[0] += 3
+        return triple([n // 48 * 48 for n in candidate])
+
+    shape = 191, 191, 191
+    advice = shape_advice(returned, shape, returned(shape), (0, 0, 0), clock=lambda: now[0])
+    assert now[0] <= 3 + 10 + 3
+    assert "no patch.crop fits that, as far as" in advice.words
+
+
+def test_a_network_of_a_single_size_is_told_a_crop_with_its_condition():
+    advice = shape_advice(lambda _: None, (8, 16, 16), (6, 12, 12), (0, 0, 0))
+    assert advice.words.startswith("set patch.crop: [1, 2, 2]; right if the network cuts off")

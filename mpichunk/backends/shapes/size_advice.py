@@ -3,8 +3,9 @@
 Knows no framework: what the network makes of a shape is a parameter.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mpichunk.geometry.box import Triple, subtract, triple
@@ -22,6 +23,15 @@ _MULTIPLES = 1, 2, 4, 8, 16, 32
 _LARGEST = _MULTIPLES[-1]
 _NUM_REMAINDERS = 8
 _TRIAL_SIZE = 64
+
+_SECONDS = 10
+"""After which no more sizes are tried, to find the steps of a network."""
+
+_NEAREST, _NEAR = 4, 8
+"""Voxels between a size that suits and a second one: fewer do not tell a border from a scale."""
+
+_NO_CROP = "no patch.crop fits that"
+_UNSURE = "right if the network cuts off a border: no other size could be tried to see whether"
 
 
 def size_advice(accepts: Accepts, patch_shape: Triple) -> str:
@@ -56,25 +66,45 @@ class Cure:
 
 
 def shape_advice(
-    output_shape: OutputShape, patch_shape: Triple, found: Triple, crop: Triple
+    output_shape: OutputShape,
+    patch_shape: Triple,
+    found: Triple,
+    crop: Triple,
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Cure:
     """Return which patch shape and crop suit a network that returned `found`.
 
     A network that halves its grid without padding drops the last voxels of some sizes: it loses 44
     of 52, but 42 of 50. Only the least loss is a border of equal width on both sides, so smaller
-    sizes are tried, until each axis has told where the next whole step of the network begins.
+    sizes are tried, until each axis has told where the next whole step of the network begins. What
+    is lost of sizes far apart must be the same: else it is no border, but another scale.
 
     Args:
         output_shape: runs the network on other patch shapes.
         patch_shape: what went in.
         found: what came out.
         crop: `patch.crop`.
+        clock: seconds.
     """
-    per_axis = _losses(output_shape, patch_shape, subtract(patch_shape, found))
-    steps = [_step(losses) for losses in per_axis]
+    sight = _look(output_shape, patch_shape, subtract(patch_shape, found), clock)
+    if sight.is_late:
+        words = f"{_NO_CROP}, as far as {_SECONDS} s of trying other sizes can tell"
+        return Cure(key="patch.crop", words=words)
+    steps = [_step(losses) for losses in sight.losses]
     border = [step.loss for step in steps]
-    if any(n < 0 or n % 2 for n in border) or min(found) < 1:
-        return Cure(key="patch.crop", words="no patch.crop fits that")
+    if sight.is_scaled or min(found) < 1 or any(n < 0 or n % 2 for n in border):
+        return Cure(key="patch.crop", words=_NO_CROP)
+    has_border = _loses_alike(output_shape, sight.trial, steps)
+    if has_border is False:
+        return Cure(key="patch.crop", words=_NO_CROP)
+    cure = _cure(patch_shape, crop, steps)
+    return cure if has_border else replace(cure, words=f"{cure.words}; {_UNSURE}")
+
+
+def _cure(patch_shape: Triple, crop: Triple, steps: Sequence["_Step"]) -> Cure:
+    """Return what to set for a network that loses a border, and what does not fill its steps."""
+    border = [step.loss for step in steps]
     wanted = [n // 2 for n in border]
     set_crop = f"patch.crop: {_axes(wanted)}"
     if not any(step.less for step in steps):
@@ -110,35 +140,98 @@ class _Step:
     """Whether a step was seen."""
 
 
-def _losses(output_shape: OutputShape, patch_shape: Triple, loss: Triple) -> list[Losses]:
-    """Return per axis what is lost of this patch, of one that is a voxel shorter, and so on.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sight:
+    """What was seen of other sizes."""
+
+    trial: Triple
+    """The shape that was shortened: the patch's, or one that stands for it."""
+
+    losses: list[Losses]
+    """Per axis."""
+
+    is_scaled: bool = False
+    """Whether what is lost grows with the size."""
+
+    is_late: bool = False
+    """Whether the time was over before each axis had told where its next step begins."""
+
+
+def _look(
+    output_shape: OutputShape, patch_shape: Triple, loss: Triple, clock: Callable[[], float]
+) -> _Sight:
+    """Return what is lost of this patch, of one that is a voxel shorter, and so on.
 
     As far as it takes to see on every axis where the next step begins.
     """
+    deadline = clock() + _SECONDS
     per_axis: list[Losses] = [[(0, n)] for n in loss]
-    trial = _trial(output_shape, patch_shape, loss)
+    trial = _trial(patch_shape, loss)
+    of_trial = _loss(output_shape, trial) if trial != patch_shape else loss
+    if of_trial is not None and _is_scaled(subtract(trial, patch_shape), subtract(of_trial, loss)):
+        return _Sight(trial=trial, losses=per_axis, is_scaled=True)
+    if of_trial != loss:
+        trial = patch_shape
     num_failed = 0
     for less in range(1, _LARGEST + 1):
         open_axes = [axis for axis in range(3) if not _step(per_axis[axis]).is_known]
         if not open_axes or num_failed == _NUM_REMAINDERS:
             break
+        if clock() > deadline:
+            return _Sight(trial=trial, losses=per_axis, is_late=True)
         shape = [n - less if axis in open_axes else n for axis, n in enumerate(trial)]
         found = _loss(output_shape, triple(shape))
         num_failed = num_failed + 1 if found is None else 0
         if found is not None:
             for axis in open_axes:
                 per_axis[axis].append((less, found[axis]))
-    return per_axis
+    # Where other sizes do run, one that suits is not far.
+    is_endless = any(not _step(seen).is_known and len(seen) > 1 for seen in per_axis)
+    return _Sight(trial=trial, losses=per_axis, is_scaled=is_endless)
 
 
-def _trial(output_shape: OutputShape, patch_shape: Triple, loss: Triple) -> Triple:
+def _trial(patch_shape: Triple, loss: Triple) -> Triple:
     """Return a shape that is quick to try, and that powers of two divide as they do the patch.
 
     Something is left of it, and of all that are smaller by up to the largest power.
     """
     least = [max(n, 0) + _LARGEST + 1 for n in loss]
-    trial = triple([m + (n - m) % _LARGEST for n, m in zip(patch_shape, least, strict=True)])
-    return trial if _loss(output_shape, trial) == loss else patch_shape
+    return triple([m + (n - m) % _LARGEST for n, m in zip(patch_shape, least, strict=True)])
+
+
+def _is_scaled(longer: Triple, lost_more: Triple) -> bool:
+    """Return whether a network seems to return another scale, or always the same shape.
+
+    Args:
+        longer: by how much one shape is longer than another.
+        lost_more: by how much it loses more. One that drops what does not fill a step: less than
+            that step, which is no power of two here, so not above half of the largest.
+    """
+    pairs = zip(longer, lost_more, strict=True)
+    return any(2 * abs(lost) >= abs(more) > 0 for more, lost in pairs)
+
+
+def _loses_alike(output_shape: OutputShape, trial: Triple, steps: Sequence[_Step]) -> bool | None:
+    """Return whether a second shape that suits, far from the first, loses the same border.
+
+    None where none can be tried: some networks take a single shape.
+    """
+    suits = [n - step.less for n, step in zip(trial, steps, strict=True)]
+    above = [n + _steps_away(step, _NEAR) for n, step in zip(suits, steps, strict=True)]
+    below = []
+    for n, step, more in zip(suits, steps, above, strict=True):
+        away = _steps_away(step, min(_LARGEST, n - step.loss - 1), is_most=True)
+        below.append(n - away if away >= _NEAREST else more)
+    found = _loss(output_shape, triple(below))
+    if found is None and below != above:
+        found = _loss(output_shape, triple(above))
+    return None if found is None else found == tuple(step.loss for step in steps)
+
+
+def _steps_away(step: _Step, distance: int, *, is_most: bool = False) -> int:
+    """Return a multiple of a step, at least or at most a distance; any power of two if unknown."""
+    multiple = step.multiple if step.is_known else _LARGEST
+    return distance // multiple * multiple if is_most else -(-distance // multiple) * multiple
 
 
 def _loss(output_shape: OutputShape, shape: Triple) -> Triple | None:
