@@ -353,3 +353,19 @@ def test_trying_other_sizes_takes_no_longer_than_some_seconds():
 def test_a_network_of_a_single_size_is_told_a_crop_with_its_condition():
     advice = shape_advice(lambda _: None, (8, 16, 16), (6, 12, 12), (0, 0, 0))
     assert advice.words.startswith("set patch.crop: [1, 2, 2]; right if the network cuts off")
+
+
+@given(
+    multiples=st.tuples(*[st.sampled_from([1, 2, 4, 8, 16, 32])] * 3),
+    shape=st.tuples(*[st.integers(40, 200)] * 3),
+)
+@example(multiples=(2, 4, 8), shape=(70, 100, 133))
+def test_what_rounds_sizes_up_is_advised_the_nearest_on_each_axis(multiples, shape):
+    def returned(candidate):
+        return triple([-(-n // m) * m for n, m in zip(candidate, multiples, strict=True)])
+
+    assume(returned(shape) != shape)
+    advice = shape_advice(returned, shape, returned(shape), (0, 0, 0))
+    named = [json.loads(text) for text in re.findall(r"\[[\d, ]+\]", advice.words)]
+    below = [n // m * m for n, m in zip(shape, multiples, strict=True)]
+    assert (advice.key, named[1:]) == ("patch.shape", [below, list(returned(shape))])

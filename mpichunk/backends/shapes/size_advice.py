@@ -250,6 +250,7 @@ def _step(losses: Losses) -> _Step:
         if multiple:
             # A network that rounds up lengthens all of a step but its first.
             less, loss = first if last[1] < 0 and multiple > 1 else last
+            less = 0 if losses[0][1] == loss else less
             return _Step(loss=loss, multiple=max(1, multiple), less=less, is_known=True)
     return _Step(loss=losses[0][1])
 
