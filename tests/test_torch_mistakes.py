@@ -150,6 +150,13 @@ BAD_OUTPUTS = [
         ["(5, 16, 16)", "multiples of [1, 4, 4]", "set patch.shape: [5, 16, 16] or [5, 20, 16]"],
     ),
     (
+        "Pooled",
+        {},
+        {"patch_shape": (5, 18, 16), "crop": (2, 2, 1)},
+        "patch.shape",
+        ["multiples of [1, 4, 4]", "set patch.shape: [5, 16, 16] or [5, 20, 16]$"],
+    ),
+    (
         "Half",
         {},
         {"patch_shape": (5, 18, 16)},
@@ -166,7 +173,7 @@ def test_bad_output_is_found_before_any_block(folder, name, arguments, changes, 
         check_engine(load(model, **changes), make_request(**changes))
     message = str(caught.value)
     assert caught.value.key == key, message
-    assert all(word in message for word in words), message
+    assert all(word in f"{message}$" for word in words), message
     assert "\n" not in message
 
 
@@ -272,7 +279,11 @@ def test_shape_advice_names_the_nearest_sizes_that_lose_the_border_only(
         )
 
     found = returned(shape)
-    crop = border if is_cropped else (50, 50, 50)
+    assume(found != shape)
+    # Without a border any crop is right, and stays.
+    has_border = any(border)
+    crop = border if is_cropped and has_border else (50, 50, 50) if has_border else (0, 0, 1)
+    is_cropped = is_cropped or not has_border
     advice = shape_advice(returned, shape, found, crop)
     # The patch, one that stands for it, the shorter ones, and one far from them.
     assert len(tried) <= 2 + 32 + 1
@@ -285,7 +296,7 @@ def test_shape_advice_names_the_nearest_sizes_that_lose_the_border_only(
     below = [n - (n - r) % m for n, r, m in zip(shape, remainders, multiples, strict=True)]
     sizes = named[2 if any(n % m for n, m in zip(below, multiples, strict=True)) else 1 :]
     above = [n + (r - n) % m for n, r, m in zip(shape, remainders, multiples, strict=True)]
-    assert sizes == [below, above]
+    assert sizes == [n for n in (below, above) if has_border or n[2] > 2]
 
 
 @pytest.mark.parametrize("shape", [(16, 32, 32), (21, 21, 21), (20, 21, 40)])

@@ -104,8 +104,8 @@ def shape_advice(
 
 def _cure(patch_shape: Triple, crop: Triple, steps: Sequence["_Step"]) -> Cure:
     """Return what to set for a network that loses a border, and what does not fill its steps."""
-    border = [step.loss for step in steps]
-    wanted = [n // 2 for n in border]
+    # What returns the patch's own shape may be cut by any crop, and that is the user's choice.
+    wanted = [step.loss // 2 for step in steps] if any(step.loss for step in steps) else list(crop)
     set_crop = f"patch.crop: {_axes(wanted)}"
     if not any(step.less for step in steps):
         return Cure(key="patch.crop", words=f"set {set_crop}")
@@ -114,7 +114,9 @@ def _cure(patch_shape: Triple, crop: Triple, steps: Sequence["_Step"]) -> Cure:
     above = [n + (step.multiple if step.less else 0) for n, step in zip(below, steps, strict=True)]
     remainders = [n % m for n, m in zip(below, multiples, strict=True)]
     nearest = [
-        shape for shape in (below, above) if min(subtract(triple(shape), triple(border))) > 0
+        shape
+        for shape in (below, above)
+        if all(n > 2 * cut for n, cut in zip(shape, wanted, strict=True))
     ]
     set_shape = f"patch.shape: {' or '.join(_axes(shape) for shape in nearest)}"
     rule = _rule(multiples, remainders)
