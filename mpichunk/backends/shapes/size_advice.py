@@ -153,7 +153,7 @@ class _Sight:
     """Per axis."""
 
     is_scaled: bool = False
-    """Whether what is lost grows with the size."""
+    """Whether what is lost is no border and what does not fill a step: it grows with the size."""
 
     is_late: bool = False
     """Whether the time was over before each axis had told where its next step begins."""
@@ -189,7 +189,9 @@ def _look(
                 per_axis[axis].append((less, found[axis]))
     # Where other sizes do run, one that suits is not far.
     is_endless = any(not _step(seen).is_known and len(seen) > 1 for seen in per_axis)
-    return _Sight(trial=trial, losses=per_axis, is_scaled=is_endless)
+    pairs = zip(of_trial or loss, loss, per_axis, strict=True)
+    is_odd = any(a != b and _LARGEST % _step(seen).multiple == 0 for a, b, seen in pairs)
+    return _Sight(trial=trial, losses=per_axis, is_scaled=is_endless or is_odd)
 
 
 def _trial(patch_shape: Triple, loss: Triple) -> Triple:
