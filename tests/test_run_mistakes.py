@@ -194,6 +194,16 @@ def test_the_run_that_has_written_an_output_is_named_with_what_differs(attempt, 
     assert code == 2 and "set another run_dir AND output.volume" in told
 
 
+def test_an_output_that_is_a_spec_is_told_of_as_well(attempt, tmp_path):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/out.zarr/"}}
+    assert attempt(run_dir="runs/first", output={"volume": spec})[0] == 0
+    code, told = attempt(run_dir="runs/second", output={"volume": spec})
+    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to go on with it" in told
+    (tmp_path / "runs/first/journal.jsonl").unlink()
+    code, told = attempt(run_dir="runs/second", output={"volume": spec})
+    assert code == 2 and f"there is no {tmp_path}/runs/second/journal.jsonl" in told
+
+
 def test_a_mask_of_unknown_scale_must_cover_the_input(attempt, tmp_path):
     with h5py.File(tmp_path / "mask.h5", "w") as file:
         file["mask"] = np.ones((4, 6, 6), np.uint8)

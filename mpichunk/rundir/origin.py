@@ -1,20 +1,39 @@
 """Which run has written an output that another run asks for: looked for beside its run directory.
 
-Reads the first lines of journals; knows no volume.
+Reads journals; knows no volume.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpichunk.errors import JournalError
 from mpichunk.plan.fingerprint import differences
 from mpichunk.rundir import journal
+from mpichunk.schedule.messages import State
 
 MOST_SEEN = 1000
 """Folders beside the run directory that are looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """A run that has written to an output."""
+
+    run_dir: Path
+    """Where its journal lies."""
+
+    differing: list[str]
+    """A line for each setting that is another one now."""
+
+    time: float
+    """When it last wrote to its journal."""
 
 
 def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
@@ -24,41 +43,69 @@ def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
         run_dir: of this run, which has written nothing.
         fingerprint: of this run.
     """
-    volume = fingerprint["output.volume"]
-    found = _origin(run_dir, volume)
-    if found is None:
+    volume = _volume_words(fingerprint)
+    origins = list(_origins(run_dir, fingerprint))
+    if not origins:
         return (
             f"{volume} exists and holds what this run has not written: there is no "
             f"{run_dir / journal.NAME}. Set output.volume to another place, or run_dir to that of "
             "the run that wrote it; --fresh writes over it"
         )
-    origin, parts = found
-    differing = differences(parts, fingerprint)
-    if not differing:
+    # One that can be gone on with rather than another, then the last to write.
+    origin = min(origins, key=lambda found: (bool(found.differing), -found.time))
+    one = "the one" if len(origins) == 1 else f"one of {len(origins)} that have,"
+    told = f"{volume} exists and holds what this run has not written, but {one} in {origin.run_dir}"
+    if not origin.differing:
         return (
-            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
-            f"which has the same settings: set run_dir to {origin} to go on with it, or "
-            "output.volume to another place; --fresh writes over it"
+            f"{told}, which has the same settings: set run_dir to {origin.run_dir} to go on with "
+            "it, or output.volume to another place; --fresh writes over it"
         )
     return "\n".join(
         (
-            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
-            "with other settings:",
-            *(f"  {line}" for line in differing),
+            f"{told}, with other settings:",
+            *(f"  {line}" for line in origin.differing),
             "the values of two runs are not mixed: set output.volume to another place, or run the "
             "other one's config to go on with that; --fresh writes over it",
         )
     )
 
 
-def _origin(run_dir: Path, volume: Any) -> tuple[Path, Mapping[str, Any]] | None:
-    """Return the run directory that knows the output, and the fingerprint of its run."""
+def _origins(run_dir: Path, fingerprint: Mapping[str, Any]) -> Iterator[_Origin]:
+    """Yield the runs beside this one that have written to its output."""
+    folders: list[Path] = []
     with suppress(OSError):
-        for folder in sorted(islice(run_dir.parent.iterdir(), MOST_SEEN)):
-            header = None
-            with suppress(JournalError, OSError):
-                header = journal.read_header(folder / journal.NAME)
+        folders = sorted(islice(run_dir.parent.iterdir(), MOST_SEEN))
+    for folder in folders:
+        path = folder / journal.NAME
+        with suppress(JournalError, OSError):
+            header = journal.read_header(path)
             parts = header["fingerprint"]["parts"] if header is not None else {}
-            if folder != run_dir and parts.get("output.volume") == volume:
-                return folder, parts
-    return None
+            if header is None or folder == run_dir or _volume(parts) != _volume(fingerprint):
+                continue
+            if _has_written(path, header["num_blocks"]):
+                differing = differences(parts, fingerprint)
+                yield _Origin(run_dir=folder, differing=differing, time=path.stat().st_mtime)
+
+
+def _has_written(path: Path, num_blocks: int) -> bool:
+    """Return whether a journal has a block that is done."""
+    states = np.zeros(num_blocks, np.uint8)
+    journal.scan(path, states)
+    return bool((states == State.DONE).any())
+
+
+def _volume(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the output of a fingerprint, which is flat: of a spec each value has its key."""
+    name = "output.volume"
+    return {
+        key.removeprefix(name): value
+        for key, value in parts.items()
+        if key == name or key.startswith(f"{name}.")
+    }
+
+
+def _volume_words(parts: Mapping[str, Any]) -> str:
+    volume = _volume(parts)
+    if "" in volume:
+        return str(volume[""])
+    return json.dumps({key.removeprefix("."): value for key, value in volume.items()})
