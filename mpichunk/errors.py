@@ -113,7 +113,15 @@ class RankLost(MpichunkError):  # noqa: N818
 
 
 class BlockError(MpichunkError):
-    """One block could not be computed; the run goes on with the others."""
+    """One block could not be computed; the run goes on with the others.
+
+    `kind` is the same for all blocks that fail alike, where their messages differ in more than
+    numbers; else "".
+    """
+
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class DiskFullError(BlockError):

@@ -6,8 +6,9 @@ from mpichunk.schedule.messages import Failed, Lease
 PLENTY = 1000
 
 
-def failed(block, message="no such chunk", *, attempt=1, error="BlockError"):
-    return Failed(lease=Lease(block=block, attempt=attempt), error=error, message=message)
+def failed(block, message="no such chunk", *, attempt=1, error="BlockError", kind=""):
+    lease = Lease(block=block, attempt=attempt)
+    return Failed(lease=lease, error=error, message=message, kind=kind)
 
 
 def breaker(size=4, limit=10):
@@ -28,6 +29,22 @@ def test_the_same_error_on_the_first_blocks_of_several_ranks(size, num_needed):
         assert (why is not None) == (rank == num_needed - 1)
     assert f"first blocks of {num_needed} ranks failed alike" in why
     assert "NaN in" in why
+
+
+def test_a_kind_counts_and_not_the_words():
+    watcher = breaker()
+    whys = [
+        watcher.fail(rank, failed(rank, f"in {word}", kind="NaN"), num_left=PLENTY)
+        for rank, word in enumerate("abc")
+    ]
+    assert whys == [
+        None,
+        None,
+        "the first blocks of 3 ranks failed alike: block 2: BlockError: in c",
+    ]
+    watcher = breaker()
+    for rank, kind in enumerate("abc"):
+        assert watcher.fail(rank, failed(rank, kind=kind), num_left=PLENTY) is None
 
 
 def test_different_errors_or_one_rank_alone_are_no_reason():

@@ -109,6 +109,28 @@ def plan_of(config: Path) -> Plan:
     return Plan.from_config(load_config(config).config, DOMAIN)
 
 
+def test_blocks_that_are_not_finite_in_different_ways_stop_the_run_as_one(tmp_path, mpirun):
+    raw_zyx = np.ones((512, 8, 8), np.float32)
+    raw_zyx[:256:8, 0, 0] = np.nan  # seen by one patch
+    raw_zyx[259::8, 0, 0] = np.nan  # by two
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        file["raw"] = raw_zyx
+    config = write_config(
+        tmp_path,
+        input={"volume": "raw.h5"},
+        model={"backend": "identity"},
+        patch={"shape": [4, 8, 8], "overlap": [2, 0, 0]},
+        block={"shape": [8, 8, 8], "margin": [0, 0, 0]},
+        output={"volume": "out.zarr", "chunk_shape": [8, 8, 8]},
+        schedule={"mode": "static", "max_attempts": 1, "max_consecutive_failures": 20},
+    )
+    done = mpirun(2, *RUN, config)
+    assert done.returncode == 3, done.stderr
+    assert "the first blocks of 2 ranks failed alike: block" in done.stderr, done.stderr
+    text = (tmp_path / "runs/config/journal.jsonl").read_text()
+    assert "from the output patch [" in text and "from output patches such as [" in text
+
+
 # ---- With a network ---------------------------------------------------------------------------
 
 NET = """

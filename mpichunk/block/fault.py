@@ -63,7 +63,7 @@ def joined(spots: Iterable[Spot | None]) -> Spot | None:
 
 
 def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) -> str:
-    """Return what is told of a block; numbers apart, the same of blocks that fail alike.
+    """Return what is told of a block; not the same of all that fail alike, which `kind` is.
 
     Args:
         kind: `NOT_FINITE` or `NOT_FLOAT16`.

@@ -212,7 +212,9 @@ class Pipeline:
         try:
             step(lease, *arguments)
         except BLOCK_FAILURES as error:
-            self._put(Failed(lease=lease, error=type(error).__name__, message=str(error)))
+            kind = error.kind if isinstance(error, BlockError) else ""
+            name = type(error).__name__
+            self._put(Failed(lease=lease, error=name, message=str(error), kind=kind))
         except SystemExit as error:
             # A network that calls sys.exit would end the run as if all were well.
             self._put(RuntimeError(f"something called sys.exit({error.code}) in a block"))

@@ -216,7 +216,8 @@ class Unsettled:
         if bad:
             kind, core = bad[0].kind, self.target.core
             spot = joined(self._spot(part) for part in bad if part.kind == kind)
-            raise BlockError(describe(kind, core, bad[0].place, spot, self.blame))
+            told = describe(kind, core, bad[0].place, spot, self.blame)
+            raise BlockError(told, kind=kind)
 
     def _spot(self, part: Part) -> Spot | None:
         """Return what is not finite of a part, if its values are still to be seen."""

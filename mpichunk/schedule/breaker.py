@@ -104,7 +104,7 @@ class Breaker:
 
 def _kind(failed: Failed) -> str:
     """Return what two failures have in common that differ in boxes and files only."""
-    return f"{failed.error}: {_NUMBERS.sub('#', failed.message)}"
+    return f"{failed.error}: {failed.kind or _NUMBERS.sub('#', failed.message)}"
 
 
 def _told(failed: Failed) -> str:

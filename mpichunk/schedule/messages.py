@@ -149,6 +149,9 @@ class Failed:
     message: str
     """What the user is told."""
 
+    kind: str = ""
+    """The same for all that fail alike; "" where that is the message but for its numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
