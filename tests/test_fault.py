@@ -29,9 +29,9 @@ class NaNAbove(nn.Module):
         return torch.stack([batch[:, 1], bad, batch[:, 1]], dim=1)
 
 
-def infer(plan, block, source_czyx, dtype="float32", *, is_accelerator=False, net=None):
+def infer(plan, block, source_czyx, dtype="float32", *, is_accelerator=False, net=None, **how):
     """Return the message with which a block fails."""
-    request = make_request(plan)
+    request = make_request(plan, **how)
     engine = TorchEngine((net or NaNAbove()).eval(), request)
     if is_accelerator:
         engine._arrays = lagging_arrays()
@@ -104,6 +104,30 @@ def test_on_a_host_the_patch_is_found_by_running_it_again(dtype):
         assert f"the first at z, y, x = {list(inside.start)} in channel 0" in message
         assert len(seen_by(block, inside.start)) > 1 or box == next(block.patches())
         assert f"from the output patch {box}, whose input is finite" in message
+
+
+class NaNAtEnds(nn.Module):
+    """NaN at the end of each patch; at its start, too, where the first voxel seen is above 300."""
+
+    def forward(self, batch):
+        output = batch[:, [0, 1, 0]].clone()
+        output[:, :, -2, -1, -3] = torch.nan
+        output[batch[:, 0, 0, 0, 0] > 300, :, 1, 0, 2] = torch.nan
+        return output
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_patch_that_is_not_finite_elsewhere_is_not_blamed(batch_size):
+    plan = make_plan(overlap=(2, 3, 4))
+    block = plan[0]
+    other, guilty = list(block.patches())[:2]
+    source_czyx = make_source(block, dtype=np.float32)
+    z, y, x = (a - o for a, o in zip(guilty.start, block.output_box.start, strict=True))
+    source_czyx[0, z, y, x] = 1000
+    message = infer(plan, block, source_czyx, net=NaNAtEnds(), batch_size=batch_size)
+    assert f"the first at z, y, x = {list(guilty.start)} in channel" in message
+    assert seen_by(block, guilty.start) == [other, guilty]
+    assert f"from the output patch {guilty}, whose input is finite" in message
 
 
 def test_an_accelerator_that_writes_integers_names_the_place_only():

@@ -3,7 +3,7 @@
 Knows nothing of how it was computed; nothing here is called before NaN or inf was found.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,8 +35,10 @@ class Spot:
     """The first of its channels that is not."""
 
 
-Patches = Iterator[tuple[Box, Slices]]
-"""Patches of a block, each by its output box and by where in the block's source its input is."""
+Patch = tuple[Box, Slices]
+"""A patch of a block, by its output box and by where in the block's source its input is."""
+
+Patches = Iterator[Patch]
 
 Blame = Callable[[Triple], str]
 """Says in words which patch has made a voxel what it is."""
@@ -85,7 +87,7 @@ def blame_patch(
     voxel: Triple,
     patches: Patches,
     source_czyx: npt.NDArray[Any],
-    is_sound: Callable[[Slices], bool] | None,
+    are_sound: Callable[[Sequence[Patch]], list[bool]] | None,
 ) -> str:
     """Return in words which patch has made a voxel NaN or inf, and what to look at.
 
@@ -93,12 +95,14 @@ def blame_patch(
         voxel: which.
         patches: those that were run.
         source_czyx: the block's input.
-        is_sound: runs a patch again; None where that is not for this thread to do.
+        are_sound: runs patches again, and returns whether each is finite at the voxel; None where
+            that is not for this thread to do.
     """
     there = Box.from_shape(voxel, (1, 1, 1))
     suspects = [(box, seen) for box, seen in patches if box.contains(there)]
-    if is_sound is not None:
-        suspects = [(box, seen) for box, seen in suspects if not is_sound(seen)] or suspects
+    if are_sound is not None and len(suspects) > 1:
+        answers = zip(suspects, are_sound(suspects), strict=True)
+        suspects = [patch for patch, is_sound in answers if not is_sound] or suspects
     if not suspects:
         return _CURES[NOT_FINITE]
     bad = [box for box, seen in suspects if not _is_finite(source_czyx[(slice(None), *seen)])]

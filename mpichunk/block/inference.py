@@ -20,17 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import (
-    DeviceArray,
-    Engine,
-    EngineRequest,
-    Feed,
-    Scaling,
-    Staged,
-)
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Feed, Scaling, Staged
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.blank import is_blank
-from mpichunk.block.fault import Patches, blame_patch
+from mpichunk.block.fault import Patch, Patches, blame_patch
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
@@ -290,10 +283,16 @@ class BlockInference:
         arrays = self._engine.arrays
         feed = arrays.feed(source_czyx)
 
-        def is_sound(seen: Slices) -> bool:
-            return bool(arrays.is_finite(self._predict(self._stage(feed, [seen]))[0]))
+        def are_sound(suspects: Sequence[Patch]) -> list[bool]:
+            answers, left = [], iter(suspects)
+            while batch := list(islice(left, self._batch_size)):
+                output_nczyx = self._predict(self._stage(feed, [seen for _, seen in batch]))
+                for (box, _), patch_czyx in zip(batch, output_nczyx, strict=False):
+                    z, y, x = subtract(voxel, box.start)
+                    answers.append(bool(arrays.is_finite(patch_czyx[:, z, y, x])))
+            return answers
 
-        return blame_patch(voxel, patches, source_czyx, is_sound if arrays.is_host else None)
+        return blame_patch(voxel, patches, source_czyx, are_sound if arrays.is_host else None)
 
     def _stage(self, feed: Feed, where: Sequence[Slices]) -> Staged:
         """Begin to bring the raw patches of one batch to the device."""
