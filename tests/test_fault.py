@@ -29,8 +29,23 @@ class NaNAbove(nn.Module):
         return torch.stack([batch[:, 1], bad, batch[:, 1]], dim=1)
 
 
-def infer(plan, block, source_czyx, dtype="float32", *, is_accelerator=False, net=None, **how):
+def infer(*arguments, **how):
     """Return the message with which a block fails."""
+    return attempt(*arguments, **how)[0]
+
+
+def attempt(
+    plan,
+    block,
+    source_czyx,
+    dtype="float32",
+    *,
+    is_accelerator=False,
+    net=None,
+    reduction=None,
+    **how,
+):
+    """Return the message with which a block fails, and how many batches were run."""
     request = make_request(plan, **how)
     engine = TorchEngine((net or NaNAbove()).eval(), request)
     if is_accelerator:
@@ -42,10 +57,11 @@ def infer(plan, block, source_czyx, dtype="float32", *, is_accelerator=False, ne
         window_name="bump",
         activation="none",
         skip_blank=True,
+        reduction=reduction,
     )
     with pytest.raises(BlockError) as caught:
         inference.run(block, inference.hold(source_czyx), None, np.dtype(dtype)).core()
-    return str(caught.value)
+    return str(caught.value), inference.num_batches
 
 
 def seen_by(block, voxel):
@@ -128,6 +144,22 @@ def test_a_patch_that_is_not_finite_elsewhere_is_not_blamed(batch_size):
     assert f"the first at z, y, x = {list(guilty.start)} in channel" in message
     assert seen_by(block, guilty.start) == [other, guilty]
     assert f"from the output patch {guilty}, whose input is finite" in message
+
+
+class Huge(nn.Module):
+    """Values that float16 does not hold."""
+
+    def forward(self, batch):
+        return batch[:, [0, 1, 0]] * 1e6
+
+
+def test_nothing_runs_again_where_no_patch_is_to_blame():
+    plan = make_plan(overlap=(2, 3, 4))
+    block = plan[7]
+    source_czyx = make_source(block, dtype=np.float32)
+    message, num_batches = attempt(plan, block, source_czyx, "float16", net=Huge())
+    assert "values that float16 cannot" in message
+    assert num_batches == -(-len(list(block.patches())) // make_request(plan).batch_size)
 
 
 def test_an_accelerator_that_writes_integers_names_the_place_only():

@@ -112,9 +112,9 @@ class Slab:
                 before this returns.
         """
         self._finish(self._num_rows)
-        spot = joined(part.spot for part in self._parts)
-        if spot is not None:
-            told = blame(spot.voxel)
+        wrong = next((part for part in self._parts if part.spot is not None), None)
+        if wrong is not None and wrong.spot is not None and wrong.kind == NOT_FINITE:
+            told = blame(wrong.spot.voxel)
             blame = lambda _: told  # noqa: E731
         return Unsettled(
             settle=self._arrays.settle(self._flags),
