@@ -7,6 +7,7 @@ from torch import nn
 
 from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
+from mpichunk.backends.reduction import Reduction
 from mpichunk.block.inference import BlockInference
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box
@@ -169,6 +170,25 @@ def test_an_accelerator_that_writes_integers_names_the_place_only():
     source_czyx[0] = 1000
     message = infer(plan, block, source_czyx, "uint8", is_accelerator=True)
     assert message.startswith("the result holds NaN or inf near [") and "look at" in message
+
+
+@pytest.mark.parametrize("is_accelerator", [False, True])
+def test_what_a_gate_has_set_to_zero_is_not_taken_for_finite(is_accelerator):
+    plan = make_plan()
+    block = plan[7]
+    source_czyx = make_source(block, dtype=np.float32)
+    core = source_czyx[(slice(None), *block.core.slices(block.input_box.start))]
+    core[0] = 1
+    core[0][[0, -1], [0, -1], [0, -1]] = 1000
+    core[1] = 0.2
+    core[1][0, 0, 0] = 0.9  # where the gate is shut
+    gated = Reduction(channels=(0, 1, 2), gate=(0, 0.5))
+    message = infer(plan, block, source_czyx, is_accelerator=is_accelerator, reduction=gated)
+    place = list(block.core.start)
+    if is_accelerator:
+        assert message.startswith("the result holds NaN or inf near [")
+    else:
+        assert f"2 of {block.core.num_voxels} voxels, the first at z, y, x = {place}" in message
 
 
 @each_engine

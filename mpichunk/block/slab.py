@@ -120,7 +120,8 @@ class Slab:
             settle=self._arrays.settle(self._flags),
             parts=self._parts,
             target=self._target,
-            has_sums=self._has_sums,
+            # A gate may have set to zero what was NaN.
+            has_sums=self._has_sums and self._target.reduction.gate is None,
             blame=blame,
         )
 
@@ -200,7 +201,7 @@ class Unsettled:
     """Where the core goes."""
 
     has_sums: bool
-    """Whether the core holds what was blended, as it is."""
+    """Whether the core holds all that was blended, as it was when it was checked."""
 
     blame: Blame
     """Says which patch it was, if it is not finite."""
