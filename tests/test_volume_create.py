@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ import tensorstore as ts
 
 from mpichunk.errors import VolumeError
 from mpichunk.volume import OutputSpec, check_output, create_output, open_input, open_output
+from tests.faults.harness import can_mount
+from tests.launch import REPOSITORY, finish
 from tests.volumes import DOMAIN, FORMATS, spec_of
 
 
@@ -159,19 +164,6 @@ def test_the_input_is_not_overwritten(tmp_path):
     assert create_output(spec_of(f"{tmp_path}/w|zarr3:"), sources=[info])
 
 
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Act as a user whom permissions hold for."""
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
-
-
 @pytest.mark.parametrize("notation", FORMATS)
 @pytest.mark.parametrize("place", ["/proc/x/y/v", "/proc/v"])
 def test_a_place_that_cannot_be_made_is_one_message_in_plain_words(notation, place):
@@ -184,16 +176,50 @@ def test_a_place_that_cannot_be_made_is_one_message_in_plain_words(notation, pla
     )
 
 
-@pytest.mark.parametrize("notation", FORMATS)
-def test_a_place_without_permission_is_named_before_anything_runs(tmp_path, notation):
-    folder = tmp_path / "no"
-    folder.mkdir(mode=0o555)
-    with as_nobody():
-        message = refused("volume", spec_of(f"{folder}/v|{notation}:"))
-    # To other users pytest's folders are closed altogether.
-    told = (f"{folder}/v cannot be written: no permission to write at {folder};", "choose a place")
-    assert any(words in message for words in told), message
-    assert str(folder) in message
+REFUSED_ELSEWHERE = """
+import json, os, sys, tempfile
+from tests.test_volume_create import create_output, refused, spec_of
+
+*volumes, is_nobody = sys.argv[1:]
+with tempfile.TemporaryDirectory() as folder:
+    create_output(spec_of(f"{folder}/v|zarr3:"))  # so that all is imported while it can be
+if is_nobody == "True":
+    os.setresuid(65534, 65534, 0)
+print(json.dumps([refused("volume", spec_of(volume)) for volume in volumes]))
+"""
+"""What `refused` returns for each volume, to a user whom permissions hold for."""
+
+
+def test_a_place_without_permission_is_named_before_anything_runs():
+    # pytest's own folders are closed to other users altogether.
+    with TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        folder = Path(parent, "no")
+        folder.mkdir(mode=0o555)
+        volumes = [f"{folder}/{name}/v|{name}:" for name in FORMATS]
+        script = ["-c", REFUSED_ELSEWHERE, *volumes, os.geteuid() == 0]
+        done = finish([sys.executable, *script], cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        f"{folder}/{name}/v cannot be written: no permission to write at {folder}; expected a "
+        "place that this job can write to: choose another one, or mend this"
+        for name in FORMATS
+    ]
+
+
+def test_a_file_system_that_is_read_only_is_named_before_anything_runs(tmp_path):
+    if not can_mount():
+        pytest.skip("no small disk: mounting one is not allowed here")
+    volumes = [f"{tmp_path}/{name}/v|{name}:" for name in FORMATS]
+    mount = f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$0" "$@"'
+    script = ["-c", REFUSED_ELSEWHERE, *volumes, False]
+    done = finish(["unshare", "-m", "sh", "-c", mount, sys.executable, *script], cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        f"{tmp_path}/{name}/v cannot be written: the file system is read-only at {tmp_path}; "
+        "expected a place that this job can write to: choose another one, or mend this"
+        for name in FORMATS
+    ]
 
 
 @contextmanager
