@@ -18,24 +18,26 @@ COUNTED = re.compile(
 
 NEVER_ONE = {
     # Told only where there are several, or none.
-    "{num_sharing} ranks",
-    "{num} ranks",
-    "{num:,} blocks",
-    "%d blocks",
-    "{num_alike} ranks",
-    "{len(ranks)} ranks",
-    "{size} patches",
-    "{mask.num_channels} channels",
-    "{len(inputs)} inputs",
-    "{len(outputs)} outputs",
-    "{len(found)} tensors",
-    "{len(tensors)} tensors",
+    ("backends/devices/binding.py", "{len(ranks)} ranks"),
+    ("backends/onnxruntime.py", "{len(inputs)} inputs"),
+    ("backends/onnxruntime.py", "{len(outputs)} outputs"),
+    ("backends/openvino/model.py", "{len(found)} tensors"),
+    ("backends/pytorch/engine.py", "{len(tensors)} tensors"),
+    ("backends/pytorch/exported.py", "{len(inputs)} inputs"),
+    ("bench/report.py", "{size} patches"),
+    ("geometry/masking.py", "{mask.num_channels} channels"),
+    ("job/conclusion.py", "%d blocks"),
+    ("job/conclusion.py", "{num:,} blocks"),
+    ("job/fitting.py", "{num_sharing} ranks"),
+    ("job/headroom.py", "{num} ranks"),
+    ("schedule/breaker.py", "{num_alike} ranks"),
     # Far more than one.
-    "{work.num_blocks:,} blocks",
-    "{num_blocks:.1e} blocks",
-    "{num_files:,} chunk files",
-    "{core.num_voxels} voxels",
+    ("block/fault.py", "{core.num_voxels} voxels"),
+    ("plan/advice.py", "{num_files:,} chunk files"),
+    ("plan/advice.py", "{work.num_blocks:,} blocks"),
+    ("plan/plan.py", "{num_blocks:.1e} blocks"),
 }
+"""Where the plural may stay, file by file: the same words are wrong where it can be one."""
 
 
 @pytest.mark.parametrize(
@@ -49,9 +51,10 @@ def test_a_count_and_its_word_agree(number: int, words: str) -> None:
 
 
 def test_no_message_counts_one_in_the_plural() -> None:
+    package = REPOSITORY / "mpichunk"
     found = {
-        text
-        for path in (REPOSITORY / "mpichunk").rglob("*.py")
+        (path.relative_to(package).as_posix(), text)
+        for path in package.rglob("*.py")
         for text in COUNTED.findall(path.read_text())
     }
     assert found == NEVER_ONE, "use mpichunk.words.count, or say above why it cannot be one"
