@@ -15,7 +15,8 @@ import pytest
 import tensorstore as ts
 
 from mpichunk.errors import VolumeError
-from mpichunk.volume import OutputSpec, check_output, create_output, open_input, open_output
+from mpichunk.volume import OutputSpec, check_output, create_output, open_input, open_output, tensor
+from mpichunk.volume.writer import EXPECTED
 from tests.faults.harness import can_mount
 from tests.launch import REPOSITORY, finish
 from tests.volumes import DOMAIN, FORMATS, spec_of
@@ -220,6 +221,20 @@ def test_a_file_system_that_is_read_only_is_named_before_anything_runs(tmp_path)
         "expected a place that this job can write to: choose another one, or mend this"
         for name in FORMATS
     ]
+
+
+def test_another_place_is_advised_only_where_the_file_system_refuses(tmp_path, monkeypatch):
+    spec = spec_of(f"{tmp_path}/v|zarr3:")
+    create_output(spec)
+    file = tmp_path / "v" / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"new": {"must_understand": True}}))
+    with pytest.raises(VolumeError, match=r"v\|zarr3 cannot be opened: .*new") as caught:
+        open_output(spec)
+    assert EXPECTED not in caught.value.message
+    monkeypatch.setattr(tensor, "METADATA_SECONDS", 0)
+    with pytest.raises(VolumeError, match="cannot be created: no answer in") as caught:
+        create_output(spec_of(f"{tmp_path}/w.zarr"))
+    assert EXPECTED not in caught.value.message
 
 
 @contextmanager

@@ -147,6 +147,11 @@ def virtual_store(
     )
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Return whether it was a file system that refused what TensorStore asked of it."""
+    return _OS_ERROR.search(str(error)) is not None
+
+
 def _cause(error: Exception) -> str:
     """Return the text of an error met while metadata were read or written."""
     if isinstance(error, TimeoutError) and not str(error):

@@ -34,7 +34,7 @@ from mpichunk.volume.layout import (
 from mpichunk.volume.metadata import array_metadata, attributes_of, detect, format_by_name
 from mpichunk.volume.reader import read_box
 from mpichunk.volume.source import keyed
-from mpichunk.volume.tensor import make_context, open_store, to_czyx, write_key
+from mpichunk.volume.tensor import is_refusal, make_context, open_store, to_czyx, write_key
 from mpichunk.volume.writing import Writing
 
 METADATA = ("zarr.json", "attributes.json", "info", "provenance")
@@ -140,9 +140,8 @@ def create_output(spec: OutputSpec, *, sources: Sequence[VolumeInfo] = ()) -> bo
         try:
             _create(address, spec)
         except VolumeError as error:
-            raise VolumeError(
-                f"{address} cannot be created: {error.message}; {EXPECTED}"
-            ) from error
+            told = f"{address} cannot be created: {error.message}{_expected(error)}"
+            raise VolumeError(told) from error
         return True
 
 
@@ -163,7 +162,8 @@ def open_output(spec: OutputSpec, *, num_threads: int | None = None) -> Writer:
         try:
             store = open_store(_spec_json(address), context, open=True, read=True, write=True)
         except VolumeError as error:
-            raise VolumeError(f"{address} cannot be opened: {error.message}; {EXPECTED}") from error
+            told = f"{address} cannot be opened: {error.message}{_expected(error)}"
+            raise VolumeError(told) from error
         info = VolumeInfo(
             location=str(address),
             driver=str(address.driver),
@@ -291,6 +291,11 @@ def _check_folder(path: Path) -> None:
 def _nearest(path: Path) -> Path:
     """Return the path itself or what is the nearest above it that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _expected(error: VolumeError) -> str:
+    """Return what to do about a file system's refusal; of other causes that would be wrong."""
+    return f"; {EXPECTED}" if is_refusal(error.__cause__) else ""
 
 
 def _make_folder(path: Path) -> None:
