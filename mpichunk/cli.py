@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mpichunk: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
-    except KeyboardInterrupt:
-        print(f"mpichunk: interrupted{_INTERRUPTED.get(options.verb, '')}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        told = f"; {error}" if error.args else _INTERRUPTED.get(options.verb, "")
+        print(f"mpichunk: interrupted{told}", file=sys.stderr)
         return ExitCode.UNEXPECTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.
@@ -319,7 +320,7 @@ _INTERRUPTED = {
     "run": "; the same command goes on where it stopped",
     "tune": "; no config was written",
 }
-"""What an interrupt means to a verb, where that is not plain."""
+"""What an interrupt means to a verb, where that is not plain and it says nothing else."""
 
 _VERBS = {
     "run": _run,

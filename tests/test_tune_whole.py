@@ -260,9 +260,7 @@ def test_what_was_measured_before_an_interrupt_is_told_and_nothing_is_written(
     number: signal.Signals,
     num_measured: int,
 ) -> None:
-    onnx_maker.convolution(tmp_path / "net.onnx")
-    model = {"backend": "onnxruntime", "path": "net.onnx", "out_channels": 2}
-    path = em_config(tmp_path, model=model)
+    path = small_config(tmp_path)
     names: list[str] = []
     real = measure_module.Meter.measure
 
@@ -281,9 +279,55 @@ def test_what_was_measured_before_an_interrupt_is_told_and_nothing_is_written(
     assert "mpichunk: interrupted; no config was written" in printed.err
     assert len(names) == num_measured
     assert all(name in printed.out for name in names)
-    assert ("INTERRUPTED" in printed.out) == bool(num_measured)
+    assert ("INTERRUPTED: more was to be tried" in printed.out) == bool(num_measured)
     assert not (tmp_path / "config-tuned.yaml").exists()
     assert signal.getsignal(number) is before
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let Ctrl-C be pressed when `tune` calls one of its parts."""
+    real = getattr(tune_module, name)
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(tune_module, name, interrupted)
+
+
+def small_config(folder: Path) -> Path:
+    onnx_maker.convolution(folder / "net.onnx")
+    model = {"backend": "onnxruntime", "path": "net.onnx", "out_channels": 2}
+    return em_config(folder, model=model)
+
+
+def test_an_interrupt_when_all_was_tried_says_so(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, "_largest_batch")
+    assert main(["tune", str(small_config(tmp_path)), "--repeats", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "INTERRUPTED: all was tried, but no config was written.\nThe best: " in printed.out
+    assert "mpichunk: interrupted; no config was written" in printed.err
+    assert not (tmp_path / "config-tuned.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["_says", "render_tuning"])
+def test_an_interrupt_once_a_config_is_being_written_leaves_all_of_it_and_says_so(
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    path = small_config(tmp_path)
+    favour(monkeypatch, lambda row: row.variant.batch_size == 2)
+    interrupt(monkeypatch, name)
+    assert main(["tune", str(path), "--repeats", "1"]) == 1
+    target = tmp_path / "config-tuned.yaml"
+    assert f"mpichunk: interrupted; {target} was written\n" in capsys.readouterr().err
+    assert load_config(target).config.patch.batch_size == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_several_ranks_are_refused(

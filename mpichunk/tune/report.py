@@ -55,7 +55,10 @@ class Tuning:
     """The config that was written."""
 
     is_interrupted: bool = False
-    """Whether there was more to try."""
+    """Whether it was ended before its time."""
+
+    has_tried_all: bool = True
+    """Whether no variant was left to try."""
 
 
 def tuning_json(tuning: Tuning) -> dict[str, Any]:
@@ -156,8 +159,10 @@ def _notes(tuning: Tuning) -> list[str]:
 def _conclusion(tuning: Tuning) -> list[str]:
     """Return what to change."""
     if tuning.is_interrupted:
-        lines = ["INTERRUPTED: more was to be tried, and no config was written."]
-        lines.append(f"The best until then: {tuning.best.variant.name}.")
+        more = "all was tried, but" if tuning.has_tried_all else "more was to be tried, and"
+        lines = [f"INTERRUPTED: {more} no config was written."]
+        then = "" if tuning.has_tried_all else " until then"
+        lines.append(f"The best{then}: {tuning.best.variant.name}.")
         return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if not tuning.changes:
         return [f"The config runs the best there is: {tuning.best.variant.name}."]

@@ -9,7 +9,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,11 +77,15 @@ def tune(config_path: Path, overrides: Sequence[str], options: Options) -> int:
             tuning = _tune(loaded.config, options)
         is_named = "run_dir" in loaded.lines or "run_dir" in loaded.overrides
         tuning = replace(tuning, keeps_run_dir=is_named)
-        if tuning.changes and not tuning.is_interrupted:
-            _write(target, loaded, overrides, tuning)
-            tuning = replace(tuning, written=str(target))
-        text = json.dumps(tuning_json(tuning), indent=2) if options.as_json else None
-        print(text or render_tuning(tuning), flush=True)
+        try:
+            if tuning.changes and not tuning.is_interrupted:
+                with _undisturbed():
+                    _write(target, loaded, overrides, tuning)
+                    tuning = replace(tuning, written=str(target))
+            text = json.dumps(tuning_json(tuning), indent=2) if options.as_json else None
+            print(text or render_tuning(tuning), flush=True)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(*_written_words(tuning)) from error
         if tuning.is_interrupted:
             raise KeyboardInterrupt
         return ExitCode.ALL_DONE
@@ -103,11 +108,11 @@ def _tune(config: Config, options: Options) -> Tuning:
         deadline=time.perf_counter() + options.limit_seconds,
     )
     search = Search(config, facts, meter.measure, options.tolerance)
-    largest = None
+    largest, has_tried_all, is_interrupted = None, False, False
     try:
         best = search.run()
+        has_tried_all = True
         largest = _largest_batch(meter, search.rows, best)
-        is_interrupted = False
     except KeyboardInterrupt:
         if not search.rows:
             raise
@@ -125,6 +130,7 @@ def _tune(config: Config, options: Options) -> Tuning:
         largest_batch=largest,
         begun=str(job.run_dir) if (job.run_dir / journal.NAME).exists() else None,
         is_interrupted=is_interrupted,
+        has_tried_all=has_tried_all,
     )
 
 
@@ -212,6 +218,32 @@ def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning:
             target.write_text(comment + dump_config(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off what interrupts, for as long as it takes to write a file as a whole.
+
+    Raises:
+        KeyboardInterrupt: at the end, if something has.
+    """
+    numbers: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: numbers.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if numbers:
+        raise KeyboardInterrupt
+
+
+def _written_words(tuning: Tuning) -> list[str]:
+    """Return what is to be told of an interrupt, if it is not that nothing was written."""
+    return [f"{tuning.written} was written"] if tuning.written else []
 
 
 def _says(path: Path, tuning: Tuning) -> bool:
