@@ -163,7 +163,6 @@ def test_what_may_be_asked_for(device):
         ("compute.cuda_graphs", "only", {"backend": "identity", "cuda_graphs": True}),
         ("compute.fold_batch_norm", "only", {"backend": "pznet", "fold_batch_norm": True}),
         ("compute.fold_batch_norm", "operations", {"path": "net.pt2", "fold_batch_norm": True}),
-        ("model.options", "compute.channels_last", {"options": {"channels_last": True}}),
         (
             "model.options",
             "set compute.precision: bfloat16",

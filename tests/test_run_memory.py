@@ -191,13 +191,6 @@ def test_the_peak_of_an_accelerator_is_told_and_kept(
     (line,) = [line for line in log.splitlines() if "peak on device, MiB" in line]
     assert line.split()[-1] == "5120.0"
     assert told(path, capsys)["memory"]["measured_device_nbytes"] == 5 << 30
-    # A file of before knows only the host.
-    kept = json.loads((tmp_path / "runs/config/peak.json").read_text())
-    del kept["device_peak_nbytes"]
-    (tmp_path / "runs/config/peak.json").write_text(json.dumps(kept))
-    memory = told(path, capsys)["memory"]
-    assert memory["measured_nbytes"] == kept["peak_nbytes"] > 0
-    assert memory["measured_device_nbytes"] is None
 
 
 def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:

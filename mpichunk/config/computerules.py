@@ -88,13 +88,6 @@ def _folding_has_modules(wanted: bool, path: str | None, backend: str) -> str | 
     )
 
 
-@rule("model.options", "model.backend")
-def _channels_last_has_moved(options: dict[str, Any], backend: str) -> str | None:
-    if backend != "pytorch" or "channels_last" not in options:
-        return None
-    return "`channels_last` is no option of the model any more; set compute.channels_last instead"
-
-
 @rule("model.options", "compute.precision", "model.backend")
 def _hint_agrees(options: dict[str, Any], precision: str, backend: str) -> str | None:
     if backend != "openvino" or PRECISION_HINT not in options:
