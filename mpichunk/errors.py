@@ -3,7 +3,7 @@
 Knows nothing but words. A message says who, what was found, what was expected and what to do next.
 
     MpichunkError
-    |-- UserError                 exit 2: the user can mend it; one clear message, never a traceback
+    |-- UserError                 exit 2: the user can fix it; one clear message, never a traceback
     |   |-- ConfigError           mistakes of a config file, all of them, each with its line
     |   |-- VolumeError           an input, mask or output that is missing or does not fit
     |   |-- ModelError            a network that does not load or does not fit
@@ -39,7 +39,7 @@ class MpichunkError(Exception):
 
 
 class UserError(MpichunkError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     `key` is the dotted config key that the message is about, if there is one: the command line
     puts the file and line of that key before the message.

@@ -56,7 +56,7 @@ def test_scratch_is_like_the_output_and_goes(tmp_path: Path, volume: Any) -> Non
 def test_scratch_elsewhere(tmp_path: Path) -> None:
     spec = prepare(load_config(config_file(tmp_path)).config).output
     assert scratch_parent(spec, tmp_path / ".") == tmp_path
-    with pytest.raises(VolumeError, match="is no folder"):
+    with pytest.raises(VolumeError, match="is not a folder"):
         scratch_parent(spec, tmp_path / "nowhere")
     with (
         pytest.raises(VolumeError, match="cannot be written"),

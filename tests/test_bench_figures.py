@@ -175,7 +175,7 @@ def test_advice_where_an_accelerator_waits_for_its_host() -> None:
     (line,) = advice_of(own, device="cuda:0", **graphs)
     assert "the device waits for the host" in line
     (line,) = advice_of(own, device="xpu:0")
-    assert "the device waits for the host" in line, "CUDA graphs are of NVIDIA devices"
+    assert "the device waits for the host" in line, "CUDA graphs require an NVIDIA device"
     (_, _, busy) = advice_of(replace(own, stages=own.stages | {"host": 0.1}), device="cuda:0")
     assert busy.startswith("compute.threads")
 

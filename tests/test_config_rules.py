@@ -55,7 +55,7 @@ RULES: list[tuple[Values, list[str]]] = [
         {"output.shard_shape": [64, 64, 64], "output.volume": "precomputed:///out"},
         [
             "output.shard_shape: (64, 64, 64) needs an output in zarr3, and this one is "
-            "precomputed; take it out or write zarr3"
+            "precomputed; remove it or write zarr3"
         ],
     ),
     (

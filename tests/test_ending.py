@@ -370,7 +370,7 @@ def test_a_journal_that_was_lost_to_another_job_is_not_written(tmp_path):
 
 
 def test_the_journal_of_another_plan_proves_nothing(journal):
-    with pytest.raises(JournalError, match="is of 40 blocks, this run of 41"):
+    with pytest.raises(JournalError, match="has 40 blocks, but this run has 41"):
         end(journal, None, num_blocks=NUM_BLOCKS + 1)
 
 

@@ -129,7 +129,7 @@ def test_nan_in_the_result_fails_the_block_and_names_the_place(name, bad):
         inference.run(block, source_czyx, None, np.dtype(np.uint8)).core()
     message = str(caught.value)
     assert "the result holds NaN or inf: " in message
-    assert "whose input holds NaN or inf, too: mend the input there" in message
+    assert "whose input holds NaN or inf, too: fix the input there" in message
 
     # What the mask excludes is not the user's concern.
     mask = np.ones(block.output_box.shape, bool)

@@ -105,7 +105,7 @@ def test_without_a_compiler_one_message_says_so(tmp_path):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("compute.compile: torch ")
-    assert "it needs a C++ compiler" in last and "compute.compile: false" in last
+    assert "it requires a C++ compiler" in last and "compute.compile: false" in last
 
 
 def test_what_torch_compile_would_leave_as_it_is_is_refused(tmp_path):

@@ -189,5 +189,5 @@ def test_outcome_in_words() -> None:
     assert "blank" not in words(found, 4, 400)
     assert "for the network alone" in words(replace(found, basis="forward"))
     for nothing in (None, replace(found, basis="batches")):
-        assert "predicted nothing" in words(nothing) and "bench" in words(nothing)
+        assert "no prediction" in words(nothing) and "bench" in words(nothing)
     assert "no block" in words(found, 0, 0)

@@ -197,7 +197,7 @@ def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:
     path = config_file(tmp_path, model={"backend": "identity"})
     assert run_on(SerialCommunicator(), path) == 0
     log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
-    assert "predicted nothing: `python -m mpichunk bench`" in log
+    assert "no prediction: run `python -m mpichunk bench`" in log
 
 
 def test_only_this_start_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

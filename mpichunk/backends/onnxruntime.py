@@ -242,7 +242,7 @@ def _only_output(session: Any, path: Path) -> str:
     if len(outputs) != 1:
         raise ModelError(
             f"{path} returns {len(outputs)} outputs ({_names(outputs)}); expected one: save the "
-            "network with the one that is wanted",
+            "network with the wanted output only",
             key="model.path",
         )
     return str(outputs[0].name)

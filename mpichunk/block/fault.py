@@ -13,11 +13,11 @@ import numpy.typing as npt
 from mpichunk.geometry.box import Box, Slices, Triple, add, triple
 
 NOT_FINITE = "the result holds NaN or inf"
-NOT_FLOAT16 = "the result holds values that float16 cannot, above 65504"
+NOT_FLOAT16 = "the result holds values above 65504, which float16 cannot store"
 
 _CURES = {
-    NOT_FINITE: "look at the input there, and at whether the network is sound for it",
-    NOT_FLOAT16: "write float32, or look at the input there",
+    NOT_FINITE: "check the input there, and whether the network handles it",
+    NOT_FLOAT16: "write float32, or check the input there",
 }
 
 
@@ -104,10 +104,10 @@ def blame_patch(
     bad = [box for box, seen in suspects if not _is_finite(source_czyx[(slice(None), *seen)])]
     patch = "from the output patch" if len(suspects) == 1 else "from output patches such as"
     if bad:
-        return f"{patch} {bad[0]}, whose input holds NaN or inf, too: mend the input there"
+        return f"{patch} {bad[0]}, whose input holds NaN or inf, too: fix the input there"
     return (
-        f"{patch} {suspects[0][0]}, whose input is finite: look at the input there, and at "
-        "whether the network is sound for it, also in this compute.precision"
+        f"{patch} {suspects[0][0]}, whose input is finite: check the input there, and whether the "
+        "network handles it, also in this compute.precision"
     )
 
 

@@ -385,7 +385,7 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
     if not is_finite and request.precision == "float16":
         raise ModelError(
             "the network returned NaN or inf for an ordinary texture with values in [0, 1]: "
-            "float16 holds nothing above 65504; take 'bfloat16' or 'float32'",
+            "float16 holds nothing above 65504; use 'bfloat16' or 'float32'",
             key="compute.precision",
         )
     if not is_finite:

@@ -42,26 +42,26 @@ def _backend_has_precision(precision: str, backend: str) -> str | None:
     if precision in able:
         return None
     if backend == "onnxruntime":
-        why = "which computes as the ONNX file says: convert the file itself"
+        why = "it computes as the ONNX file says, so convert the file itself"
     elif backend == "openvino":
         why = "which runs on the CPU"
     else:
-        why = "which computes in float32 only"
-    return f"{precision!r} cannot be had from the {backend} backend, {why}; it has {either(able)}"
+        why = "it computes in float32 only"
+    return f"the {backend} backend does not support {precision!r}: {why}; expected {either(able)}"
 
 
 @rule("compute.precision", "compute.device", "model.backend")
 def _device_has_tf32(precision: str, device: str, backend: str) -> str | None:
     if precision != "tf32" or "tf32" not in PRECISIONS[backend] or _may_be_cuda(device):
         return None
-    return f"'tf32' is a mode of NVIDIA devices, and compute.device is {device!r}; take 'float32'"
+    return f"'tf32' requires an NVIDIA device, but compute.device is {device!r}; use 'float32'"
 
 
 @rule("compute.cuda_graphs", "compute.device", "model.backend")
 def _device_has_graphs(wanted: bool, device: str, backend: str) -> str | None:
     if not wanted or backend != "pytorch" or _may_be_cuda(device):
         return None
-    return f"CUDA graphs are of NVIDIA devices, and compute.device is {device!r}; take it out"
+    return f"CUDA graphs require an NVIDIA device, but compute.device is {device!r}; remove it"
 
 
 def _may_be_cuda(device: str) -> bool:
@@ -71,7 +71,7 @@ def _may_be_cuda(device: str) -> bool:
 def _is_of_pytorch(wanted: bool, backend: str) -> str | None:
     if not wanted or backend == "pytorch":
         return None
-    return f"is of the pytorch backend only, and would do nothing with {backend!r}; take it out"
+    return f"is supported by the pytorch backend only and has no effect with {backend!r}; remove it"
 
 
 for _name in KERNELS:

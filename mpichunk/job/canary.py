@@ -100,8 +100,8 @@ def judge(findings: Sequence[GoldenResult]) -> dict[int, str]:
         elif not item.deviation <= tolerance:
             off[item.rank] = (
                 f"{where} computes wrongly: a test patch is off by {item.deviation:.2g} of its "
-                f"largest value, {tolerance:g} is allowed; look at that device, its driver and "
-                "libraries"
+                f"largest value, at most {tolerance:g} is allowed; look at that device, its "
+                "driver and libraries"
             )
     return off
 

@@ -251,8 +251,8 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
     if num_done and not is_there:
         raise JournalError(
             f"{job.run_dir / journal.NAME} has {count(num_done, 'finished block')}, but the output "
-            f"{job.config.output.volume} that was written to is gone; put it back, let "
-            "`verify --repair` mark what is gone undone, or compute every block again with --fresh",
+            f"{job.config.output.volume} that was written to is gone; put it back, mark its blocks "
+            "undone with `verify --repair`, or compute every block again with --fresh",
             key="output.volume",
         )
     todo: npt.NDArray[np.bool_] = states != State.DONE

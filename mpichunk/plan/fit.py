@@ -145,7 +145,7 @@ def _advice(need: Need, room: Room, memory: Memory) -> tuple[str, str]:
     keys = [key for key in order if key in cures]
     advice = " or ".join(cures[key] for key in keys) + " would fit"
     if not keys:
-        fewer = "start fewer ranks per node, take" if memory != "device" else "take"
+        fewer = "start fewer ranks per node, use" if memory != "device" else "use"
         advice = f"no smaller batch or block alone would fit: {fewer} a smaller patch.shape"
     return advice, keys[0] if keys else "patch.shape"
 

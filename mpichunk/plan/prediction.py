@@ -263,9 +263,9 @@ def outcome_words(
         seconds: wall time that they took.
     """
     if found is None or found.basis == "batches":
-        return "predicted nothing: `python -m mpichunk bench` before a run measures what it takes"
+        return "no prediction: run `python -m mpichunk bench` first to measure what a run takes"
     if not num_done:
-        return "predicted: no block was done that could be compared"
+        return "prediction: no block was done to compare it with"
     expected = found.of_blocks(num_done)
     what = "" if found.basis == "bench" else " for the network alone"
     text = (

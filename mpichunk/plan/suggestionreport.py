@@ -209,9 +209,8 @@ def nothing_words(found: Suggestions, room: Room, host_room: Room | None) -> str
         limit, least, option = host_room.nbytes, found.smallest_host_nbytes, "--host-memory"
     where = " of the host's memory" if option == "--host-memory" else ""
     return (
-        f"no shape fits {size(limit)}{where}: the smallest takes {size(least)}; "
-        f"give {option} if a rank may take more, start fewer ranks per node, or reduce "
-        "patch.batch_size or patch.shape"
+        f"no shape fits {size(limit)}{where}: the smallest takes {size(least)}; set {option} if a "
+        "rank may use more, start fewer ranks per node, or reduce patch.batch_size or patch.shape"
     )
 
 
@@ -224,8 +223,8 @@ def _legend() -> list[str]:
     return _wrapped(
         "patches: run, over those of one lattice; idle: of the ranks' time, until the last one "
         "ends; read: how often a voxel is read, in whole storage chunks if they are known; memory: "
-        "of one rank, as far as it is known. Nothing was changed: copy the options of a shape "
-        "behind the command, or its values into the config"
+        "of one rank, as far as it is known. Nothing was changed: append the options of a shape to "
+        "the command, or copy its values into the config"
     )
 
 

@@ -174,8 +174,8 @@ class Monitor:
             return []
         if rank == comm.coordinator:
             raise MustEnd(
-                f"{self._name(rank)} has ended by itself, which MPI does not tell the others; run "
-                "the same again to resume",
+                f"{self._name(rank)} has ended by itself, which MPI does not report to the others; "
+                "run the same again to resume",
                 ExitCode.UNEXPECTED,
             )
         return [ProcessGone(rank=rank)]

@@ -336,7 +336,7 @@ def belongs(path: Path, num_blocks: int, fingerprint: Mapping[str, Any]) -> bool
         raise JournalError(
             f"{path} belongs to a run with other settings:\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\ntake these back, set another run_dir AND output.volume, or begin anew: --fresh",
+            + "\nundo these changes, set another run_dir AND output.volume, or start over: --fresh",
             key="run_dir",
         )
     return False

@@ -28,25 +28,24 @@ def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
     found = _origin(run_dir, volume)
     if found is None:
         return (
-            f"{volume} exists and holds what this run has not written: there is no "
+            f"{volume} exists and was not written by this run: there is no "
             f"{run_dir / journal.NAME}. Set output.volume to another place, or run_dir to that of "
-            "the run that wrote it; --fresh writes over it"
+            "the run that wrote it, or overwrite it with --fresh"
         )
     origin, parts = found
     differing = differences(parts, fingerprint)
     if not differing:
         return (
-            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
-            f"which has the same settings: set run_dir to {origin} to go on with it, or "
-            "output.volume to another place; --fresh writes over it"
+            f"{volume} exists and was written by the run in {origin}, which has the same settings: "
+            f"set run_dir to {origin} to continue that run, or output.volume to another place, or "
+            "overwrite it with --fresh"
         )
     return "\n".join(
         (
-            f"{volume} exists and holds what this run has not written, but the one in {origin}, "
-            "with other settings:",
+            f"{volume} exists and was written by the run in {origin}, with other settings:",
             *(f"  {line}" for line in differing),
-            "the values of two runs are not mixed: set output.volume to another place, or run the "
-            "other one's config to go on with that; --fresh writes over it",
+            "the values of two runs are not mixed: set output.volume to another place, or continue "
+            "that run with its own config, or overwrite it with --fresh",
         )
     )
 

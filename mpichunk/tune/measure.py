@@ -248,8 +248,8 @@ class Meter:
         if need <= (1 - HEADROOM) * self.available:
             return ""
         return (
-            f"it would take {size(need)}, and {size(self.available)} are there, of which "
-            f"{HEADROOM:.0%} stay free"
+            f"it would take {size(need)}, but {size(self.available)} are available, of which "
+            f"{HEADROOM:.0%} must stay free"
         )
 
 

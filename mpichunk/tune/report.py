@@ -139,14 +139,14 @@ def _notes(tuning: Tuning) -> list[str]:
     text = (
         "speed: patches per second of the network alone, in multiples of the first line's "
         "(blending, reading and writing are not in it: `bench` measures the whole); largest, mean: "
-        "difference from its values after model.activation, as shares of their range; memory: of "
-        f"a whole rank, where the network computes ({size(tuning.available)} are there)."
+        "difference from its values after model.activation, as shares of their range; memory: of a "
+        f"whole rank, where the network computes ({size(tuning.available)} are available)."
     )
     largest = tuning.largest_batch
     if largest is not None:
         most = "up to " + count(largest.num_patches, "patch", "patches")
         if largest.num_patches == MOST_PATCHES:
-            most = f"{MOST_PATCHES} patches, the most that is tried,"
+            most = f"{MOST_PATCHES} patches, the most that `tune` tries,"
         fit = "fit" if largest.is_run else "should fit"
         text += f" Batches of {most} {fit} with {HEADROOM:.0%} to spare"
         text += "." if largest.is_run else ": an extrapolation, which was not run."
@@ -160,7 +160,7 @@ def _conclusion(tuning: Tuning) -> list[str]:
         lines.append(f"The best until then: {tuning.best.variant.name}.")
         return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if not tuning.changes:
-        return [f"The config runs the best there is: {tuning.best.variant.name}."]
+        return [f"The config already uses the best variant: {tuning.best.variant.name}."]
     lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
     lines += [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if tuning.written:

@@ -240,7 +240,9 @@ def choose_blocks(plan: Plan, is_wanted: Callable[[Box], bool], *, num: int) -> 
         if len(whole) == num:
             break
     if not whole and not others:
-        raise UserError("the mask leaves nothing of the blocks that were looked at", key="mask")
+        raise UserError(
+            "the mask excludes every block that was examined; choose another roi", key="mask"
+        )
     largest = min(others)[0] if others else 0
     return whole or [index for voxels, index in others if voxels == largest][:num]
 

@@ -130,26 +130,26 @@ def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:
     if memory == "cpu":
         return _host_room(options, options.memory_nbytes, MEMORY)
     if options.memory_nbytes is not None:
-        return Room(nbytes=options.memory_nbytes, words=f"as asked for with {MEMORY}")
+        return Room(nbytes=options.memory_nbytes, words=f"as set with {MEMORY}")
     if probe is None or probe.free_nbytes is None:
         raise UserError(
-            "nobody knows how much memory the accelerator has; give it, e.g. --memory 80GB, or "
-            "measure with `bench`",
+            "the memory of the accelerator is unknown; set it, e.g. --memory 80GB, or measure it "
+            "with `bench`",
             key="compute.device",
         )
-    words = f"what a rank could have on {probe.device} when it was measured; or give --memory"
+    words = f"what a rank could have on {probe.device} when it was measured; or set --memory"
     return Room(nbytes=probe.free_nbytes, words=words)
 
 
 def _host_room(options: Options, wanted_nbytes: int | None, option: str) -> Room:
     """Return what one rank may take of its host: what was asked for, or what this machine has."""
     if wanted_nbytes is not None:
-        return Room(nbytes=wanted_nbytes, words=f"as asked for with {option}")
+        return Room(nbytes=wanted_nbytes, words=f"as set with {option}")
     # Ranks that this machine has no core for run on others.
     num_local = min(options.num_ranks, os.cpu_count() or 1)
     groups = [(group, num_local) for group in memory_groups()]
     room = host_room(num_local, groups, own_nbytes=0)
-    return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or give {option}")
+    return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or set {option}")
 
 
 def _num_masked(job: Job) -> int | None:

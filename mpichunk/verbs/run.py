@@ -333,7 +333,7 @@ def _compute(
 
     def end(lead: CoordinatorRole) -> Stop:
         assert keeper.journal is not None
-        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank goes on")
+        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank is left")
         setup.tell(lead)
         note_end(keeper.journal, ending)
         return ending

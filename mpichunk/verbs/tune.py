@@ -168,7 +168,7 @@ def _refuse_ranks(environ: Mapping[str, str]) -> None:
         if environ.get(variable, "1") not in ("", "0", "1"):
             raise LaunchError(
                 f"{launcher} started {environ[variable]} tasks, and `tune` measures one: start it "
-                "without, and set compute.threads to what each rank of a run will have"
+                f"without {launcher}, and set compute.threads to what each rank of a run will have"
             )
 
 
@@ -184,7 +184,7 @@ def _refuse_target(target: Path) -> None:
         )
     folder = target.absolute().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"{folder} is no folder that can be written; name a file with --write")
+        raise UserError(f"{folder} is not a writable folder; name a file with --write")
 
 
 def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning: Tuning) -> None:

@@ -75,7 +75,7 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     name = FORMAT_NAMES.get(driver, driver)
     if driver not in WRITABLE:
         known = ", ".join(FORMAT_NAMES[d] for d in WRITABLE)
-        raise VolumeError(f"{spec.volume}: {name} is not written; expected one of {known}")
+        raise VolumeError(f"{spec.volume}: {name} cannot be written; expected one of {known}")
     if mistake := dtype_mistake(spec.dtype.name, name):
         raise VolumeError(mistake, key="dtype")
     if spec.shard_shape is not None and (mistake := shard_mistake(spec.shard_shape, name)):

@@ -82,7 +82,7 @@ def read_json(store: Store, key: str, extra: Context) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise VolumeError(f"its {key} is not JSON ({error}); write it anew") from error
+        raise VolumeError(f"its {key} is not JSON ({error}); rewrite it") from error
     if not isinstance(value, dict):
         raise VolumeError(f"its {key} holds {type(value).__name__}; expected a JSON object")
     return value

@@ -244,7 +244,7 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", device)
     if match is None:
         raise DeviceError(
-            f"{device!r} names no device; expected auto, cpu, cuda, cuda:1 or the like", key=_KEY
+            f"{device!r} is not a device; expected auto, cpu, cuda, cuda:1 or the like", key=_KEY
         )
     kind, index = match.groups()
     if kind == "cpu":
@@ -257,15 +257,15 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     who, seen = f"rank {facts.rank} on {facts.host}", _what_is_seen(facts)
     if kind != "auto":
         raise DeviceError(
-            f"{who} has no device {device!r}: {seen}; take `auto` or `cpu` (NVIDIA's and AMD's "
-            "are `cuda`), ask the launcher for accelerators, or install a torch that is built for "
-            "them",
+            f"{who} has no device {device!r}: {seen}; use `auto` or `cpu` (NVIDIA's and AMD's are "
+            "`cuda`), ask the launcher for accelerators, or install a torch that is built for them",
             key=_KEY,
         )
     if facts.gpu_hints:
         raise DeviceError(
             f"{who} was given accelerators ({', '.join(facts.gpu_hints)}), but {seen}; install a "
-            "torch that is built for them and for the node's driver, or say `cpu` if that is meant",
+            "torch that is built for them and for the node's driver, or set compute.device: cpu if "
+            "that is intended",
             key=_KEY,
         )
     return []
@@ -291,7 +291,9 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         num_devices = len({a.physical_id for r in local for a in r.probe.accelerators})
         # A process sees one MIG instance of those in its list, the first.
         is_mig = "MIG-" in found.physical_id or "MIG-" in facts.visible
-        cure = "; of MIG instances give each rank its own: srun --gpus-per-task=1" if is_mig else ""
+        cure = (
+            "; give each rank a MIG instance of its own: srun --gpus-per-task=1" if is_mig else ""
+        )
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
             f"({found.physical_id}): {count(len(local), 'rank')} and "
@@ -323,7 +325,7 @@ def _warn_of_cpu(
     on_cpu = [facts for facts, found in zip(ranks, chosen, strict=True) if found is None]
     if not on_cpu:
         return []
-    cure = "set compute.device: cpu if that is meant"
+    cure = "set compute.device: cpu if that is intended"
     if len(on_cpu) == len(ranks):
         return [f"no accelerator is seen, so everything is computed on the CPU; {cure}"]
     return [
@@ -359,8 +361,8 @@ def _warn_of_threads(
         few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]
         return [
             f"{count(num_threads, 'thread')} on every rank, since ranks on {_some(few)} have no "
-            f"more cores "
-            f"to themselves and the number enters the result; others have up to {max(shares)}"
+            "more cores of their own and results depend on the number of threads; other ranks have "
+            f"up to {max(shares)} cores"
         ]
     return []
 

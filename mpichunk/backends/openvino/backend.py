@@ -176,8 +176,8 @@ def _settings(core: Any, model: Model, request: EngineRequest) -> dict[str, Any]
     able = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
     if request.precision != "float32" and _CAPABILITIES[request.precision] not in able:
         raise DeviceError(
-            f"this CPU cannot compute in {request.precision} by openvino: it is able of "
-            f"{', '.join(able)}; take compute.precision out",
+            f"openvino does not support {request.precision} on this CPU; it supports "
+            f"{', '.join(able)}: remove compute.precision",
             key="compute.precision",
         )
     return settings

@@ -60,7 +60,7 @@ def fold_batch_norm(network: nn.Module, batch_nczyx: Tensor, request: EngineRequ
     if difference > _LARGEST_DIFFERENCE:
         raise _refusal(
             f"folded, the network differs by {difference:.2g} of its largest value: it uses a "
-            "convolution or a batch norm in a way that cannot be followed"
+            "convolution or a batch norm in a way that folding does not support"
         )
     return folded
 
@@ -99,7 +99,7 @@ def _num_norms(script: Any) -> int:
 def _fold_modules(network: Any) -> None:
     """Fold within a module, in place."""
     if not isinstance(network, nn.Module):
-        raise _refusal("the network is no torch.nn.Module")
+        raise _refusal("the network is not a torch.nn.Module")
     try:
         graph = fx.Tracer().trace(network)
     except Exception as error:
@@ -141,4 +141,4 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _refusal(reason: str) -> ModelError:
-    return ModelError(f"{reason}; take compute.fold_batch_norm out", key="compute.fold_batch_norm")
+    return ModelError(f"{reason}; remove compute.fold_batch_norm", key="compute.fold_batch_norm")

@@ -48,7 +48,7 @@ def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
         why = "by channel" if isinstance(error, TypeError) else f"with {error}"
         raise ValueError(f"{_shown(name, kwargs)} {why}") from error
     once = name in ("zero_mean_unit_variance", "scale_range", "clip")
-    why = " by the numbers of each sample, which differ from patch to patch" if once else ""
+    why = " with statistics of each sample, which differ from patch to patch" if once else ""
     raise ValueError(f"{_shown(name, kwargs)}{why}")
 
 

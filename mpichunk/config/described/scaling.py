@@ -68,7 +68,7 @@ class Scale:
 
         after = lowest if low is None else raw(low), highest if high is None else raw(high)
         if not after[0] < after[1]:
-            raise ValueError(f"a clip that leaves the one value {after[0]:g}")
+            raise ValueError(f"a clip that leaves only the value {after[0]:g}")
         return replace(self, clip=after)
 
     def settings(self) -> dict[str, Any]:
