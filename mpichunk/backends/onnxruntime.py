@@ -119,9 +119,8 @@ class OnnxruntimeEngine:
         text = str(error).strip().replace("\n", " ")
         if self.is_out_of_memory(error):
             return ModelError(
-                f"a batch of {count(request.batch_size, 'patch', 'patches')} does not fit into "
-                f"the memory of "
-                f"{request.device}: {text}; reduce patch.batch_size or patch.shape",
+                f"a batch of {count(request.batch_size, 'patch', 'patches')} does not fit into the "
+                f"memory of {request.device}: {text}; reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )
         return failed_forward(text, request, self._output_shape)

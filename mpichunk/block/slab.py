@@ -114,8 +114,7 @@ class Slab:
         self._finish(self._num_rows)
         spot = joined(part.spot for part in self._parts)
         if spot is not None:
-            told = blame(spot.voxel)
-            blame = lambda _: told  # noqa: E731
+            blame = _answering(blame(spot.voxel))
         return Unsettled(
             settle=self._arrays.settle(self._flags),
             parts=self._parts,
@@ -224,6 +223,15 @@ class Unsettled:
             return part.spot
         where = part.place.slices(self.target.core.start)
         return find_spot(part.place, self.target.core_czyx[(slice(None), *where)])
+
+
+def _answering(text: str) -> Blame:
+    """Return what blames the same patch for every voxel."""
+
+    def answer(_: Triple) -> str:
+        return text
+
+    return answer
 
 
 def parts(shape: tuple[int, ...], nbytes: int) -> Grid:

@@ -195,9 +195,8 @@ def _thin_layers(plan: Plan, work: Work) -> Iterator[Advice]:
             yield Advice(
                 key="block.shape",
                 message=f"the {place} layer of blocks on {AXES[axis]} is only "
-                f"{count(thickness, 'voxel')} "
-                f"thick, but runs {share:.0%} of all patches; choose another block.shape, or let "
-                f"the ROI {end}",
+                f"{count(thickness, 'voxel')} thick, but runs {share:.0%} of all patches; "
+                f"choose another block.shape, or let the ROI {end}",
             )
 
 

@@ -245,7 +245,7 @@ def _work_lines(
             "masked blocks",
             f"{num_masked:,}",
             f"skipped, about {count(round(num_masked * share), 'patch', 'patches')}: the mask "
-            f"leaves nothing of them",
+            "leaves nothing of them",
         )
         if num_masked is not None
         else None,

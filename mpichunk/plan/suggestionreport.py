@@ -54,9 +54,8 @@ def render_suggestions(
             f"multiples of the stride {plan.stride}, and of the {unit} of the output"
             + ("" if _changes_chunk(found) else f" {config.write_unit}")
             + f"; {count(found.num_tried, 'shape')} {agree(found.num_tried, 'fits', 'fit')}. "
-            f"Times within {SAME_TIME:.0%} count as equal: "
-            f"then {FEW_BLOCKS} blocks per rank or more are first, then what reads less, then what "
-            "takes less memory"
+            f"Times within {SAME_TIME:.0%} count as equal: then {FEW_BLOCKS} blocks per rank "
+            "or more are first, then what reads less, then what takes less memory"
         ),
         *(_wrapped("a mask leaves out blocks, which is not counted here") if config.mask else []),
         "",

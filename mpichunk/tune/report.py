@@ -191,10 +191,9 @@ def comment_of(tuning: Tuning, source: str) -> str:
     spread: Spread = best.speedup
     text = [
         f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
-        f"{best.variant.name}: {spread.median:.2f} times as fast as "
-        f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
-        f"{count(tuning.num_repeats, 'repeat')}), the network alone: `mpichunk bench` measures "
-        f"the whole.",
+        f"{best.variant.name}: {spread.median:.2f} times as fast as {tuning.rows[0].variant.name} "
+        f"({spread.least:.2f} to {spread.most:.2f} in {count(tuning.num_repeats, 'repeat')}), the "
+        "network alone: `mpichunk bench` measures the whole.",
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",

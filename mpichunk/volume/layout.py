@@ -91,8 +91,7 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     if nbytes > LARGEST_CHUNK_NBYTES:
         raise VolumeError(
             f"a chunk {spec.chunk_shape} of {count(spec.num_channels, 'channel')} has {nbytes} "
-            f"bytes; "
-            f"at most {LARGEST_CHUNK_NBYTES} can be stored: make it smaller",
+            f"bytes; at most {LARGEST_CHUNK_NBYTES} can be stored: make it smaller",
             key="chunk_shape",
         )
 

@@ -244,8 +244,8 @@ def _check(address: Address, spec: OutputSpec, sources: Sequence[VolumeInfo]) ->
         differing = differences(found, wanted_layout(spec, str(address.driver)))
         if differing:
             raise VolumeError(
-                f"{address} exists and differs in {'; '.join(differing)}. "
-                "Choose another place for the output, or move that volume away"
+                f"{address} exists and differs in {'; '.join(differing)}. Choose another place for "
+                "the output, or move that volume away"
             )
         return True
     if address.path is not None:

@@ -297,9 +297,8 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
             f"({found.physical_id}): {count(len(local), 'rank')} and "
-            f"{count(num_devices, 'visible device')} there; "
-            "start no more ranks per node than it has devices, or set compute.share_device: true"
-            f"{cure}",
+            f"{count(num_devices, 'visible device')} there; start no more ranks per node than it "
+            f"has devices, or set compute.share_device: true{cure}",
             key=_KEY,
         )
 
@@ -354,8 +353,7 @@ def _warn_of_threads(
         return [
             f"threads per rank: {num_threads} (compute.threads, or what the run began with), but "
             f"rank {rank.rank} on {rank.host} has only {count(min(shares), 'core')} to itself: "
-            f"threads will "
-            "compete"
+            "threads will compete"
         ]
     if not given and max(shares) > num_threads:
         few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]
@@ -382,8 +380,7 @@ def _warn_of_single_cores(ranks: Sequence[RankFacts]) -> list[str]:
     return [
         f"{len(single)} of {count(len(ranks), 'rank')}, on {_some(f.host for f in single)}, "
         f"{agree(len(single), 'is', 'are')} bound to one core each while cores of their node stay "
-        f"idle: start with `mpirun --bind-to none`, "
-        "or `srun --cpus-per-task=N`"
+        "idle: start with `mpirun --bind-to none`, or `srun --cpus-per-task=N`"
     ]
 
 

@@ -129,8 +129,7 @@ class OpenvinoEngine:
         if self.is_out_of_memory(error):
             return ModelError(
                 f"a batch of {count(self._request.batch_size, 'patch', 'patches')} does not fit "
-                f"into memory: {text}; "
-                "reduce patch.batch_size or patch.shape",
+                f"into memory: {text}; reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )
         return ModelError(f"the network failed: {text}", key="model.path")

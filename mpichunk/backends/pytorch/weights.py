@@ -151,8 +151,7 @@ def _refuse_mismatch(state: State, expected: State, path: Path) -> None:
     if missing:
         problems.append(
             f"{count(len(missing), 'name')} of the network {agree(len(missing), 'is', 'are')} "
-            f"missing, "
-            f"first {missing[0]!r}"
+            f"missing, first {missing[0]!r}"
         )
     if unexpected:
         problems.append(
