@@ -229,5 +229,5 @@ def test_largest_blocks_are_chosen_where_none_is_whole() -> None:
 
 def test_nothing_to_choose_from() -> None:
     plan = make_plan(make_config((4, 4, 4), (8, 8, 8)), (16, 16, 16))
-    with pytest.raises(UserError, match="the mask leaves nothing"):
+    with pytest.raises(UserError, match="the mask excludes every block"):
         choose_blocks(plan, lambda core: False, num=3)

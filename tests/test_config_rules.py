@@ -54,7 +54,7 @@ RULES: list[tuple[Values, list[str]]] = [
     (
         {"output.shard_shape": [64, 64, 64], "output.volume": "precomputed:///out"},
         [
-            "output.shard_shape: (64, 64, 64) needs an output in zarr3, and this one is "
+            "output.shard_shape: (64, 64, 64) requires a zarr3 output, but this one is "
             "precomputed; remove it or write zarr3"
         ],
     ),

@@ -21,7 +21,7 @@ from mpichunk.plan.prediction import (
     finish_seconds,
     forecast,
     forecast_json,
-    outcome_words,
+    format_outcome,
     pace_of,
     voxels_of_a_read,
 )
@@ -181,7 +181,7 @@ def test_outcome_in_words() -> None:
     )
 
     def words(expected: Forecast | None, num_done: int = 8, num_patches: int = 800) -> str:
-        return outcome_words(expected, num_done=num_done, num_patches=num_patches, seconds=50)
+        return format_outcome(expected, num_done=num_done, num_patches=num_patches, seconds=50)
 
     assert words(found) == "predicted 40 s (8 blocks, 2 ranks), took 50 s: 1.25 times as long"
     assert words(found, 4, 400).startswith("predicted 20 s (4 blocks")

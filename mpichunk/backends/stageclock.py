@@ -10,7 +10,7 @@ from typing import Any
 from mpichunk.backends.engine import Engine
 
 STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
-"""What a block goes through, in order; `host` is its computing that no call of an array is."""
+"""Stages of a block, in order; `host` is computing outside of all array operations."""
 
 STAGE_OF: Mapping[str, str] = {
     "feed": "gather",

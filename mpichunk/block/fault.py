@@ -63,7 +63,7 @@ def joined(spots: Iterable[Spot | None]) -> Spot | None:
 
 
 def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) -> str:
-    """Return what is told of a block; numbers apart, the same of blocks that fail alike.
+    """Return the message of a failed block; blocks that fail alike differ in its numbers only.
 
     Args:
         kind: `NOT_FINITE` or `NOT_FLOAT16`.
@@ -74,11 +74,12 @@ def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) 
     """
     if spot is None:
         return f"{kind} near {place}; {_CURES[kind]}"
-    told = (
+    message = (
         f"{kind}: {spot.num_voxels} of {core.num_voxels} voxels, the first at z, y, x = "
         f"{list(spot.voxel)} in channel {spot.channel}"
     )
-    return f"{told}; {_CURES[kind]}" if kind == NOT_FLOAT16 else f"{told}, {blame(spot.voxel)}"
+    end = f"; {_CURES[kind]}" if kind == NOT_FLOAT16 else f", {blame(spot.voxel)}"
+    return message + end
 
 
 def blame_patch(

@@ -31,7 +31,7 @@ from mpichunk.block.fault import (
 )
 from mpichunk.block.windows import Windows
 from mpichunk.errors import BlockError
-from mpichunk.geometry.box import Box, Grid, Slices
+from mpichunk.geometry.box import Box, Grid, Slices, Triple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from mpichunk.plan.report import plan_json
 from mpichunk.rundir import journal, layout
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import replace_text
-from mpichunk.rundir.origin import told_of_origin
+from mpichunk.rundir.origin import foreign_output_message
 from mpichunk.schedule.messages import State
 from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
 from mpichunk.words import count
@@ -245,7 +245,7 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
         return np.ones(num_blocks, dtype=np.bool_)
     path = job.run_dir / journal.NAME
     if is_there and journal.read_header(path) is None and holds_chunks(job.output):
-        raise JournalError(told_of_origin(job.run_dir, fingerprint), key="output.volume")
+        raise JournalError(foreign_output_message(job.run_dir, fingerprint), key="output.volume")
     states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:

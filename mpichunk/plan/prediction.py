@@ -251,7 +251,7 @@ def forecast_json(found: Forecast | None) -> dict[str, Any] | None:
     }
 
 
-def outcome_words(
+def format_outcome(
     found: Forecast | None, *, num_done: int, num_patches: int, seconds: float
 ) -> str:
     """Return in one line how a prediction has come true, for the blocks of this start alone.

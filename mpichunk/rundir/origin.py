@@ -17,8 +17,8 @@ MOST_SEEN = 1000
 """Folders beside the run directory that are looked at."""
 
 
-def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
-    """Return who has written the output of this run, if that is found, and what to do about it.
+def foreign_output_message(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
+    """Return which run wrote the output that this run asks for, if known, and what to do about it.
 
     Args:
         run_dir: of this run, which has written nothing.

@@ -221,7 +221,7 @@ def reshape_network(network: Any, path: Path, request: EngineRequest, batch_size
 
 
 def output_shape_of(network: Any, request: EngineRequest, patch_shape: Triple) -> Triple | None:
-    """Return what shape the network makes of one patch of this shape, None if it takes it not."""
+    """Return the output shape for one patch of this shape; None if the network rejects it."""
     copy = network.clone()
     try:
         copy.reshape([1, request.in_channels, *patch_shape])
@@ -231,7 +231,7 @@ def output_shape_of(network: Any, request: EngineRequest, patch_shape: Triple) -
 
 
 def _gist(error: Exception) -> str:
-    """Return the line of openvino's report that tells most."""
+    """Return the line of openvino's report that says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     marked = [line for line in lines if "While validating" in line or "incompatible" in line]
     return (marked or lines or ["no message"])[-1]

@@ -54,7 +54,7 @@ def load_network(model: Model, request: EngineRequest) -> nn.Module:
     if source.kind == "script":
         network = _load_script(source.path, model)
     else:
-        _tell_what_is_executed(source)
+        _log_executed_code(source)
         if source.name in MAKERS:
             return _load_chunkflow(source, model, request).eval().to(request.device)
         network = _make_network(source, model.arguments)
@@ -82,7 +82,7 @@ def _weights_key(model: Model) -> str | None:
     return None if key is None else str(key)
 
 
-def _tell_what_is_executed(source: ModelSource) -> None:
+def _log_executed_code(source: ModelSource) -> None:
     """Put into the log which code is run, and its hash."""
     log.info("executing %s, SHA-256 %s", source.path, file_hash(source.path))
 
