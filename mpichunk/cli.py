@@ -139,7 +139,11 @@ def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     bench = _add_verb(verbs, "bench", "measure this machine: the network alone, the whole run")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.add_argument(
-        "--repeats", type=_positive, default=3, metavar="N", help="repeat N times (default: 3)"
+        "--repeats",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="repeat N times (default: %(default)s)",
     )
     bench.add_argument(
         "--blocks",
@@ -162,7 +166,11 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     tune.add_argument("--json", action="store_true", help="print JSON")
     tune.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="repeat N times (default: 5)"
+        "--repeats",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="repeat N times (default: %(default)s)",
     )
     tune.add_argument(
         "--tolerance",
@@ -170,14 +178,14 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         default=1e-3,
         metavar="SHARE",
         help="largest difference from float32, as a share of the range of the activated values "
-        "(default: 0.001)",
+        "(default: %(default)s)",
     )
     tune.add_argument(
         "--limit-seconds",
         type=_positive_number,
         default=600.0,
         metavar="S",
-        help="start no variant after S seconds (default: 600)",
+        help="start no variant after S seconds (default: %(default)g)",
     )
     tune.add_argument(
         "--write",

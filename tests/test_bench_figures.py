@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mpichunk.backends.engine import Arrays
-from mpichunk.backends.stageclock import STAGE_OF, STAGES, UNTIMED
+from mpichunk.backends.stageclock import STAGE_OF, STAGES
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
@@ -126,6 +126,27 @@ def test_input_and_output_explain_no_more_than_their_seconds() -> None:
     own = rank([40.0], [20.0], num_blocks=4, forward=5.0, accumulate=1.0, read=1.0, write=2.5)
     found = combine([own])
     assert (found.waiting, found.host) == pytest.approx((0.35, 0.05))
+
+
+UNTIMED = frozenset(
+    {
+        # No work.
+        "finish_nbytes",
+        "is_host",
+        # Not for blocks, but before and between them.
+        "upload",
+        "download",
+        "peak_nbytes",
+        "most_nbytes",
+        "device_nbytes",
+        "release",
+        # Once: the memory is used again.
+        "host_bytes",
+        # What the clock itself calls.
+        "wait",
+    }
+)
+"""Array operations that belong to no stage."""
 
 
 def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> None:

@@ -37,26 +37,6 @@ STAGE_OF: Mapping[str, str] = {
 }
 """The stage that each array operation belongs to."""
 
-UNTIMED = frozenset(
-    {
-        # No work.
-        "finish_nbytes",
-        "is_host",
-        # Not for blocks, but before and between them.
-        "upload",
-        "download",
-        "peak_nbytes",
-        "most_nbytes",
-        "device_nbytes",
-        "release",
-        # Once: the memory is used again.
-        "host_bytes",
-        # What the clock itself calls.
-        "wait",
-    }
-)
-"""Array operations that belong to no stage."""
-
 
 class StageClock:
     """An engine that counts the seconds of another one's stages."""

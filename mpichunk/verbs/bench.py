@@ -76,7 +76,7 @@ log = logging.getLogger(__name__)
 class Options:
     """How to measure."""
 
-    num_repeats: int = 3
+    num_repeats: int
     """Repeats of each measurement."""
 
     num_blocks: int | None = None
@@ -106,19 +106,18 @@ def bench(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 def bench_on(
     comm: Communicator,
     config_path: Path,
-    overrides: Sequence[str] = (),
-    options: Options | None = None,
+    overrides: Sequence[str],
+    options: Options,
 ) -> int:
     """Do what `bench` does, on the ranks given. Only rank 0 prints."""
-    asked = options or Options()
 
     def body() -> int:
         try:
             loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
             with loaded.locating():
-                found = _bench(comm, loaded, asked)
+                found = _bench(comm, loaded, options)
             if comm.is_coordinator:
-                text = json.dumps(bench_json(found), indent=2) if asked.as_json else None
+                text = json.dumps(bench_json(found), indent=2) if options.as_json else None
                 print(text or render_bench(found), flush=True)
             return ExitCode.ALL_DONE
         except KeyboardInterrupt:

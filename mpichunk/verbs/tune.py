@@ -40,13 +40,13 @@ from mpichunk.tune.variants import Facts, baseline, changed, variant_of, with_se
 class Options:
     """How to tune."""
 
-    num_repeats: int = 5
+    num_repeats: int
     """Turns of each variant."""
 
-    tolerance: float = 1e-3
+    tolerance: float
     """Largest difference allowed from float32, as a share of the range of the activated values."""
 
-    limit_seconds: float = 600.0
+    limit_seconds: float
     """No variant is begun after this time."""
 
     write: Path | None = None

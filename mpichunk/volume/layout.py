@@ -12,7 +12,7 @@ import numpy as np
 
 from mpichunk.config.formats import dtype_mistake, shard_mistake
 from mpichunk.errors import VolumeError
-from mpichunk.geometry.box import Box, Triple, ceil_div
+from mpichunk.geometry.box import Box, Triple
 from mpichunk.volume.address import FORMAT_NAMES, PRECOMPUTED, ZARR2, ZARR3
 from mpichunk.volume.attributes import voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import Metadata
@@ -59,11 +59,6 @@ class OutputSpec:
     def write_unit(self) -> Triple:
         """What one file holds, zyx."""
         return self.shard_shape or self.chunk_shape
-
-    @property
-    def num_files(self) -> int:
-        """Data files of the complete volume; fewer where all is zero, which is not stored."""
-        return prod(map(ceil_div, self.domain.shape, self.write_unit))
 
 
 def check_spec(spec: OutputSpec, driver: str) -> None:
