@@ -29,6 +29,12 @@ PRECISION_HINT = "INFERENCE_PRECISION_HINT"
 HINTS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Its values."""
 
+EXPORTED_NOT_FOLDED = (
+    "an exported network (.pt2) is a list of operations without modules to fold; fold it before "
+    "torch.export, or name the class itself, file.py:Name"
+)
+"""Why `fold_batch_norm` is refused of a file of torch.export."""
+
 _HINT_NAMES = {
     **{hint: name for name, hint in HINTS.items()},
     **{name: name for name in HINTS},
@@ -82,10 +88,7 @@ for _name in KERNELS:
 def _folding_has_modules(wanted: bool, path: str | None, backend: str) -> str | None:
     if not wanted or backend != "pytorch" or path is None or not path.endswith(".pt2"):
         return None
-    return (
-        "an exported network (.pt2) is a list of operations without modules to fold; fold it "
-        "before torch.export, or give the class itself, file.py:Name"
-    )
+    return EXPORTED_NOT_FOLDED
 
 
 @rule("model.options", "compute.precision", "model.backend")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.absent import AbsentEngine
+from mpichunk.backends.difference import relative_difference
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
@@ -76,11 +77,10 @@ class GoldenResult:
 
 
 def deviation(found: Output, reference: Output) -> float:
-    """Return the largest |difference| as a share of the largest |reference|."""
+    """Return by how much an output is off; infinitely, if its shape is another or it holds NaN."""
     if found.shape != reference.shape or not np.isfinite(found).all():
         return float("inf")
-    scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
-    return float(np.abs(found - reference).max(initial=0)) / scale
+    return relative_difference(found, reference)
 
 
 def median_of(outputs: Sequence[Output]) -> Output:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mpichunk.backends.difference import relative_difference
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.files.onnx import onnx_files
 from mpichunk.backends.files.source import existing_file, torch_files
@@ -155,8 +156,7 @@ def _refuse_difference(
     )
     found = compiled(batch_nczyx)[0]
     cut = find_cut(found.shape, len(batch_nczyx), request, lambda shape: None)
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    difference = float(np.abs(found[cut] - expected).max()) / scale
+    difference = relative_difference(found[cut], expected)
     # NaN on both sides is for the first test batch to find.
     if difference > _LARGEST_DIFFERENCE:
         raise ModelError(

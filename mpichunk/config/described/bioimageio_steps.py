@@ -6,13 +6,8 @@ Knows what each step computes; imports nothing of the format.
 from collections.abc import Mapping
 from typing import Any
 
-from mpichunk.config.described.findings import Obstacle
+from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, Obstacle
 from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
-
-_ACTIVATION = (
-    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
-    "it, and do it afterwards"
-)
 
 
 def first_steps(tensor: Any) -> Scale | Obstacle:
@@ -59,7 +54,9 @@ def last_steps(tensor: Any) -> tuple[dict[str, Any], list[Obstacle]]:
         name, kwargs = str(step.id), _numbers(step)
         if not _is_done(name, kwargs, settings):
             keys = "model.activation", "output.reduce", "output.threshold"
-            return settings, [Obstacle(keys=keys, found=_shown(name, kwargs), cure=_ACTIVATION)]
+            return settings, [
+                Obstacle(keys=keys, found=_shown(name, kwargs), cure=NOT_AFTERWARDS_CURE)
+            ]
     return settings, []
 
 

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+NOT_AFTERWARDS_CURE = (
+    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
+    "it, and do it afterwards"
+)
+"""What to write where a description has a step after the network that mpichunk does not do."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk.config.described.findings import Obstacle
+from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, Obstacle
 from mpichunk.config.described.monai_values import Code, code_in
 from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
 
@@ -203,8 +203,7 @@ def _obstacle_after(found: str) -> Obstacle:
     return Obstacle(
         keys=_AFTER,
         found=found,
-        cure="mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run "
-        "without it, and do it afterwards",
+        cure=NOT_AFTERWARDS_CURE,
     )
 
 
