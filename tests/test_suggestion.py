@@ -28,7 +28,7 @@ from mpichunk.plan.suggestion import (
     suggest,
     with_block,
 )
-from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json
+from mpichunk.plan.suggestionreport import nothing_words, render_suggestions, suggestions_json
 from mpichunk.words import parse_size
 from tests.endtoend import write_config
 from tests.geometries import cases, make_config, make_info, make_plan, triples
@@ -175,7 +175,10 @@ def test_nothing_fits() -> None:
     plan = make_plan(config, (64, 64, 64))
     found = suggestions(plan, config, limit_nbytes=1000)
     assert found.rows == () and found.smallest_nbytes > 1000
+    # The table says what is needed now; the error that follows says that nothing fits.
     text = render_suggestions(plan, config, found, room=ROOM, memory="cpu", probe=None)
+    assert "now" in text and "no shape fits" not in text and "nothing here" not in text
+    text = nothing_words(found, ROOM, None)
     assert "no shape fits" in text and "patch.batch_size" in text
 
 
@@ -301,8 +304,10 @@ def test_beside_an_accelerator_the_host_must_suffice(
         assert main([*plain, "--json", *words]) == 0
         assert json.loads(capsys.readouterr().out)["memory"]["host_nbytes"] == row["host_nbytes"]
     assert main([*command, "--host-memory", "1MiB"]) == 2
-    text = " ".join(capsys.readouterr().err.split())
-    assert "no shape fits 1.0 MiB of the host's memory" in text and "give --host-memory" in text
+    out, err = capsys.readouterr()
+    assert "no shape fits" not in out
+    text = " ".join(err.split())
+    assert "no shape fits 1.0 MiB of the host's memory" in text and "set --host-memory" in text
     assert main(command) == 0
     assert "host memory: " in capsys.readouterr().out
 

@@ -67,9 +67,10 @@ def render_suggestions(
         reasons = "; ".join(reasons_for(item, found.now, room, host_room))
         command = f"      {' '.join(options_for(item))}"
         lines += ["", _row(f"{number}", item, found), *_wrapped(reasons, indent="      "), command]
-    if not found.rows:
-        lines += ["", *_wrapped(nothing_words(found, room, host_room))]
-    elif not any(item.forecast.seconds < found.now.forecast.seconds for item in found.rows):
+    # That nothing fits is an error, which says it.
+    if found.rows and not any(
+        item.forecast.seconds < found.now.forecast.seconds for item in found.rows
+    ):
         lines += ["", *_wrapped("nothing here is faster than the block as it is")]
     return "\n".join([*lines, "", *_legend(), ""])
 

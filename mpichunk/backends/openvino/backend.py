@@ -81,7 +81,7 @@ class OpenvinoEngine:
         self._arrays = NumpyArrays()
         self._own_settings = tuple(model.options)
         self._limit = limit_of(model)
-        # To be asked what this CPU is able of is enough for oneDNN to look.
+        # To be asked what this CPU supports is enough for oneDNN to look.
         with limited(self._limit):
             self._settings = _settings(self._core, model, request)
         self._requests: dict[int, Any] = {}
