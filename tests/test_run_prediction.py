@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpichunk.backends.reduction import Reduction
 from mpichunk.cli import main
 from mpichunk.config.file import dump_config, load_config
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box
 from mpichunk.geometry.padding import pad, source_box

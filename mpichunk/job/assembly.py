@@ -12,10 +12,10 @@ from mpichunk.backends import get_backend
 from mpichunk.backends.devices.binding import Binding, Bindings, RankFacts, bind
 from mpichunk.backends.devices.visibility import gpu_hints, visible_devices
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
-from mpichunk.backends.reduction import Reduction
 from mpichunk.block.inference import BlockInference, scaling_for
 from mpichunk.block.pipeline import InputSource
 from mpichunk.config.predictionrules import channel_offsets
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import Augmentation
 from mpichunk.job.startup import Job, threads_of_earlier_start

@@ -10,17 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
-from mpichunk.backends.reduction import Reduction
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
+from mpichunk.geometry.buffers import CACHE_NBYTES, FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
 from mpichunk.geometry.parts import most_under_way
 from mpichunk.geometry.symmetry import turns_of
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
-from mpichunk.volume.tensor import CACHE_NBYTES
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -250,7 +249,7 @@ def _block_parts(
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    num_channels = Reduction.of(config).num_channels
+    num_channels = config.num_written_channels
     core = _nbytes(work.core_shape, num_channels, itemsize)
     # The peak: one block in the network, the others read, or being written if that takes more. A
     # block alone is written while its input is still there.
