@@ -10,6 +10,7 @@ import pytest
 from mpichunk.errors import ExitCode, JournalError
 from mpichunk.job.conclusion import conclude, note_end
 from mpichunk.roles.coordinator import Coordinator
+from mpichunk.roles.permits import Permits
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock
 from mpichunk.rundir.runstatus import StatusReader, read_status
@@ -26,7 +27,6 @@ from mpichunk.schedule.messages import (
     State,
     Stop,
 )
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.scheduler import Scheduler
 from tests.blocks import core_of, done, failed, leases
 from tests.fakeworker import start_worker

@@ -60,7 +60,7 @@ from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.process import this_process
-from mpichunk.processmemory import settle_allocator
+from mpichunk.processmemory import peak_nbytes, settle_allocator
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -71,12 +71,12 @@ from mpichunk.ranks.slurm import Allocation, describe
 from mpichunk.roles.drain import DrainSources, DrainWatch, Signals, clear_stop
 from mpichunk.roles.loop import Heartbeats, Loop
 from mpichunk.roles.monitor import CoordinatorRole, Monitor, watch_stopped
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
@@ -312,7 +312,9 @@ def _compute(
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, parts, records, permits, wake)
-    counters = Counters(lambda: parts.inference.device_peak_nbytes)
+    counters = Counters(
+        host_peak=peak_nbytes, device_peak=lambda: parts.inference.device_peak_nbytes
+    )
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in setup.sound else 0
     worker = Worker(

@@ -31,12 +31,12 @@ from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Heartbeats, Loop
 from mpichunk.roles.monitor import CoordinatorRole, Monitor
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import NAME, Journal, scan
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import Done, Lease, Records, State
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from tests.fakeranks import NullDisplay
