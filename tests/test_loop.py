@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.errors import RankLost
+from mpichunk.errors import MustEnd, RankLost
 from mpichunk.geometry.box import Box
 from mpichunk.ranks.communicator import SerialCommunicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Heartbeats, Loop
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd
+from mpichunk.roles.monitor import CoordinatorRole, Monitor
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import BlockDurations, HangDetector

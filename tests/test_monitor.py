@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
+from mpichunk.errors import MustEnd
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, note_heartbeat
 from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import CoordinatorHeartbeat, Heartbeat
 from mpichunk.schedule.progress import Counters

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from mpichunk.errors import ExitCode, RankLost
+from mpichunk.errors import ExitCode, MustEnd, RankLost, StartOver
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.crash import crash
-from mpichunk.ranks.recovery import StartOver, Watchdog, regroup
+from mpichunk.ranks.recovery import Watchdog, regroup
 from mpichunk.roles.drain import DrainWatch
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, note_heartbeat
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.messages import (
     FINISHED,

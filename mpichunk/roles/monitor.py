@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from mpichunk.errors import ExitCode, MpichunkError
+from mpichunk.errors import ExitCode, MustEnd
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Watchdog
@@ -37,14 +37,6 @@ CHANGE = 0.25
 """By how much at least what a lease may take must have changed to be told at once."""
 
 log = logging.getLogger(__name__)
-
-
-class MustEnd(MpichunkError):  # noqa: N818
-    """The job cannot go on, and every rank must be told; `code` is its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
