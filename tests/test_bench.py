@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 
-from mpichunk.backends.stageclock import STAGES
+from mpichunk.backends.stageclock import BENCH_STAGES
 from mpichunk.bench.scratch import scratch_output, scratch_parent
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
@@ -118,7 +118,7 @@ def test_bench_measures_and_leaves_nothing(
         spread = found["mvox_per_second"][name]
         assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert found["efficiency"]["median"] > 0
-    assert set(found["stages"]) == set(STAGES) and min(found["stages"].values()) > 0
+    assert set(found["stages"]) == set(BENCH_STAGES) and min(found["stages"].values()) > 0
     assert found["bound_by"] and found["advice"][0]["message"]
     # Nothing but what the forward told.
     left = {name for name in files_of(tmp_path) if "__pycache__" not in name}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mpichunk.backends.engine import Arrays
-from mpichunk.backends.stageclock import STAGE_OF, STAGES, UNTIMED
+from mpichunk.backends.stageclock import BENCH_STAGES, STAGE_OF, UNTIMED
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
@@ -27,7 +27,7 @@ def rank(
     **stages: float,
 ) -> Any:
     """Return the figures of one rank that has run 8 patches a repeat."""
-    seconds = dict.fromkeys(STAGES, 0.0) | {"forward": 1.0} | stages
+    seconds = dict.fromkeys(BENCH_STAGES, 0.0) | {"forward": 1.0} | stages
     passes = tuple(
         Pass(
             seconds=s,
@@ -132,7 +132,7 @@ def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> 
     operations = {name for name in vars(Arrays) if not name.startswith("_")}
     assert operations == STAGE_OF.keys() | UNTIMED
     assert not STAGE_OF.keys() & UNTIMED
-    assert set(STAGE_OF.values()) <= set(STAGES)
+    assert set(STAGE_OF.values()) <= set(BENCH_STAGES)
 
 
 def advice_of(figures: RankFigures, *, device: str = "cpu", **more: Any) -> list[str]:

@@ -42,7 +42,7 @@ def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
         local_rank=comm.local_rank,
         cores=tuple(sorted(os.sched_getaffinity(0))),
         num_host_cores=os.cpu_count() or 1,
-        probe=backend.probe(config.compute.device),
+        devices=backend.probe(config.compute.device),
         gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
         visible=visible_devices(os.environ),
     )

@@ -37,7 +37,7 @@ def reason(error: BaseException) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class VariantTrial:
     """A network, loaded, and a batch on its device."""
 
     variant: Variant
@@ -50,7 +50,9 @@ class Trial:
     batch_nczyx: DeviceArray
 
     @classmethod
-    def load(cls, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]) -> "Trial":
+    def load(
+        cls, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]
+    ) -> "VariantTrial":
         """Load the network.
 
         Raises:

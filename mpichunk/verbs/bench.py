@@ -24,7 +24,7 @@ from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.bench.report import Bench, bench_json, render_bench
 from mpichunk.bench.scratch import scratch_output, scratch_parent
-from mpichunk.bench.trial import Trial
+from mpichunk.bench.trial import BlockTrial
 from mpichunk.block.inference import check_engine
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
@@ -201,12 +201,12 @@ def _complete(job: Job, probe: Probe, ranks: Sequence[RankFigures], num_blocks: 
 
 def _open(
     stack: ExitStack, job: Job, engine: Engine, request: EngineRequest, parent: Path
-) -> Trial:
+) -> BlockTrial:
     """Return what this rank measures with: the input, and an output of its own."""
     output = stack.enter_context(scratch_output(job.output, parent))
     scratch_job = replace(job, output=output)
     source, writer = open_volumes(stack, scratch_job, request)
-    return Trial(
+    return BlockTrial(
         plan=job.plan,
         source=source,
         writer=writer,
@@ -258,7 +258,7 @@ def _wants(job: Job) -> Callable[[Box], bool]:
     return wants
 
 
-def _num_blocks(comm: Communicator, job: Job, trial: Trial, options: Options) -> int:
+def _num_blocks(comm: Communicator, job: Job, trial: BlockTrial, options: Options) -> int:
     """Return how many blocks each rank runs per repeat, and say how long all will take."""
     seconds = trial.bare(1)
     work = job.estimate().work
@@ -282,7 +282,7 @@ def _num_blocks(comm: Communicator, job: Job, trial: Trial, options: Options) ->
 
 
 def _measure(
-    comm: Communicator, trial: Trial, blocks: Sequence[int], num_blocks: int, num_repeats: int
+    comm: Communicator, trial: BlockTrial, blocks: Sequence[int], num_blocks: int, num_repeats: int
 ) -> RankFigures:
     """Measure this rank while all others do, in turns: whole, bare, whole, bare."""
     whole: list[Pass] = []
