@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
@@ -25,20 +26,6 @@ Staged = Any
 
 Vectors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Host vectors along z, y and x whose outer product is meant."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How raw input becomes the network's float32: clip, subtract, then divide."""
-
-    clip: tuple[float, float] | None = None
-    """Raw values are clipped to this range first."""
-
-    subtract: float = 0.0
-    """Taken off the raw value."""
-
-    divide: float = 1.0
-    """What the rest is divided by (a true float32 division)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,6 @@ from mpichunk.backends.engine import (
     Engine,
     EngineRequest,
     Feed,
-    Scaling,
     Staged,
 )
 from mpichunk.block.blank import is_blank
@@ -34,6 +33,7 @@ from mpichunk.block.hostpool import HostPool
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
 from mpichunk.config.reduction import Reduction
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError

@@ -253,7 +253,8 @@ def _work_lines(
         (
             "patches to run",
             f"{work.num_patches:,}",
-            f"{work.redundancy:.2f} times the {work.num_lattice_patches:,} of one lattice over the ROI",
+            f"{work.redundancy:.2f} times the {work.num_lattice_patches:,} of one lattice over "
+            "the ROI",
         ),
         (
             "augmentation",

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+NOT_FIXED_CURE = (
+    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
+    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
+)
+"""What to do about a step whose numbers depend on the image."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:
