@@ -105,7 +105,7 @@ def test_bench_measures_and_leaves_nothing(
     blocks = found["blocks"]
     assert blocks["per_rank"] == 2 and blocks["num_voxels"] == 2 * 12 * 16 * 16
     config = load_config(path).config
-    work = prepare(config).estimate().work
+    work = prepare(config).work
     assert found["redundancy"] == work.redundancy
     turns = len(changes.get("model", {}).get("augment", [])) * 2 or 1
     assert found["turns"] == turns

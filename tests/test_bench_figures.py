@@ -11,10 +11,11 @@ from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.prediction import forecast
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import work_of
 from mpichunk.verbs.bench import choose_blocks
-from tests.geometries import make_config, make_plan
+from tests.geometries import make_config, make_info, make_plan
 
 
 def rank(
@@ -91,7 +92,10 @@ def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
     probe = Probe(seconds=figures.seconds_per_batch, nbytes=None, device="cpu", pace=found)
     for num_ranks in (1, 2):
         plan = make_plan(config, (100, 100, 100 * num_ranks))
-        expected = forecast(plan, config, work_of(plan), probe, num_ranks=num_ranks)
+        premise = Premise(
+            plan=plan, config=config, info=make_info(plan.volume), num_ranks=num_ranks, probe=probe
+        )
+        expected = forecast(premise, work_of(plan))
         assert expected.seconds == pytest.approx(2.5)
 
 

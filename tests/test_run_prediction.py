@@ -28,6 +28,7 @@ from mpichunk.job.assembly import (
 from mpichunk.job.startup import fingerprint_of, prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
 from mpichunk.verbs.run import run_on
@@ -255,7 +256,7 @@ def test_memory_that_is_planned() -> None:
     def parts(**more: Any) -> dict[str, int | None]:
         config = make_config((8, 16, 16), (16, 32, 32), model_out_channels=4, **more)
         plan = make_plan(config, (64, 64, 64))
-        found = estimate(plan, config, make_info(plan.volume)).memory
+        found = estimate(Premise(plan=plan, config=config, info=make_info(plan.volume))).memory
         return {part.name: part.cpu_nbytes for part in found}
 
     batch, written = "batch into and out of the network", "output of the blocks in flight"

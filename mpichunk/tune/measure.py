@@ -25,6 +25,7 @@ from mpichunk.job.fitting import device_room
 from mpichunk.job.headroom import host_room, memory_groups
 from mpichunk.job.startup import Job
 from mpichunk.plan.estimate import estimate
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.tune.apart import Apart
 from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
@@ -226,7 +227,15 @@ class Meter:
         """Return what a rank takes where the network computes."""
         files = get_backend(job.config.model.backend).model_files(job.config.model)
         nbytes = sum(path.stat().st_size for path in files)
-        found = estimate(job.plan, job.config, job.volume, model_nbytes=nbytes, probe=probe)
+        found = estimate(
+            Premise(
+                plan=job.plan,
+                config=job.config,
+                info=job.volume,
+                model_nbytes=nbytes,
+                probe=probe,
+            )
+        )
         is_on_cpu = self._baseline is None or self._baseline.request.device == "cpu"
         return found.cpu_nbytes if is_on_cpu else found.device_nbytes
 

@@ -57,7 +57,7 @@ from mpichunk.job.startup import (
     write_run_files,
 )
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
-from mpichunk.plan.prediction import Forecast
+from mpichunk.plan.prediction import Forecast, forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.process import this_process
 from mpichunk.processmemory import peak_nbytes, settle_allocator
@@ -228,7 +228,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state:
         crew = Crew(num_blocks=num_todo, ranks=sound, probe=probe, has_probed=True)
         check_host(comm, job, request, crew)
         check_device(comm, job, engine, bindings, crew)
-        expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo, latest=told))
+        expected = on_rank_0(comm, lambda: _expect(job, num_todo, len(sound), told))
         setup = CoordinatorSetup(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
             keeper = JournalKeeper(comm, job, found.fingerprint, processes.values(), stack)
@@ -241,6 +241,12 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state:
             )
             ending = _compute(setup, keeper, parts, state)
     return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
+
+
+def _expect(job: Job, num_blocks: int, num_ranks: int, told: Probe | None) -> Forecast:
+    """Return how long so many blocks take on so many ranks."""
+    premise = job.premise(num_ranks, latest=told)
+    return forecast(premise, premise.work).of_blocks(num_blocks)
 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
@@ -312,9 +318,7 @@ def _compute(
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, parts, records, permits, wake)
-    counters = Counters(
-        host_peak=peak_nbytes, device_peak=lambda: parts.inference.device_peak_nbytes
-    )
+    counters = _counters(parts.inference)
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in setup.sound else 0
     worker = Worker(
@@ -362,6 +366,11 @@ def _compute(
             pipeline.abandon()
             state.is_abandoning = True
     return None if lead is None else end(lead)
+
+
+def _counters(inference: BlockInference) -> Counters:
+    """Return what counts what this rank has done."""
+    return Counters(host_peak=peak_nbytes, device_peak=lambda: inference.device_peak_nbytes)
 
 
 def _pipeline(
