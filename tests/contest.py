@@ -5,6 +5,7 @@ number says so: a block is computed, a letter arrives, a thread wakes, a rank di
 """
 
 import random
+import sys
 from collections import defaultdict, deque
 
 import numpy as np
@@ -117,7 +118,7 @@ class World:
             for rank in range(size)
         }
         self.hosts = dict.fromkeys(range(size), "host")
-        self.lead(Scheduler(num_blocks, size=size, mode=mode, max_attempts=max_attempts))
+        self.lead(Scheduler(num_blocks, ranks=range(size), mode=mode, max_attempts=max_attempts))
 
     @property
     def head(self):
@@ -127,9 +128,8 @@ class World:
         """Make the coordinator."""
         durations = BlockDurations(1.0)
         durations.note(0.01)
-        breaker = None
-        if self.limit is not None:
-            breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=self.limit)
+        limit = sys.maxsize if self.limit is None else self.limit
+        breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=limit)
         self.scheduler = scheduler
         self.coordinator = Coordinator(
             scheduler,
