@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_group(tmp_path: Path, backend: str) -> No
     for names in (["flip_z"], [*NAMES]):
         model = config.model.model_copy(update={"augment": tuple(names)})
         augmented = replace(job, config=config.model_copy(update={"model": model}))
-        request = engine_request(job, bind_ranks(SerialCommunicator(), job, fresh=True).of(0))
+        request = engine_request(job, bind_ranks(SerialCommunicator(), job).of(0))
         engine = load_engine(augmented, request)
         inference = make_inference(augmented, engine, request)
         inference.run(block, source_czyx, None, np.dtype(np.uint8))

@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[BlockInference]:
 @pytest.fixture
 def trial(tmp_path: Path, made: list[BlockInference]):
     job = prepare(load_config(config_file(tmp_path)).config)
-    request = engine_request(job, bind_ranks(SerialCommunicator(), job, fresh=True).of(0))
+    request = engine_request(job, bind_ranks(SerialCommunicator(), job).of(0))
     engine = load_engine(job, request, prepare_network(job, request))
     with ExitStack() as stack:
         yield bench._open(stack, job, engine, request, tmp_path)

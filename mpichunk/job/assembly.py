@@ -18,23 +18,23 @@ from mpichunk.config.predictionrules import channel_offsets
 from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import Augmentation
-from mpichunk.job.startup import Job, threads_of_earlier_start
-from mpichunk.ranks.agreement import on_rank_0
+from mpichunk.job.startup import Job
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.volume import Reader, Writer, open_output
 
 log = logging.getLogger(__name__)
 
 
-def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
+def bind_ranks(comm: Communicator, job: Job, *, threads: int | None = None) -> Bindings:
     """Decide, alike on every rank, where each rank computes.
 
-    Unless `fresh`, with as many threads as a run that is resumed began with.
+    Args:
+        comm: The ranks; all must call this.
+        job: What is computed.
+        threads: CPU threads of each where the config leaves that open, as a run that is resumed
+            began with; None: each rank's share of its cores.
     """
     config = job.config
-    earlier = None
-    if not fresh:
-        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
     backend = get_backend(config.model.backend)
     facts = RankFacts(
         rank=comm.rank,
@@ -49,7 +49,7 @@ def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
     return bind(
         comm.allgather(facts),
         device="cpu" if backend.cpu_only else config.compute.device,
-        threads=config.compute.threads or earlier,
+        threads=config.compute.threads or threads,
         share_device=config.compute.share_device,
     )
 

@@ -29,7 +29,7 @@ from mpichunk.job.probing import read_probe
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
-from mpichunk.plan.prediction import Forecast
+from mpichunk.plan.prediction import Forecast, forecast
 from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.plan.report import plan_json
@@ -275,6 +275,12 @@ def find_todo(job: Job, bindings: Bindings, *, fresh: bool) -> Todo:
     )
     todo = blocks_to_do(job, fingerprint, fresh=fresh)
     return Todo(fingerprint=fingerprint, packed=np.packbits(todo).tobytes())
+
+
+def expect(job: Job, num_blocks: int, num_ranks: int, latest: Probe | None) -> Forecast:
+    """Return how long so many blocks take on so many ranks, as `latest` told if it is known."""
+    premise = job.premise(num_ranks, latest=latest)
+    return forecast(premise, premise.work).of_blocks(num_blocks)
 
 
 def open_journal(

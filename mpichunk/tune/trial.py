@@ -59,7 +59,7 @@ class VariantTrial:
             UserError: it does not load; so do `DEVICE_FAILURES`.
         """
         job = job_of(job, variant)
-        binding = bind_ranks(SerialCommunicator(), job, fresh=True).of(0)
+        binding = bind_ranks(SerialCommunicator(), job).of(0)
         request = engine_request(job, binding)
         engine = load_engine(job, request, prepare_network(job, request))
         host = np.stack(list(islice(cycle(patches_nczyx), variant.batch_size)))

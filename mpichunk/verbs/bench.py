@@ -135,7 +135,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     """Measure; every rank returns the same."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     parent = on_rank_0(comm, lambda: scratch_parent(job.output, options.scratch))
-    request = engine_request(job, bind_ranks(comm, job, fresh=True).of(comm.rank))
+    request = engine_request(job, bind_ranks(comm, job).of(comm.rank))
     prepared = on_rank_0(comm, lambda: prepare_network(job, request))
     loading = MeasuredLoad(lambda: load_engine(job, request, prepared))
     engine = on_every_rank(comm, loading)

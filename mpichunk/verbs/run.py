@@ -50,14 +50,16 @@ from mpichunk.job.sight import check_sight
 from mpichunk.job.startup import (
     Job,
     changed_versions,
+    expect,
     find_todo,
     library_versions,
     prepare,
     sync_first,
+    threads_of_earlier_start,
     write_run_files,
 )
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
-from mpichunk.plan.prediction import Forecast, forecast
+from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.process import this_process
 from mpichunk.processmemory import peak_nbytes, settle_allocator
@@ -203,7 +205,8 @@ def _run(
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state: RankState) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
-    bindings = bind_ranks(comm, job, fresh=fresh)
+    threads = None if fresh else on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
+    bindings = bind_ranks(comm, job, threads=threads)
     processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
     neighbours = Neighbours(comm.rank, processes)
     if comm.size > 1 and not state.is_watching:
@@ -228,7 +231,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state:
         crew = Crew(num_blocks=num_todo, ranks=sound, probe=probe, has_probed=True)
         check_host(comm, job, request, crew)
         check_device(comm, job, engine, bindings, crew)
-        expected = on_rank_0(comm, lambda: _expect(job, num_todo, len(sound), told))
+        expected = on_rank_0(comm, lambda: expect(job, num_todo, len(sound), told))
         setup = CoordinatorSetup(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
             keeper = JournalKeeper(comm, job, found.fingerprint, processes.values(), stack)
@@ -241,12 +244,6 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state:
             )
             ending = _compute(setup, keeper, parts, state)
     return on_rank_0(comm, lambda: conclude(job.run_dir, ending, num_blocks=len(job.plan)))
-
-
-def _expect(job: Job, num_blocks: int, num_ranks: int, told: Probe | None) -> Forecast:
-    """Return how long so many blocks take on so many ranks."""
-    premise = job.premise(num_ranks, latest=told)
-    return forecast(premise, premise.work).of_blocks(num_blocks)
 
 
 def _log_start(comm: Communicator, loaded: LoadedConfig, job: Job, bindings: Bindings) -> None:
