@@ -50,7 +50,7 @@ class Disk:
 class Book:
     """A journal, also of what is lost with a coordinator that dies."""
 
-    places = property(lambda self: self)
+    offsets = property(lambda self: self)
 
     def __init__(self):
         self.lines, self.num_synced, self.num_before = [], 0, None
@@ -69,11 +69,11 @@ class Book:
         return {line[0]: line for line in self.lines}
 
     def begin(self):
-        """As `JournalPlaces.begin`."""
+        """As `JournalOffsets.begin`."""
         self.num_before = self.num_synced if self.num_before is None else self.num_before
 
     def checksum(self, block):
-        """As `JournalPlaces.checksum`, but that what is asked for must be there."""
+        """As `JournalOffsets.checksum`, but that what is asked for must be there."""
         found = [line[3] for line in self.lines[self.num_before :] if line[:2] == (block, "done")]
         assert found, f"block {block} was done before anything was in doubt"
         return found[-1]

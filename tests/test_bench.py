@@ -20,7 +20,7 @@ from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.config.schema import Config
 from mpichunk.errors import VolumeError
-from mpichunk.job.probing import read_probe, warm_seconds, write_probe
+from mpichunk.job.forward_probe import read_probe, warm_seconds, write_probe
 from mpichunk.job.startup import prepare
 from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.job.conclusion import conclude, note_end
+from mpichunk.job.exit_status import conclude, note_end
 from mpichunk.roles.permits import Permits
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock

@@ -11,8 +11,8 @@ import pytest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import triple
-from mpichunk.job.fitting import device_room
-from mpichunk.job.headroom import MemoryGroup, host_room, memory_groups, slurm_nbytes
+from mpichunk.job.host_memory import MemoryGroup, host_room, memory_groups, slurm_nbytes
+from mpichunk.job.memory_check import device_room
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory, MemoryPart, least_nbytes, memory_of, total_nbytes

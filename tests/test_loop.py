@@ -87,7 +87,7 @@ class SlowJournal:
 
     def __init__(self, time):
         self._time, self._is_new = time, False
-        self.places = SimpleNamespace(begin=lambda: None, checksum=lambda block: None)
+        self.offsets = SimpleNamespace(begin=lambda: None, checksum=lambda block: None)
 
     def append(self, *_, **__):
         self._is_new = True

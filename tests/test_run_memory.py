@@ -12,7 +12,7 @@ import pytest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from mpichunk.job.fitting import keep_probe
+from mpichunk.job.memory_check import keep_probe
 from mpichunk.job.startup import prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import least_nbytes, total_nbytes

@@ -28,8 +28,8 @@ from mpichunk.backends.engine import (
     Staged,
 )
 from mpichunk.block.blank import is_blank
-from mpichunk.block.fault import Patches, blame_patch
 from mpichunk.block.hostpool import HostPool
+from mpichunk.block.nonfinite import Patches, blame_patch
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
 from mpichunk.config.reduction import Reduction

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from mpichunk.backends.engine import Arrays, DeviceArray
 from mpichunk.backends.reduction import shut, store
-from mpichunk.block.fault import (
+from mpichunk.block.nonfinite import (
     NOT_FINITE,
     NOT_FLOAT16,
     Blame,

@@ -25,7 +25,7 @@ from mpichunk.config.schema import Config, Input, Mask
 from mpichunk.errors import JournalError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.job.probing import read_probe
+from mpichunk.job.forward_probe import read_probe
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan

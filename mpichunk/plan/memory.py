@@ -14,8 +14,8 @@ from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
 from mpichunk.geometry.buffers import CACHE_NBYTES, FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
-from mpichunk.geometry.parts import most_under_way
 from mpichunk.geometry.symmetry import turns_of
+from mpichunk.geometry.write_parts import most_under_way
 from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work

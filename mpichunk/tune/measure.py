@@ -1,7 +1,7 @@
 """Measures one variant with real forwards, in turns with the baseline, on patches of the volume.
 
-Loads networks one after another, in this process or one of their own (`trial`, `apart`). Knows no
-order of trials and no config files.
+Loads networks one after another, in this process or one of their own (`trial`,
+`subprocess_trial`). Knows no order of trials and no config files.
 """
 
 import logging
@@ -21,14 +21,14 @@ from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
 from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
-from mpichunk.job.fitting import device_room
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.host_memory import host_room, memory_groups
+from mpichunk.job.memory_check import device_room
 from mpichunk.job.startup import Job
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
-from mpichunk.tune.apart import Apart
 from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
+from mpichunk.tune.subprocess_trial import SubprocessTrial
 from mpichunk.tune.trial import VariantTrial, job_of, reason
 from mpichunk.tune.variants import Variant
 from mpichunk.volume import Reader
@@ -144,7 +144,7 @@ class Meter:
         except DEVICE_FAILURES as error:
             return Row(variant=variant, refused=reason(error))
 
-    def _compare(self, loaded: VariantTrial | Apart) -> Row:
+    def _compare(self, loaded: VariantTrial | SubprocessTrial) -> Row:
         """Measure in turns: baseline, variant, baseline, variant."""
         base, expected = self.baseline, self._expected
         assert expected is not None
@@ -165,7 +165,7 @@ class Meter:
             nbytes=self._nbytes(loaded, median(seconds) * loaded.variant.batch_size),
         )
 
-    def _hopeless(self, loaded: VariantTrial | Apart) -> str:
+    def _hopeless(self, loaded: VariantTrial | SubprocessTrial) -> str:
         """Return why a variant is not measured at length; "" if it should be."""
         # The first forward may compile.
         loaded.forwards(1)
@@ -174,7 +174,7 @@ class Meter:
         return f"a forward takes {share:.0f} times as long" if share > 1 / HOPELESS else ""
 
     @contextmanager
-    def _loading(self, variant: Variant) -> Iterator[VariantTrial | Apart]:
+    def _loading(self, variant: Variant) -> Iterator[VariantTrial | SubprocessTrial]:
         """Load the network as a variant runs it, and give back at last what it took."""
         self.baseline.release()
         # What loading says is the same for all.
@@ -185,9 +185,9 @@ class Meter:
         finally:
             logging.disable(logging.NOTSET)
 
-    def _load(self, variant: Variant) -> VariantTrial | Apart:
+    def _load(self, variant: Variant) -> VariantTrial | SubprocessTrial:
         """Load the network; where instructions are limited, not here: oneDNN has looked already."""
-        load = VariantTrial.load if variant.instructions is None else Apart
+        load = VariantTrial.load if variant.instructions is None else SubprocessTrial
         return load(self._job, variant, self._patches_nczyx)
 
     def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
@@ -212,7 +212,7 @@ class Meter:
             return False
         return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
 
-    def _nbytes(self, loaded: VariantTrial | Apart, seconds: float) -> int | None:
+    def _nbytes(self, loaded: VariantTrial | SubprocessTrial, seconds: float) -> int | None:
         """Return what a rank takes where the network computes, its forward measured."""
         forward = loaded.forward_nbytes()
         if forward is None:
@@ -298,7 +298,7 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
 
 
-def _count(loaded: VariantTrial | Apart) -> int:
+def _count(loaded: VariantTrial | SubprocessTrial) -> int:
     """Return how many forwards fill a turn, after one that warms up."""
     loaded.forwards(1)
     return max(1, int(TURN_SECONDS / max(loaded.forwards(1), 1e-9)))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
-from mpichunk.job.probing import forward_nbytes
+from mpichunk.job.forward_probe import forward_nbytes
 from mpichunk.job.startup import Job
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.tune.figures import Outputs

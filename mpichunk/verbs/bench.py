@@ -38,9 +38,15 @@ from mpichunk.job.assembly import (
     open_volumes,
     prepare_network,
 )
-from mpichunk.job.fitting import device_room, keep_probe
+from mpichunk.job.forward_probe import (
+    HeldMemory,
+    MeasuredLoad,
+    device_words,
+    forward_nbytes,
+    settle,
+)
 from mpichunk.job.masking import is_wanted
-from mpichunk.job.probing import HeldMemory, MeasuredLoad, device_words, forward_nbytes, settle
+from mpichunk.job.memory_check import device_room, keep_probe
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT, unexplained_nbytes

@@ -13,9 +13,9 @@ from pathlib import Path
 from mpichunk.backends.optional import missing_package
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.forward_probe import read_peak
+from mpichunk.job.host_memory import host_room, memory_groups
 from mpichunk.job.masking import masked_blocks
-from mpichunk.job.probing import read_peak
 from mpichunk.job.startup import Job, open_config_mask, prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room

@@ -42,11 +42,11 @@ from mpichunk.job.assembly import (
     prepare_network,
 )
 from mpichunk.job.canary import find_sound_ranks
-from mpichunk.job.conclusion import conclude, note_end
-from mpichunk.job.fitting import Crew, check_device, check_host, keep_probe, probe_ranks
+from mpichunk.job.exit_status import conclude, note_end
+from mpichunk.job.forward_probe import MeasuredLoad
 from mpichunk.job.leading import CoordinatorSetup, JournalKeeper
-from mpichunk.job.probing import MeasuredLoad
-from mpichunk.job.sight import check_sight
+from mpichunk.job.memory_check import Crew, check_device, check_host, keep_probe, probe_ranks
+from mpichunk.job.shared_filesystem import check_sight
 from mpichunk.job.startup import (
     Job,
     changed_versions,

@@ -28,7 +28,7 @@ END_SECONDS = 10.0
 """How long the other process may take to end, once nobody asks it any more."""
 
 
-class Apart:
+class SubprocessTrial:
     """As `VariantTrial`, with the same cores and threads; it ends with `close`."""
 
     def __init__(self, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]) -> None:

@@ -14,8 +14,8 @@ from mpichunk.backends.devices.binding import Binding, Bindings
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.config.file import load_config
 from mpichunk.errors import UserError
-from mpichunk.job.fitting import Crew, check_device, check_host
-from mpichunk.job.headroom import held_nbytes
+from mpichunk.job.host_memory import held_nbytes
+from mpichunk.job.memory_check import Crew, check_device, check_host
 from mpichunk.job.startup import Job, prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import least_nbytes

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import DEVICE_FAILURES, UserError
-from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
-from mpichunk.job.probing import HeldMemory, MeasuredLoad, probe_engine, settle, write_probe
+from mpichunk.job.forward_probe import HeldMemory, MeasuredLoad, probe_engine, settle, write_probe
+from mpichunk.job.host_memory import held_nbytes, host_room, memory_groups
 from mpichunk.job.startup import Job
 from mpichunk.plan.fit import Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory
