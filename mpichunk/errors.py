@@ -12,6 +12,8 @@ Knows nothing but words. A message says who, what was found, what was expected a
     |   `-- JournalError          a run directory of another run
     |       `-- NotStartedError   or of none yet, where only a run could tell what is asked
     |-- RankLost                  a rank died; the survivors meet and go on
+    |-- StartOver                 they have met, but not all were computing: all begin anew
+    |-- MustEnd                   the job cannot go on, and every rank is told; brings its exit code
     `-- BlockError                one block failed; the run goes on and ends with exit 3
         |-- DiskFullError         no space or quota left to write to; the run stops with exit 3
         `-- DeviceMemoryError     not even one patch fits into the memory of the device
@@ -110,6 +112,18 @@ class NotStartedError(JournalError):
 
 class RankLost(MpichunkError):  # noqa: N818
     """A rank has died, as MPI or another rank says: all survivors must agree and leave it."""
+
+
+class StartOver(MpichunkError):  # noqa: N818
+    """The survivors have met, but not all of them had begun to compute."""
+
+
+class MustEnd(MpichunkError):  # noqa: N818
+    """The job cannot go on, and every rank must be told; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BlockError(MpichunkError):

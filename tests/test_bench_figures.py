@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 
 from mpichunk.backends.engine import Arrays
-from mpichunk.backends.stageclock import STAGE_OF, STAGES
+from mpichunk.backends.stageclock import BENCH_STAGES, STAGE_OF
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.prediction import forecast
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import work_of
 from mpichunk.verbs.bench import choose_blocks
-from tests.geometries import make_config, make_plan
+from tests.geometries import make_config, make_info, make_plan
 
 
 def rank(
@@ -27,7 +28,7 @@ def rank(
     **stages: float,
 ) -> Any:
     """Return the figures of one rank that has run 8 patches a repeat."""
-    seconds = dict.fromkeys(STAGES, 0.0) | {"forward": 1.0} | stages
+    seconds = dict.fromkeys(BENCH_STAGES, 0.0) | {"forward": 1.0} | stages
     passes = tuple(
         Pass(
             seconds=s,
@@ -91,7 +92,10 @@ def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
     probe = Probe(seconds=figures.seconds_per_batch, nbytes=None, device="cpu", pace=found)
     for num_ranks in (1, 2):
         plan = make_plan(config, (100, 100, 100 * num_ranks))
-        expected = forecast(plan, config, work_of(plan), probe, num_ranks=num_ranks)
+        premise = Premise(
+            plan=plan, config=config, info=make_info(plan.volume), num_ranks=num_ranks, probe=probe
+        )
+        expected = forecast(premise, work_of(plan))
         assert expected.seconds == pytest.approx(2.5)
 
 
@@ -153,7 +157,7 @@ def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> 
     operations = {name for name in vars(Arrays) if not name.startswith("_")}
     assert operations == STAGE_OF.keys() | UNTIMED
     assert not STAGE_OF.keys() & UNTIMED
-    assert set(STAGE_OF.values()) <= set(STAGES)
+    assert set(STAGE_OF.values()) <= set(BENCH_STAGES)
 
 
 def advice_of(figures: RankFigures, *, device: str = "cpu", **more: Any) -> list[str]:

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.backends.devices.binding import MOST_ROWS, Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.devices.binding import (
+    MOST_ROWS,
+    Accelerator,
+    RankFacts,
+    VisibleDevices,
+    bind,
+)
 from mpichunk.backends.devices.visibility import gpu_hints
 from mpichunk.errors import DeviceError
 
@@ -17,14 +23,16 @@ def gpu(index, physical_id=None, *, name="NVIDIA H100", kind="cuda"):
 
 def facts(rank, *gpus, host="a", local_rank=None, cores=(0, 1), num_host_cores=2, **more):
     hints = more.pop("hints", ())
-    probe = Probe(accelerators=gpus, cpu_kind=more.pop("cpu", CPU), note=more.pop("note", ""))
+    devices = VisibleDevices(
+        accelerators=gpus, cpu_kind=more.pop("cpu", CPU), note=more.pop("note", "")
+    )
     return RankFacts(
         rank=rank,
         host=host,
         local_rank=rank if local_rank is None else local_rank,
         cores=tuple(cores),
         num_host_cores=num_host_cores,
-        probe=probe,
+        devices=devices,
         gpu_hints=hints,
     )
 

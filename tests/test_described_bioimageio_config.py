@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.config.described.scaling import Scale
 from mpichunk.config.file import load_config
+from mpichunk.config.scaling import Scaling
 from mpichunk.filehash import file_hash
 from tests.described import config_file, plain_values, problems_of
 from tests.packages import FLOAT, description, points_package, write_package
@@ -145,7 +145,7 @@ STEPS = st.lists(
 @given(STEPS)
 def test_steps_compose_to_one(steps: list[tuple[str, Any, Any]]) -> None:
     raw = np.linspace(-300, 300, 61)
-    expected, scale = raw, Scale()
+    expected, scale = raw, Scaling()
 
     def rounding() -> float:
         """Return what float64 may lose among numbers as large as those of the scale."""

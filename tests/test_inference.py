@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.blank import is_blank
 from mpichunk.block.inference import BlockInference, check_engine, scaling_for
 from mpichunk.block.slab import parts
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.schema import Normalize
 from mpichunk.errors import BlockError, ModelError, UserError
 from mpichunk.geometry.box import Box

@@ -12,8 +12,9 @@ import pytest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from mpichunk.job.fitting import keep_probe
+from mpichunk.job.memory_check import keep_probe
 from mpichunk.job.startup import prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import least_nbytes, total_nbytes
 from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
@@ -100,7 +101,7 @@ def test_what_may_need_more_is_tried_with_a_warning(
         block={"shape": [24, 160, 160]},
         output={"dtype": "float32", "chunk_shape": [24, 80, 80]},
     )
-    parts = prepare(load_config(path).config).estimate().memory
+    parts = estimate(prepare(load_config(path).config).premise()).memory
     least, most = least_nbytes(parts, "cpu"), total_nbytes(parts, "cpu")
     megabytes = least // (1 << 20) + 1
     assert least <= megabytes << 20 < most

@@ -33,8 +33,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_module, "TURN_SECONDS", 0.01)
     whole = tune_module.facts_of
 
-    def facts_of(job: Any) -> Facts:
-        return replace(whole(job, lambda name: None), has_avx512=False)
+    def facts_of(device: str) -> Facts:
+        return replace(whole(device, lambda name: None), has_avx512=False)
 
     monkeypatch.setattr(tune_module, "facts_of", facts_of)
 

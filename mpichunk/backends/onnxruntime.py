@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import accelerator_name, cpu_kind, probe_devices
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.files.onnx import onnx_files
@@ -38,16 +38,16 @@ class OnnxruntimeBackend:
         """Return the ONNX file and the files of its weights, without importing onnxruntime."""
         return onnx_files(model)
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU, and NVIDIA devices where this onnxruntime is built for them."""
         runtime = _import()
         note = f"onnxruntime {runtime.__version__}"
         if requested == "cpu" or _CUDA not in runtime.get_available_providers():
             note += ", built without CUDA: `pip install onnxruntime-gpu` instead of onnxruntime"
-            return Probe(cpu_kind=cpu_kind(), framework="onnxruntime", note=note)
+            return VisibleDevices(cpu_kind=cpu_kind(), framework="onnxruntime", note=note)
         seen = probe_devices(requested)
         devices = tuple(device for device in seen.accelerators if device.kind == "cuda")
-        return Probe(
+        return VisibleDevices(
             accelerators=devices,
             cpu_kind=cpu_kind(),
             framework="onnxruntime",

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpichunk.backends.engine import Engine
 
-STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
+BENCH_STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
 """Stages of a block, in order; `host` is computing outside of all array operations."""
 
 STAGE_OF: Mapping[str, str] = {
@@ -42,7 +42,7 @@ class StageClock:
     """An engine that counts the seconds of another one's stages."""
 
     def __init__(self, engine: Engine) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds = dict.fromkeys(BENCH_STAGES, 0.0)
         """Wall seconds so far, by stage."""
 
         self.arrays: Any = _Clocked(engine.arrays, STAGE_OF, self.seconds, engine.arrays.wait)

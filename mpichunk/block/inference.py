@@ -25,15 +25,15 @@ from mpichunk.backends.engine import (
     Engine,
     EngineRequest,
     Feed,
-    Scaling,
     Staged,
 )
-from mpichunk.backends.reduction import Reduction
 from mpichunk.block.blank import is_blank
-from mpichunk.block.fault import Patches, blame_patch
 from mpichunk.block.hostpool import HostPool
+from mpichunk.block.nonfinite import Patches, blame_patch
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
+from mpichunk.config.reduction import Reduction
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends.engine import Arrays, DeviceArray
-from mpichunk.backends.reduction import Reduction
-from mpichunk.block.fault import (
+from mpichunk.backends.reduction import shut, store
+from mpichunk.block.nonfinite import (
     NOT_FINITE,
     NOT_FLOAT16,
     Blame,
@@ -30,6 +30,7 @@ from mpichunk.block.fault import (
     joined,
 )
 from mpichunk.block.windows import Windows
+from mpichunk.config.reduction import Reduction
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid, Slices, Triple
 
@@ -142,12 +143,12 @@ class Slab:
         if target.mask_zyx is not None:
             arrays.apply_mask(total_czyx, target.mask_zyx[where])
         self._check(NOT_FINITE, place, total_czyx)
-        reduction.shut(arrays, total_czyx)
+        shut(reduction, arrays, total_czyx)
         if self._is_core:
             return
         host_czyx = target.core_czyx[(slice(None), *where)]
         out_czyx = arrays.outgoing(host_czyx)
-        reduction.store(arrays, total_czyx, out_czyx)
+        store(reduction, arrays, total_czyx, out_czyx)
         if host_czyx.dtype == np.float16:
             self._check(NOT_FLOAT16, place, out_czyx)
         arrays.send(out_czyx, host_czyx)

@@ -25,8 +25,8 @@ from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DEVICE_FAILURES, DeviceError, UserError
-from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
-from mpichunk.job.probing import forward_nbytes
+from mpichunk.job.forward_probe import forward_nbytes
+from mpichunk.job.host_memory import held_nbytes, host_room, memory_groups
 from mpichunk.plan.memory import FLOAT32_NBYTES
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.rundir.checksum import digest_of

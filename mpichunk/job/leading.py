@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.job.display import get_display, summarise
-from mpichunk.job.probing import write_peak
+from mpichunk.job.forward_probe import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
 from mpichunk.plan.prediction import Forecast, format_outcome

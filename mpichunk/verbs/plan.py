@@ -13,12 +13,14 @@ from pathlib import Path
 from mpichunk.backends.optional import missing_package
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.forward_probe import read_peak
+from mpichunk.job.host_memory import host_room, memory_groups
 from mpichunk.job.masking import masked_blocks
-from mpichunk.job.probing import read_peak
 from mpichunk.job.startup import Job, open_config_mask, prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room
 from mpichunk.plan.memory import Memory
+from mpichunk.plan.prediction import forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json, render_plan
 from mpichunk.plan.suggestion import runs_on_cpu, suggest
@@ -75,8 +77,10 @@ def preview(config_path: Path, overrides: Sequence[str], options: Options) -> Ex
 def _print_plan(job: Job, options: Options) -> None:
     """Print what a run would do."""
     num_masked = _num_masked(job)
-    found = job.estimate(options.num_ranks)
-    expected = job.forecast(options.num_ranks, found.work.num_blocks - (num_masked or 0))
+    premise = job.premise(options.num_ranks)
+    found = estimate(premise)
+    num_wanted = found.work.num_blocks - (num_masked or 0)
+    expected = forecast(premise, found.work).of_blocks(num_wanted)
     arguments = job.plan, job.config, job.volume, found
     peak = read_peak(job.run_dir, job.config, job.model_files())
     make = plan_json if options.as_json else render_plan
@@ -96,22 +100,18 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
     Raises:
         UserError: nobody knows how much memory there is, or no shape fits it.
     """
-    probe = job.probe()
+    premise = job.premise(options.num_ranks)
+    probe = premise.probe
     memory: Memory = "cpu" if runs_on_cpu(job.config, probe) else "device"
     room = _room(memory, options, probe)
     # What lies beside an accelerator is often what is short.
     beside = None if memory == "cpu" else _host_room(options, options.host_memory_nbytes, HOST)
     found = suggest(
-        job.plan,
-        job.config,
-        job.volume,
-        num_ranks=options.num_ranks,
+        premise,
         limit_nbytes=room.nbytes,
         memory=memory,
         host_limit_nbytes=None if beside is None else beside.nbytes,
         is_chunk_open="output.chunk_shape" in loaded.defaulted,
-        model_nbytes=job.model_nbytes(),
-        probe=probe,
     )
     if options.as_json:
         values = suggestions_json(found, room=room, memory=memory, host_room=beside)

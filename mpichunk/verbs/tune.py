@@ -23,7 +23,7 @@ from mpichunk.config.schema import Config
 from mpichunk.config.text import parse
 from mpichunk.errors import ExitCode, LaunchError, UserError
 from mpichunk.job.assembly import bind_ranks
-from mpichunk.job.startup import Job, prepare
+from mpichunk.job.startup import prepare
 from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
@@ -93,13 +93,15 @@ def _tune(config: Config, options: Options) -> Tuning:
     """Measure, and return what was found, also if that is interrupted after the first variant."""
     job = prepare(config)
     start = baseline(config)
-    facts = facts_of(replace(job, config=with_settings(config, start.settings)))
+    first = replace(job, config=with_settings(config, start.settings))
+    binding = bind_ranks(SerialCommunicator(), first).of(0)
+    facts = facts_of(binding.device)
     patches_nczyx, is_real = read_patches(job)
     meter = Meter(
         job,
         patches_nczyx,
         num_repeats=options.num_repeats,
-        num_local=_num_local(job),
+        num_local=_num_local(binding.threads),
         deadline=time.perf_counter() + options.limit_seconds,
     )
     search = Search(config, facts, meter.measure, options.tolerance)
@@ -140,9 +142,8 @@ def _largest_batch(meter: Meter, rows: Sequence[Row], best: Row) -> Largest | No
     )
 
 
-def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Facts:
-    """Return what this machine has."""
-    device = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).device
+def facts_of(device: str, which: Callable[[str], str | None] = shutil.which) -> Facts:
+    """Return what this machine has, for networks on a device."""
     installed = {backend for backend in PACKAGES if is_installed(backend)}
     compilers = ("g++", "clang++", "c++") if device == "cpu" else ("cc", "gcc", "clang")
     has_compiler = any(which(name) for name in compilers)
@@ -156,9 +157,8 @@ def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Fac
     )
 
 
-def _num_local(job: Job) -> int:
-    """Return how many ranks a run will have on this host: as many as share its cores."""
-    threads = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
+def _num_local(threads: int) -> int:
+    """Return how many ranks of so many threads a run will have here: as many as share the cores."""
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 

@@ -13,12 +13,9 @@ import tensorstore as ts
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple, subtract, triple
+from mpichunk.geometry.buffers import CACHE_NBYTES
 from mpichunk.volume.future import cause
 from mpichunk.volume.source import Fetch, VolumeFacts
-
-CACHE_NBYTES = 64 * 2**20
-"""Decoded chunks and shard indices kept per volume that is read; nothing is kept when writing."""
-
 
 METADATA_SECONDS = 60
 """How long a store may take to answer about metadata; its own retries go on for much longer."""

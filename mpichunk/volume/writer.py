@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple
-from mpichunk.geometry.parts import write_parts
 from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.geometry.write_parts import write_parts
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
 from mpichunk.volume.cloud import has_suffixed_files
 from mpichunk.volume.future import BlockFuture

@@ -37,7 +37,7 @@ class Accelerator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class VisibleDevices:
     """What one process could compute on."""
 
     accelerators: tuple[Accelerator, ...] = ()
@@ -72,7 +72,7 @@ class RankFacts:
     num_host_cores: int
     """Cores of the node."""
 
-    probe: Probe
+    devices: VisibleDevices
     """Devices that it sees."""
 
     gpu_hints: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ def bind(
             device=f"{found.kind}:{found.index}" if found else "cpu",
             device_id=found.physical_id if found else "-",
             visible=facts.visible,
-            device_kind=found.name if found else facts.probe.cpu_kind,
+            device_kind=found.name if found else facts.devices.cpu_kind,
             threads=num_threads,
             num_cores=len(facts.cores),
         )
@@ -249,7 +249,7 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     kind, index = match.groups()
     if kind == "cpu":
         return []
-    visible = [a for a in facts.probe.accelerators if kind in ("auto", a.kind)]
+    visible = [a for a in facts.devices.accelerators if kind in ("auto", a.kind)]
     if index is not None:
         visible = [a for a in visible if a.index == int(index)]
     if visible:
@@ -273,9 +273,9 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
 
 def _what_is_seen(facts: RankFacts) -> str:
     """Return in words which accelerators the framework sees."""
-    names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.probe.accelerators)
-    note = f" ({facts.probe.note})" if facts.probe.note else ""
-    return f"{facts.probe.framework} sees {names or 'no accelerator'}{note}"
+    names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.devices.accelerators)
+    note = f" ({facts.devices.note})" if facts.devices.note else ""
+    return f"{facts.devices.framework} sees {names or 'no accelerator'}{note}"
 
 
 def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None]) -> None:
@@ -288,7 +288,7 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         if other == facts.rank:
             continue
         local = [r for r in ranks if r.host == facts.host]
-        num_devices = len({a.physical_id for r in local for a in r.probe.accelerators})
+        num_devices = len({a.physical_id for r in local for a in r.devices.accelerators})
         # A process sees one MIG instance of those in its list, the first.
         is_mig = "MIG-" in found.physical_id or "MIG-" in facts.visible
         cure = (

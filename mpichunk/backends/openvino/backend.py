@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.files.source import WEIGHTS_KEY
@@ -48,9 +48,9 @@ class OpenvinoBackend:
         """Return the files of the network, without importing openvino or torch."""
         return openvino_files(model)
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU, without importing any framework."""
-        return Probe(cpu_kind=cpu_kind())
+        return VisibleDevices(cpu_kind=cpu_kind())
 
     def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
         """Return a network of torch as OpenVINO's, so that the other ranks need no torch."""

@@ -11,7 +11,7 @@ from typing import Any
 from mpichunk.config.described.bioimageio_steps import first_steps, last_steps
 from mpichunk.config.described.files import named_file
 from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.text import parse
 from mpichunk.errors import ConfigError, ModelError
 
@@ -65,7 +65,7 @@ def read_package(file: Path, backend: str, *, as_code: bool) -> Findings:
     settings["model.out_channels"] = len(_axis(returned, "channel").channel_names)
     obstacles: list[Obstacle] = []
     scale = first_steps(given)
-    if isinstance(scale, Scale):
+    if isinstance(scale, Scaling):
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)

@@ -6,13 +6,13 @@ Knows what each step computes; imports nothing of the format.
 from collections.abc import Mapping
 from typing import Any
 
-from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, Obstacle
-from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
+from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, NOT_FIXED_CURE, Obstacle
+from mpichunk.config.scaling import Scaling
 
 
-def first_steps(tensor: Any) -> Scale | Obstacle:
+def first_steps(tensor: Any) -> Scaling | Obstacle:
     """Return preprocessing as one scale."""
-    scale = Scale()
+    scale = Scaling()
     for step in tensor.preprocessing:
         try:
             scale = _scaled(scale, str(step.id), _numbers(step))
@@ -21,7 +21,7 @@ def first_steps(tensor: Any) -> Scale | Obstacle:
     return scale
 
 
-def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
+def _scaled(scale: Scaling, name: str, kwargs: Mapping[str, Any]) -> Scaling:
     """Return the scale with one more step.
 
     Raises:
@@ -29,7 +29,7 @@ def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
     """
     if name == "ensure_dtype":
         # Before the first step this is the type of the volume.
-        if kwargs["dtype"].startswith("float") or scale == Scale():
+        if kwargs["dtype"].startswith("float") or scale == Scaling():
             return scale
         raise ValueError(f"{kwargs['dtype']} as the type of scaled values")
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
 from mpichunk.config.described.monai_steps import first_steps, last_steps
 from mpichunk.config.described.monai_values import code_in, value_of
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.text import parse
 from mpichunk.errors import ConfigError, ModelError
 
@@ -57,7 +57,7 @@ def read_bundle(folder: Path, backend: str, *, as_code: bool) -> Findings:
     else:
         obstacles.append(_no_channels())
     scale, undone = first_steps(value_of(config, config.get("preprocessing")))
-    if isinstance(scale, Scale):
+    if isinstance(scale, Scaling):
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)

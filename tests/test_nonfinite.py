@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import BlockInference
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box
 from tests.blockinference import (
