@@ -25,6 +25,8 @@ the end, run again to go on; 1 anything else
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
+    # Or pydantic looks for plug-ins in every package there is, on every rank of a shared file system.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         return int(_VERBS[options.verb](options))
     except UserError as error:
