@@ -1,8 +1,6 @@
 """Whole runs, from a file to a file, against the brute-force reference."""
 
 import json
-import shutil
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -23,7 +21,6 @@ from mpichunk.verbs.run import run_on
 from mpichunk.volume import open_input
 from mpichunk.volume.synthetic import parse_synthetic
 from tests.endtoend import start_lines
-from tests.launch import finish
 from tests.metrics import auc
 from tests.reference import Reference, ReferenceMask, reference
 from tests.smallrun import NET
@@ -198,14 +195,9 @@ print(largest_difference(Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2])))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernels", "batch_size"), [(("compile",), 1), (ALL, 3)])
-def test_a_compiled_run_is_the_reference(tmp_path, kernels, batch_size):
-    if shutil.which("g++") is None:
-        pytest.skip("no compiler and headers of Python: no g++")
-    # In a process of its own, which keeps nothing of what was compiled elsewhere.
-    cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
-    headers = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
-    command = [sys.executable, "-c", COMPILED, tmp_path, batch_size, *kernels]
-    done = finish(command, env=cache | headers)
+def test_a_compiled_run_is_the_reference(tmp_path, python, inductor, kernels, batch_size):
+    # In a process of its own, where nothing was compiled before.
+    done = python("-c", COMPILED, tmp_path, batch_size, *kernels, env=inductor)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-6
 
