@@ -5,6 +5,7 @@ is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
+import gc
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ the end, run again to go on; 1 anything else
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
+    # Or every rank looks for plug-ins of pydantic in the metadata of every package there is.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         return int(_VERBS[options.verb](options))
     except UserError as error:
@@ -240,8 +243,11 @@ def _size(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # What is imported stays: looking for garbage among it takes a tenth of every rank's start.
+    gc.disable()
     from mpichunk.verbs.run import run
 
+    gc.enable()
     return run(options.config, options.overrides, fresh=options.fresh)
 
 

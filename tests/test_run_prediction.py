@@ -47,7 +47,7 @@ OFFSETS = {2: (-1, 0, 0), 0: (0, -1, 0), 1: (0, 0, -1)}
 
 @pytest.mark.parametrize("same", [True, False])
 def test_augmented_run_is_the_mean_over_all_edges(tmp_path: Path, same: bool) -> None:
-    case = Case(tmp_path, texture((8, 17, 16)))
+    case = Case(tmp_path, texture((6, 11, 10)))
     names = ["flip_z", "rot90"]
     model = NET | {
         "arguments": {"outputs": 4, "same": same},
