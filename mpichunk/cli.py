@@ -5,6 +5,7 @@ is asked for, so that `plan`, `status` and `--help` start neither MPI nor torch.
 """
 
 import argparse
+import gc
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from mpichunk.errors import ExitCode, UserError
 from mpichunk.words import parse_size
 
 EPILOG = """\
-exit codes: 0 every block done; 2 a mistake that you can mend; 3 blocks failed; 75 stopped before
+exit codes: 0 every block done; 2 a mistake that you can fix; 3 blocks failed; 75 stopped before
 the end, run again to go on; 1 anything else
 """
 
@@ -25,6 +26,8 @@ the end, run again to go on; 1 anything else
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
+    # Or every rank looks for plug-ins of pydantic in the metadata of every package there is.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         return int(_VERBS[options.verb](options))
     except UserError as error:
@@ -61,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mpichunk {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    run = _add_verb(verbs, "run", "run it; resumes by itself what an earlier run left")
+    run = _add_verb(
+        verbs, "run", "run the network over the volume; resumes an earlier run by itself"
+    )
     run.add_argument(
         "--fresh",
         action="store_true",
@@ -70,17 +75,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_plan(verbs)
 
-    status = _add_verb(verbs, "status", "say how far a run is, also while it runs")
+    status = _add_verb(verbs, "status", "show the progress of a run, also while it runs")
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--watch", action="store_true", help="repeat until the run ends")
     status.add_argument(
         "--check",
         action="store_true",
-        help="exit 0, 3 or 75 by what the journal proves: all done, blocks failed, not finished "
-        "or not even started",
+        help="exit with 0, 3 or 75 according to the journal: all done, blocks failed, not finished "
+        "or not started",
     )
 
-    _add_verb(verbs, "stop", "ask a running job to finish what it computes, and end")
+    _add_verb(verbs, "stop", "ask a running job to finish the blocks in progress, and end")
 
     verify = _add_verb(verbs, "verify", "re-read the output and compare it with the journal")
     verify.add_argument("--json", action="store_true", help="print JSON")
@@ -100,15 +105,15 @@ def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     plan = _add_verb(
         verbs,
         "plan",
-        "say what a run would do and cost, before it is run; runs no network, so whether "
-        "patch.shape suits it is for `bench` or `run` to say",
+        "show what a run would do and cost, before it starts; runs no network, so only `bench` and "
+        "`run` can check whether patch.shape suits it",
     )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
         "--schema",
         action=_PrintSchema,
         nargs=0,
-        help="print the JSON schema of configs, for editors, and end",
+        help="print the JSON schema of configs, for editors, and exit",
     )
     plan.add_argument("--ranks", type=_positive, default=1, metavar="N", help="plan for N ranks")
     plan.add_argument(
@@ -120,15 +125,16 @@ def _add_plan(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--memory",
         type=_size,
         metavar="SIZE",
-        help="with --suggest: what one rank may take where its network runs, e.g. 16GB (default: "
-        "what this machine has available, or the accelerator had when it was measured)",
+        help="with --suggest: memory that one rank may use where its network runs, e.g. 16GB "
+        "(default: what is available on this machine, or was on the accelerator when it was "
+        "measured)",
     )
     plan.add_argument(
         "--host-memory",
         type=_size,
         metavar="SIZE",
-        help="with --suggest, of a network on an accelerator: what one rank may take of its host "
-        "(default: what this machine has available)",
+        help="with --suggest, for a network on an accelerator: host memory that one rank may use "
+        "(default: what is available on this machine)",
     )
 
 
@@ -137,7 +143,11 @@ def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     bench = _add_verb(verbs, "bench", "measure this machine: the network alone, the whole run")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.add_argument(
-        "--repeats", type=_positive, default=3, metavar="N", help="repeat N times (default: 3)"
+        "--repeats",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="repeat N times (default: %(default)s)",
     )
     bench.add_argument(
         "--blocks",
@@ -149,7 +159,7 @@ def _add_bench(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
         "--scratch",
         type=Path,
         metavar="DIR",
-        help="folder for the output that is written and removed (default: where the real one lies)",
+        help="folder for the output, which is removed afterwards (default: beside the real one)",
     )
 
 
@@ -160,7 +170,11 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     tune.add_argument("--json", action="store_true", help="print JSON")
     tune.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="repeat N times (default: 5)"
+        "--repeats",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="repeat N times (default: %(default)s)",
     )
     tune.add_argument(
         "--tolerance",
@@ -168,21 +182,21 @@ def _add_tune(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         default=1e-3,
         metavar="SHARE",
         help="largest difference from float32, as a share of the range of the activated values "
-        "(default: 0.001)",
+        "(default: %(default)s)",
     )
     tune.add_argument(
         "--limit-seconds",
         type=_positive_number,
         default=600.0,
         metavar="S",
-        help="begin no variant after S seconds (default: 600)",
+        help="start no variant after S seconds (default: %(default)g)",
     )
     tune.add_argument(
         "--write",
         type=Path,
         metavar="FILE",
-        help="config that is written, if anything is better (default: CONFIG-tuned.yaml); a file "
-        "that exists is refused",
+        help="config file to write if a better variant is found (default: CONFIG-tuned.yaml); an "
+        "existing file is refused",
     )
 
 
@@ -230,8 +244,11 @@ def _size(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    # What is imported stays: looking for garbage among it takes a tenth of every rank's start.
+    gc.disable()
     from mpichunk.verbs.run import run
 
+    gc.enable()
     return run(options.config, options.overrides, fresh=options.fresh)
 
 

@@ -3,7 +3,7 @@
 Knows nothing but words. A message says who, what was found, what was expected and what to do next.
 
     MpichunkError
-    |-- UserError                 exit 2: the user can mend it; one clear message, never a traceback
+    |-- UserError                 exit 2: the user can fix it; one clear message, never a traceback
     |   |-- ConfigError           mistakes of a config file, all of them, each with its line
     |   |-- VolumeError           an input, mask or output that is missing or does not fit
     |   |-- ModelError            a network that does not load or does not fit
@@ -12,6 +12,8 @@ Knows nothing but words. A message says who, what was found, what was expected a
     |   `-- JournalError          a run directory of another run
     |       `-- NotStartedError   or of none yet, where only a run could tell what is asked
     |-- RankLost                  a rank died; the survivors meet and go on
+    |-- StartOver                 they have met, but not all were computing: all begin anew
+    |-- MustEnd                   the job cannot go on, and every rank is told; brings its exit code
     `-- BlockError                one block failed; the run goes on and ends with exit 3
         |-- DiskFullError         no space or quota left to write to; the run stops with exit 3
         `-- DeviceMemoryError     not even one patch fits into the memory of the device
@@ -39,7 +41,7 @@ class MpichunkError(Exception):
 
 
 class UserError(MpichunkError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     `key` is the dotted config key that the message is about, if there is one: the command line
     puts the file and line of that key before the message.
@@ -110,6 +112,18 @@ class NotStartedError(JournalError):
 
 class RankLost(MpichunkError):  # noqa: N818
     """A rank has died, as MPI or another rank says: all survivors must agree and leave it."""
+
+
+class StartOver(MpichunkError):  # noqa: N818
+    """The survivors have met, but not all of them had begun to compute."""
+
+
+class MustEnd(MpichunkError):  # noqa: N818
+    """The job cannot go on, and every rank must be told; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BlockError(MpichunkError):

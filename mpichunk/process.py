@@ -1,4 +1,4 @@
-"""Which process is meant for certain, and whether it lives: pid, start time, machine.
+"""Identifies a process by machine, pid and start time, and checks whether it is alive.
 
 Asks Linux's /proc. Knows no MPI and no files of a run.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A process for certain: a pid alone is given to another process one day."""
+    """The identity of a process; a pid alone is reused by other processes."""
 
     machine: str
     """Boot and pid namespace: equal where pids can be compared."""
@@ -23,7 +23,7 @@ class Process:
 
 
 def this_process() -> Process:
-    """Return what names the calling process for certain."""
+    """Return the identity of the calling process."""
     return Process(machine=this_machine(), pid=os.getpid(), started=start_time(os.getpid()) or 0)
 
 

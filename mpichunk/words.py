@@ -58,7 +58,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGTP])(i?B)?|B)", text.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise ValueError(
-            f"{text!r} is no size; expected a number above zero and its unit, e.g. 16GB"
+            f"{text!r} is not a size; expected a number above zero and its unit, e.g. 16GB"
         )
     number, letter, suffix = match.groups()
     power = 0 if letter is None else "KMGTP".index(letter.upper()) + 1

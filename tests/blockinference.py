@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.inference import BlockInference
+from mpichunk.config.scaling import Scaling
 from mpichunk.geometry.blending import window
 from mpichunk.geometry.box import Box
 from mpichunk.plan.plan import Plan

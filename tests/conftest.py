@@ -97,6 +97,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def inductor(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Return an environment for what compiles, so that what the CPU can is found out once."""
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler and headers of Python: no g++")
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")),
+        # They pay for many kernels; here there are few.
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    }
+
+
 @pytest.fixture
 def zoo() -> None:
     """Skip where nothing reads packages of bioimage.io."""

@@ -5,6 +5,7 @@ number says so: a block is computed, a letter arrives, a thread wakes, a rank di
 """
 
 import random
+import sys
 from collections import defaultdict, deque
 
 import numpy as np
@@ -49,7 +50,7 @@ class Disk:
 class Book:
     """A journal, also of what is lost with a coordinator that dies."""
 
-    places = property(lambda self: self)
+    offsets = property(lambda self: self)
 
     def __init__(self):
         self.lines, self.num_synced, self.num_before = [], 0, None
@@ -68,11 +69,11 @@ class Book:
         return {line[0]: line for line in self.lines}
 
     def begin(self):
-        """As `JournalPlaces.begin`."""
+        """As `JournalOffsets.begin`."""
         self.num_before = self.num_synced if self.num_before is None else self.num_before
 
     def checksum(self, block):
-        """As `JournalPlaces.checksum`, but that what is asked for must be there."""
+        """As `JournalOffsets.checksum`, but that what is asked for must be there."""
         found = [line[3] for line in self.lines[self.num_before :] if line[:2] == (block, "done")]
         assert found, f"block {block} was done before anything was in doubt"
         return found[-1]
@@ -117,7 +118,7 @@ class World:
             for rank in range(size)
         }
         self.hosts = dict.fromkeys(range(size), "host")
-        self.lead(Scheduler(num_blocks, size=size, mode=mode, max_attempts=max_attempts))
+        self.lead(Scheduler(num_blocks, ranks=range(size), mode=mode, max_attempts=max_attempts))
 
     @property
     def head(self):
@@ -127,9 +128,8 @@ class World:
         """Make the coordinator."""
         durations = BlockDurations(1.0)
         durations.note(0.01)
-        breaker = None
-        if self.limit is not None:
-            breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=self.limit)
+        limit = sys.maxsize if self.limit is None else self.limit
+        breaker = Breaker(num_ranks=len(self.ranks), max_consecutive_failures=limit)
         self.scheduler = scheduler
         self.coordinator = Coordinator(
             scheduler,

@@ -4,9 +4,9 @@ import queue
 import threading
 from contextlib import suppress
 
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import Worker
 from mpichunk.schedule.messages import Done, Dropped, Failed
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 
 LEASE_SECONDS = 5.0

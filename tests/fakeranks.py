@@ -20,6 +20,7 @@ from mpichunk.schedule.messages import Done, Failed, Lease
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from mpichunk.schedule.staticrun import static_blocks
+from tests.quiet import nobody_takes_over, patient_breaker, strangers, unasked, unexpected
 
 
 class SleepingPipeline:
@@ -92,13 +93,15 @@ def run(
     scheduler, lead = None, None
     if comm.is_coordinator:
         scheduler = Scheduler(
-            num_blocks, size=comm.size, done=done, mode=mode, max_attempts=max_attempts
+            num_blocks, ranks=range(comm.size), done=done, mode=mode, max_attempts=max_attempts
         )
         coordinator = Coordinator(
             scheduler,
             journal or NullJournal(),
             core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
             hosts=dict.fromkeys(comm.alive, comm.host),
+            breaker=patient_breaker(comm.size),
+            durations=BlockDurations(float("inf")),
         )
         num_before = scheduler.num_done
         attendance = Attendance(
@@ -121,8 +124,10 @@ def run(
         lead=lead,
         heartbeats=heartbeats,
         wake=wake,
-        monitor=Monitor(comm),
-        watch=watch,
+        monitor=Monitor(comm, strangers(comm.rank, comm.alive)),
+        watch=watch or unasked(),
+        take_over=nobody_takes_over,
+        conclude=unexpected,
     ).serve()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Ran(counters=counters, scheduler=scheduler, seconds=seconds, cpu_seconds=cpu_seconds)

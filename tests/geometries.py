@@ -10,6 +10,7 @@ from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 
 
 def make_config(patch: Triple, block: Triple, **more: Any) -> Config:
@@ -103,7 +104,8 @@ def make_plan(config: Config, domain: Box | Triple) -> Plan:
 
 
 def estimate_of(config: Config, domain: Box | Triple, **more: Any) -> Estimate:
-    """Return the estimate over a domain; keywords as of `estimate` or of `make_info`."""
+    """Return the estimate over a domain; keywords as of `Premise` or of `make_info`."""
     plan = make_plan(config, domain)
     told = {key: more.pop(key) for key in ("model_nbytes", "num_ranks", "probe") if key in more}
-    return estimate(plan, config, make_info(plan.volume, **more), **told)
+    info = make_info(plan.volume, **more)
+    return estimate(Premise(plan=plan, config=config, info=info, **told))

@@ -77,6 +77,8 @@ def launch_environment(scratch: Path | str) -> dict[str, str]:
     foreign = ("OMPI_COMM_", "PMIX_", "PMI_", "PRTE_", "SLURM_", "HYDRA_", "MPI_LOCAL")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     paths = [str(REPOSITORY), *filter(None, [kept.get("PYTHONPATH")])]
+    # Of Open MPI 5.0, a transport to other hosts: where it finds no use it sleeps for a second.
+    kept.setdefault("OMPI_MCA_btl", "^ofi")
     return kept | {
         "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(scratch),

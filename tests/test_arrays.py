@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.config.scaling import Scaling
 
 ARRAYS = [NumpyArrays, lambda: TorchArrays(torch.device("cpu"))]
 ARRAY_IDS = ["numpy", "torch"]

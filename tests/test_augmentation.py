@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.pytorch.arrays import TorchArrays
+from mpichunk.config.scaling import Scaling
 from mpichunk.geometry.box import Box, Triple
 from mpichunk.geometry.symmetry import (
     NAMES,

@@ -14,13 +14,13 @@ import h5py
 import numpy as np
 import pytest
 
-from mpichunk.backends.stageclock import STAGES
+from mpichunk.backends.stageclock import BENCH_STAGES
 from mpichunk.bench.scratch import scratch_output, scratch_parent
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
 from mpichunk.config.schema import Config
 from mpichunk.errors import VolumeError
-from mpichunk.job.probing import read_probe, warm_seconds, write_probe
+from mpichunk.job.forward_probe import read_probe, warm_seconds, write_probe
 from mpichunk.job.startup import prepare
 from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
@@ -56,7 +56,7 @@ def test_scratch_is_like_the_output_and_goes(tmp_path: Path, volume: Any) -> Non
 def test_scratch_elsewhere(tmp_path: Path) -> None:
     spec = prepare(load_config(config_file(tmp_path)).config).output
     assert scratch_parent(spec, tmp_path / ".") == tmp_path
-    with pytest.raises(VolumeError, match="is no folder"):
+    with pytest.raises(VolumeError, match="is not a folder"):
         scratch_parent(spec, tmp_path / "nowhere")
     with (
         pytest.raises(VolumeError, match="cannot be written"),
@@ -105,7 +105,7 @@ def test_bench_measures_and_leaves_nothing(
     blocks = found["blocks"]
     assert blocks["per_rank"] == 2 and blocks["num_voxels"] == 2 * 12 * 16 * 16
     config = load_config(path).config
-    work = prepare(config).estimate().work
+    work = prepare(config).work
     assert found["redundancy"] == work.redundancy
     turns = len(changes.get("model", {}).get("augment", [])) * 2 or 1
     assert found["turns"] == turns
@@ -118,7 +118,7 @@ def test_bench_measures_and_leaves_nothing(
         spread = found["mvox_per_second"][name]
         assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert found["efficiency"]["median"] > 0
-    assert set(found["stages"]) == set(STAGES) and min(found["stages"].values()) > 0
+    assert set(found["stages"]) == set(BENCH_STAGES) and min(found["stages"].values()) > 0
     assert found["bound_by"] and found["advice"][0]["message"]
     # Nothing but what the forward told.
     left = {name for name in files_of(tmp_path) if "__pycache__" not in name}

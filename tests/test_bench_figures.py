@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 
 from mpichunk.backends.engine import Arrays
-from mpichunk.backends.stageclock import STAGE_OF, STAGES, UNTIMED
+from mpichunk.backends.stageclock import BENCH_STAGES, STAGE_OF
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.prediction import forecast
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import work_of
 from mpichunk.verbs.bench import choose_blocks
-from tests.geometries import make_config, make_plan
+from tests.geometries import make_config, make_info, make_plan
 
 
 def rank(
@@ -27,7 +28,7 @@ def rank(
     **stages: float,
 ) -> Any:
     """Return the figures of one rank that has run 8 patches a repeat."""
-    seconds = dict.fromkeys(STAGES, 0.0) | {"forward": 1.0} | stages
+    seconds = dict.fromkeys(BENCH_STAGES, 0.0) | {"forward": 1.0} | stages
     passes = tuple(
         Pass(
             seconds=s,
@@ -91,7 +92,10 @@ def test_what_was_measured_predicts_itself(stages: dict[str, float]) -> None:
     probe = Probe(seconds=figures.seconds_per_batch, nbytes=None, device="cpu", pace=found)
     for num_ranks in (1, 2):
         plan = make_plan(config, (100, 100, 100 * num_ranks))
-        expected = forecast(plan, config, work_of(plan), probe, num_ranks=num_ranks)
+        premise = Premise(
+            plan=plan, config=config, info=make_info(plan.volume), num_ranks=num_ranks, probe=probe
+        )
+        expected = forecast(premise, work_of(plan))
         assert expected.seconds == pytest.approx(2.5)
 
 
@@ -128,11 +132,32 @@ def test_input_and_output_explain_no_more_than_their_seconds() -> None:
     assert (found.waiting, found.host) == pytest.approx((0.35, 0.05))
 
 
+UNTIMED = frozenset(
+    {
+        # No work.
+        "finish_nbytes",
+        "is_host",
+        # Not for blocks, but before and between them.
+        "upload",
+        "download",
+        "peak_nbytes",
+        "most_nbytes",
+        "device_nbytes",
+        "release",
+        # Once: the memory is used again.
+        "host_bytes",
+        # What the clock itself calls.
+        "wait",
+    }
+)
+"""Array operations that belong to no stage."""
+
+
 def test_every_operation_of_arrays_is_timed_or_known_to_be_none_of_a_block() -> None:
     operations = {name for name in vars(Arrays) if not name.startswith("_")}
     assert operations == STAGE_OF.keys() | UNTIMED
     assert not STAGE_OF.keys() & UNTIMED
-    assert set(STAGE_OF.values()) <= set(STAGES)
+    assert set(STAGE_OF.values()) <= set(BENCH_STAGES)
 
 
 def advice_of(figures: RankFigures, *, device: str = "cpu", **more: Any) -> list[str]:
@@ -175,7 +200,7 @@ def test_advice_where_an_accelerator_waits_for_its_host() -> None:
     (line,) = advice_of(own, device="cuda:0", **graphs)
     assert "the device waits for the host" in line
     (line,) = advice_of(own, device="xpu:0")
-    assert "the device waits for the host" in line, "CUDA graphs are of NVIDIA devices"
+    assert "the device waits for the host" in line, "CUDA graphs require an NVIDIA device"
     (_, _, busy) = advice_of(replace(own, stages=own.stages | {"host": 0.1}), device="cuda:0")
     assert busy.startswith("compute.threads")
 
@@ -229,5 +254,5 @@ def test_largest_blocks_are_chosen_where_none_is_whole() -> None:
 
 def test_nothing_to_choose_from() -> None:
     plan = make_plan(make_config((4, 4, 4), (8, 8, 8)), (16, 16, 16))
-    with pytest.raises(UserError, match="the mask leaves nothing"):
+    with pytest.raises(UserError, match="the mask excludes every block"):
         choose_blocks(plan, lambda core: False, num=3)

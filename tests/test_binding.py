@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from mpichunk.backends.devices.binding import MOST_ROWS, Accelerator, Probe, RankFacts, bind
+from mpichunk.backends.devices.binding import (
+    MOST_ROWS,
+    Accelerator,
+    RankFacts,
+    VisibleDevices,
+    bind,
+)
 from mpichunk.backends.devices.visibility import gpu_hints
 from mpichunk.errors import DeviceError
 
@@ -17,14 +23,16 @@ def gpu(index, physical_id=None, *, name="NVIDIA H100", kind="cuda"):
 
 def facts(rank, *gpus, host="a", local_rank=None, cores=(0, 1), num_host_cores=2, **more):
     hints = more.pop("hints", ())
-    probe = Probe(accelerators=gpus, cpu_kind=more.pop("cpu", CPU), note=more.pop("note", ""))
+    devices = VisibleDevices(
+        accelerators=gpus, cpu_kind=more.pop("cpu", CPU), note=more.pop("note", "")
+    )
     return RankFacts(
         rank=rank,
         host=host,
         local_rank=rank if local_rank is None else local_rank,
         cores=tuple(cores),
         num_host_cores=num_host_cores,
-        probe=probe,
+        devices=devices,
         gpu_hints=hints,
     )
 
@@ -129,8 +137,8 @@ BAD_DEVICES = [
     ("cuda", (), ["rank 0 on a", "no device 'cuda'", "no accelerator", "torch 2.13 without CUDA"]),
     ("cuda:3", (gpu(0),), ["no device 'cuda:3'", "cuda:0 NVIDIA H100"]),
     ("xpu", (gpu(0),), ["no device 'xpu'"]),
-    ("GPU 1", (gpu(0),), ["'GPU 1' names no device"]),
-    ("", (), ["names no device"]),
+    ("GPU 1", (gpu(0),), ["'GPU 1' is not a device"]),
+    ("", (), ["is not a device"]),
 ]
 
 
@@ -146,7 +154,7 @@ def test_auto_on_a_job_that_was_given_devices_which_torch_does_not_see():
     ranks = [facts(0, gpu(0)), facts(1, hints=("SLURM_JOB_GPUS=0,1",), note="driver too old")]
     with pytest.raises(DeviceError) as caught:
         decide(ranks)
-    for word in ("rank 1 on a", "SLURM_JOB_GPUS=0,1", "driver too old", "say `cpu`"):
+    for word in ("rank 1 on a", "SLURM_JOB_GPUS=0,1", "driver too old", "compute.device: cpu"):
         assert word in str(caught.value)
     assert devices(decide(ranks, "cpu")) == ["cpu", "cpu"]
 

@@ -54,8 +54,8 @@ RULES: list[tuple[Values, list[str]]] = [
     (
         {"output.shard_shape": [64, 64, 64], "output.volume": "precomputed:///out"},
         [
-            "output.shard_shape: (64, 64, 64) needs an output in zarr3, and this one is "
-            "precomputed; take it out or write zarr3"
+            "output.shard_shape: (64, 64, 64) requires a zarr3 output, but this one is "
+            "precomputed; remove it or write zarr3"
         ],
     ),
     (

@@ -191,7 +191,7 @@ MISTAKES = [
         "some words",
         "config.yaml: holds no sections; a config needs the sections REQUIRED",
     ),
-    ("input:\n\tvolume: x\n", "config.yaml:2:1: is indented with a tab; YAML takes spaces only"),
+    ("input:\n\tvolume: x\n", "config.yaml:2:1: is indented with a tab; YAML allows spaces only"),
 ]
 
 

@@ -96,8 +96,8 @@ END = "; look at indentation, quotes and brackets up to here"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a:\n\tb: 1", "c.yaml:2:1: is indented with a tab; YAML takes spaces only"),
-        ("a:\n  b: 1\n\tc: 2", "c.yaml:3:1: is indented with a tab; YAML takes spaces only"),
+        ("a:\n\tb: 1", "c.yaml:2:1: is indented with a tab; YAML allows spaces only"),
+        ("a:\n  b: 1\n\tc: 2", "c.yaml:3:1: is indented with a tab; YAML allows spaces only"),
         ("a: b: c", f"c.yaml:1:5: is not YAML: mapping values are not allowed here{END}"),
         (
             "a: 1\nb: [1\nc: 2",

@@ -32,6 +32,7 @@ from mpichunk.schedule.staticrun import static_blocks
 from tests.blocks import core_of, done, failed, failed_blocks
 from tests.fakeworker import FakePipeline
 from tests.journals import read_history, read_states
+from tests.quiet import coordinator_of, patient_breaker
 
 
 class FakeJournal:
@@ -49,9 +50,9 @@ class FakeJournal:
 
 def start(num_blocks, size=2, **kwargs):
     journal = FakeJournal()
-    scheduler = Scheduler(num_blocks, size=size, **kwargs)
+    scheduler = Scheduler(num_blocks, ranks=range(size), **kwargs)
     hosts = {rank: f"node{rank}" for rank in range(size)}
-    return Coordinator(scheduler, journal, core_of=core_of, hosts=hosts), journal
+    return coordinator_of(scheduler, journal, hosts), journal
 
 
 def test_requests_are_answered_in_the_order_they_came():
@@ -207,10 +208,11 @@ def test_a_promise_ends_with_the_lease_that_was_given_back(has_promised):
     durations = BlockDurations(1.0)
     durations.note(0.01)
     coordinator = Coordinator(
-        Scheduler(1, size=2),
+        Scheduler(1, ranks=range(2)),
         FakeJournal(),
         core_of=core_of,
         hosts={0: "node0", 1: "node1"},
+        breaker=patient_breaker(2),
         durations=durations,
     )
     coordinator.handle(0, Request(num_blocks=2))
@@ -255,7 +257,7 @@ class Network:
             for rank, pipeline in enumerate(self.pipelines)
         ]
         hosts = dict.fromkeys(range(size), "host")
-        self.coordinator = Coordinator(scheduler, journal, core_of=core_of, hosts=hosts)
+        self.coordinator = coordinator_of(scheduler, journal, hosts)
         self.mail = defaultdict(deque)
         self.computed = defaultdict(list)
 
@@ -312,7 +314,7 @@ def journal(tmp_path):
 def test_every_block_is_computed_once(tmp_path, journal, mode, size, seed):
     before = np.arange(60) % 7 == 0
     todo = ~before
-    scheduler = Scheduler(60, size=size, done=before, mode=mode)
+    scheduler = Scheduler(60, ranks=range(size), done=before, mode=mode)
     network = Network(
         scheduler,
         journal,
@@ -334,7 +336,7 @@ def test_every_block_is_computed_once(tmp_path, journal, mode, size, seed):
 def test_every_block_ends_done_or_failed_whatever_fails(tmp_path, journal, mode, size, seed):
     """A third of the attempts fails; blocks 11 and 12 always do."""
     luck = random.Random(seed)
-    scheduler = Scheduler(60, size=size, mode=mode)
+    scheduler = Scheduler(60, ranks=range(size), mode=mode)
     network = Network(
         scheduler,
         journal,
@@ -357,14 +359,14 @@ def test_every_block_ends_done_or_failed_whatever_fails(tmp_path, journal, mode,
 
 
 def test_a_rank_on_which_everything_fails_costs_no_block(tmp_path, journal):
-    scheduler = Scheduler(60, size=4)
+    scheduler = Scheduler(60, ranks=range(4))
     network = Network(scheduler, journal, size=4, seed=0, outcome=lambda rank, _: rank != 2)
     network.run()
     assert (journaled(tmp_path) == State.DONE).all()
 
 
 def test_ranks_that_ask_late_still_get_their_share_of_a_short_run(journal):
-    scheduler = Scheduler(4, size=4)
+    scheduler = Scheduler(4, ranks=range(4))
     network = Network(scheduler, journal, size=4, seed=1, outcome=lambda *_: True)
     network.run()
     assert all(isinstance(counters["blocks"], float) for counters in network.counters)

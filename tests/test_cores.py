@@ -12,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from tests import onnx_maker
 from tests.endtoend import block_lines, write_config
@@ -33,11 +35,10 @@ class Net(nn.Module):
     def forward(self, x):
         return self.conv(x)
 """
-WEIGHTS = """
-import sys, torch
-from safetensors.torch import save_file
-save_file({"conv.weight": torch.ones(2, 1, 3, 3, 3), "conv.bias": torch.zeros(2)}, sys.argv[1])
-"""
+WEIGHTS = {
+    "conv.weight": np.ones((2, 1, 3, 3, 3), np.float32),
+    "conv.bias": np.zeros(2, np.float32),
+}
 
 
 def masks_of(pid: int) -> dict[int, frozenset[int]]:
@@ -78,13 +79,13 @@ class Watch:
 
 
 def watch(
-    folder: Path, mpirun: Launch, backend: str, python: Launch, **options: Any
+    folder: Path, mpirun: Launch, backend: str, **options: Any
 ) -> tuple[Watch, frozenset[int]]:
     """Run two ranks of one thread each; return what was seen, and which cores they were given."""
     model: dict[str, Any] = {"backend": backend, "out_channels": 2, "options": options}
     if backend == "pytorch":
         (folder / "net.py").write_text(NET)
-        assert python("-c", WEIGHTS, folder / "net.safetensors").returncode == 0
+        save_file(WEIGHTS, folder / "net.safetensors")
         model |= {"path": "net.py:Net", "weights": "net.safetensors"}
     else:
         need(backend)
@@ -110,12 +111,12 @@ def watch(
 
 @pytest.mark.parametrize("backend", ["pytorch", "onnxruntime", "openvino"])
 def test_no_thread_is_bound_closer_than_its_rank(
-    tmp_path: Path, mpirun: Launch, python: Launch, backend: str
+    tmp_path: Path, mpirun: Launch, backend: str
 ) -> None:
-    seen, cores = watch(tmp_path, mpirun, backend, python)
+    seen, cores = watch(tmp_path, mpirun, backend)
     assert seen.masks == {cores}
 
 
-def test_threads_that_are_pinned_are_seen(tmp_path: Path, mpirun: Launch, python: Launch) -> None:
-    seen, cores = watch(tmp_path, mpirun, "openvino", python, ENABLE_CPU_PINNING=True)
+def test_threads_that_are_pinned_are_seen(tmp_path: Path, mpirun: Launch) -> None:
+    seen, cores = watch(tmp_path, mpirun, "openvino", ENABLE_CPU_PINNING=True)
     assert len(cores) == 1 or any(len(mask) == 1 for mask in seen.masks)

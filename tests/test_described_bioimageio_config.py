@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpichunk.config.described.scaling import Scale
 from mpichunk.config.file import load_config
+from mpichunk.config.scaling import Scaling
 from mpichunk.filehash import file_hash
 from tests.described import config_file, plain_values, problems_of
 from tests.packages import FLOAT, description, points_package, write_package
@@ -145,7 +145,7 @@ STEPS = st.lists(
 @given(STEPS)
 def test_steps_compose_to_one(steps: list[tuple[str, Any, Any]]) -> None:
     raw = np.linspace(-300, 300, 61)
-    expected, scale = raw, Scale()
+    expected, scale = raw, Scaling()
 
     def rounding() -> float:
         """Return what float64 may lose among numbers as large as those of the scale."""
@@ -171,7 +171,7 @@ def test_steps_compose_to_one(steps: list[tuple[str, Any, Any]]) -> None:
 
 
 ORIGIN = "the bioimage.io package {package}/rdf.yaml"
-ONCE = "by the numbers of each sample, which differ from patch to patch; mpichunk scales by fixed"
+ONCE = "with statistics of each sample, which differ from patch to patch; mpichunk scales by fixed"
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two dimensions": (
         {"inputs__0__axes": AXES, "outputs__0__axes": AXES},
-        f"model.path: {ORIGIN} is for images of two dimensions; has image with the axes batch, "
+        f"model.path: {ORIGIN} is for two-dimensional images and has image with the axes batch, "
         "channel, y, x; mpichunk runs networks with batch, channel, z, y, x; wrap it",
     ),
     "two inputs": (
@@ -251,21 +251,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another grid": (
         {"outputs__0__axes__2__scale": 20},
-        f"patch.crop: {ORIGIN} asks for an output whose z axis is not the input's, less as much on "
-        "each side; mpichunk runs networks whose output lies on the grid of their input",
+        f"patch.crop: {ORIGIN} asks for an output whose z axis is not the input's less the same "
+        "border on each side; mpichunk runs networks whose output lies on the grid of their input",
     ),
     "halo besides a border": (
         {
             "outputs__0__axes__2__size__offset": -4,
             "outputs__0__axes__3__halo": 3,
         },
-        f"patch.crop: {ORIGIN} asks for a halo of [0, 3, 0] besides the [2, 0, 0] voxels a side "
-        "that the network cuts off; mpichunk cuts either; `patch.crop: [2, 0, 0]` runs it",
+        f"patch.crop: {ORIGIN} asks for a halo of [0, 3, 0] in addition to the [2, 0, 0] voxels "
+        "that the network cuts off each side; mpichunk supports one of the two; "
+        "`patch.crop: [2, 0, 0]` runs it",
     ),
     "weights of TensorFlow": (
         {"weights": TENSORFLOW},
         "model.backend: {package} has weights as tensorflow_js, but the pytorch backend takes "
-        "torchscript, pytorch_state_dict; none is read by mpichunk",
+        "torchscript, pytorch_state_dict; mpichunk reads none of them",
     ),
     "weights of another engine": (
         {"weights": {"onnx": {"source": "net.onnx", "opset_version": 17}}},
@@ -287,11 +288,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "file that is another": (
         {"weights__pytorch_state_dict__sha256": "0" * 64},
-        "model.path: {package}/weights.pt is not the file that its description means: the SHA-256",
+        "model.path: {package}/weights.pt is not the file that its description names: the SHA-256",
     ),
     "no description": (
         {"inputs": []},
-        "model.path: {package}/rdf.yaml is no valid description of bioimage.io: ",
+        "model.path: {package}/rdf.yaml is not a valid bioimage.io description: ",
     ),
     "no model": (
         {"type": "dataset"},
@@ -333,8 +334,8 @@ def test_user_decides(tmp_path: Path, zoo: None) -> None:
         f"output.threshold: is left out, since output.reduce or output.threshold is set; {origin} "
         "says 0.5",
         f"patch.crop: [1, 2, 2] is used; {origin} says [2, 2, 2]",
-        f"input.normalize: is used; {origin} asks for zero_mean_unit_variance (eps: 1e-06) by the "
-        "numbers of each sample, which differ from patch to patch, which is left out",
+        f"input.normalize: is used; {origin} asks for zero_mean_unit_variance (eps: 1e-06) with "
+        "statistics of each sample, which differ from patch to patch, which is left out",
     ]
     assert loaded.config.model.arguments == {"channels": 3}
     assert plain_values(loaded) == {
@@ -346,7 +347,7 @@ def test_user_decides(tmp_path: Path, zoo: None) -> None:
         "channels": 2,
     }
     assert problems_of(config_file(tmp_path, {"path": "net", "out_channels": 4}))[1:] == [
-        f"model.out_channels: 4 contradicts {origin}, which says 2; take it out"
+        f"model.out_channels: 4 contradicts {origin}, which says 2; remove it"
     ]
 
 

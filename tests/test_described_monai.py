@@ -185,24 +185,24 @@ BUNDLE_REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
         points_network(channels="$1 + 1"),
         METADATA,
         f"model.arguments.channels: {BUNDLE} asks for the network's argument `channels` as $1 + 1; "
-        "mpichunk executes nothing of a bundle's config; write its value here",
+        "mpichunk does not execute code of a bundle's config; write its value here",
     ),
     "argument that is an object": (
         points_network(channels={"_target_": "Thing"}),
         METADATA,
         f"model.arguments.channels: {BUNDLE} asks for the network's argument `channels` as "
-        "{{_target_: Thing}}; mpichunk executes nothing",
+        "{{_target_: Thing}}; mpichunk does not execute code",
     ),
     "no channels": (
         {},
         None,
-        f"model.out_channels: {BUNDLE} asks for a number of output channels that it does not tell; "
-        "write how many the network returns",
+        f"model.out_channels: {BUNDLE} asks for a number of output channels that it does not "
+        "state; write how many the network returns",
     ),
     "two dimensions": (
         points_network(spatial_dims=2),
         METADATA,
-        f"model.path: {BUNDLE} is for images of two dimensions; mpichunk runs networks over",
+        f"model.path: {BUNDLE} is for two-dimensional images; mpichunk runs networks over",
     ),
     "two inputs": (
         {},
@@ -317,7 +317,7 @@ def test_bundle_without_a_network(tmp_path: Path, backend: str) -> None:
         config_file(tmp_path, {"path": "net", "backend": backend}, patch={"shape": [16, 32, 32]})
     )
     assert problem.startswith(f"model.path: {bundle} has no models/model.")
-    assert f"which is what the {backend} backend takes of a bundle" in problem
+    assert f"which the {backend} backend requires of a bundle" in problem
 
 
 def test_nothing_of_a_bundle_is_executed_before_the_run(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpichunk.backends.engine import EngineRequest, Scaling
+from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.backends.pytorch.engine import SWITCH_SECONDS, TorchEngine, prepare_torch
 from mpichunk.block.inference import BlockInference, Inferred, check_engine
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import ModelError
-from mpichunk.job.probing import probe_engine
+from mpichunk.job.forward_probe import probe_engine
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.verbs.run import run_on
 from tests import blockinference

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.identity import IdentityEngine
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block import inference as inference_module
 from mpichunk.block.hostpool import HostPool
 from mpichunk.block.inference import BlockInference
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import BlockError, DeviceMemoryError
 from tests.blockinference import FLOAT32, Mix, make_plan, make_request
 

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from mpichunk.errors import ExitCode, JournalError
-from mpichunk.job.conclusion import conclude, note_end
-from mpichunk.roles.coordinator import Coordinator
+from mpichunk.job.exit_status import conclude, note_end
+from mpichunk.roles.permits import Permits
 from mpichunk.rundir.journal import Journal, scan
 from mpichunk.rundir.lock import RunLock
 from mpichunk.rundir.runstatus import StatusReader, read_status
@@ -26,11 +26,11 @@ from mpichunk.schedule.messages import (
     State,
     Stop,
 )
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.scheduler import Scheduler
 from tests.blocks import core_of, done, failed, leases
 from tests.fakeworker import start_worker
 from tests.journals import read_history, read_states
+from tests.quiet import coordinator_of
 
 NUM_BLOCKS = 40
 
@@ -43,10 +43,10 @@ def journal(tmp_path):
 
 
 def start(journal, **kwargs):
-    scheduler = Scheduler(NUM_BLOCKS, size=2, **kwargs)
+    scheduler = Scheduler(NUM_BLOCKS, ranks=range(2), **kwargs)
     breaker = Breaker(num_ranks=2, max_consecutive_failures=4)
     hosts = {0: "node0", 1: "node1"}
-    coordinator = Coordinator(scheduler, journal, core_of=core_of, hosts=hosts, breaker=breaker)
+    coordinator = coordinator_of(scheduler, journal, hosts, breaker=breaker)
     return coordinator, scheduler
 
 
@@ -370,7 +370,7 @@ def test_a_journal_that_was_lost_to_another_job_is_not_written(tmp_path):
 
 
 def test_the_journal_of_another_plan_proves_nothing(journal):
-    with pytest.raises(JournalError, match="is of 40 blocks, this run of 41"):
+    with pytest.raises(JournalError, match="has 40 blocks, but this run has 41"):
         end(journal, None, num_blocks=NUM_BLOCKS + 1)
 
 

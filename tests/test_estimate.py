@@ -14,6 +14,7 @@ from mpichunk.errors import UserError
 from mpichunk.geometry.box import Box, Grid, Triple, triple
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.work import floor_sum, work_of
 from tests.geometries import cases, estimate_of, make_config, make_info, triples
 
@@ -101,7 +102,7 @@ def test_files_and_whole_blocks_are_counted(case: Case, unit: Triple, times: Tri
     config = config.model_copy(update={"block": block, "output": output, "model": model})
     plan = Plan.from_config(config, domain)
     assume(len(plan) <= 3000)
-    found = estimate(plan, config, make_info(domain))
+    found = estimate(Premise(plan=plan, config=config, info=make_info(domain)))
     files = Grid(origin=plan.output_domain.start, step=unit, bounds=plan.roi)
     assert found.num_files == len(files)
     assert found.num_whole_blocks == sum(b.core.shape == plan.block_shape for b in plan)

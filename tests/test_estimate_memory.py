@@ -10,6 +10,7 @@ import pytest
 from mpichunk.geometry.box import Triple
 from mpichunk.plan.estimate import Estimate
 from mpichunk.plan.memory import START_SPREAD, unexplained_nbytes
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Pace, Probe
 from tests.geometries import estimate_of, make_config, make_info, make_plan
 
@@ -161,17 +162,12 @@ def test_what_bench_has_found_besides_is_added() -> None:
     peak, known = 2 * 10**8, projected(replace(probe, start_nbytes=None))
     plan = make_plan(config, (64, 64, 64))
 
+    premise = Premise(
+        plan=plan, config=config, info=make_info(plan.volume), num_blocks=64, probe=probe
+    )
+
     def unexplained(peak: int) -> int:
-        return unexplained_nbytes(
-            plan,
-            config,
-            make_info(plan.volume),
-            estimate_of(config, plan.volume).work,
-            peak_nbytes=peak,
-            num_blocks=64,
-            memory="cpu",
-            probe=probe,
-        )
+        return unexplained_nbytes(premise, peak_nbytes=peak, memory="cpu")
 
     more = unexplained(peak)
     assert more == peak * 11 // 10 - known > 0

@@ -11,12 +11,13 @@ import pytest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import triple
-from mpichunk.job.fitting import device_room
-from mpichunk.job.headroom import MemoryGroup, host_room, memory_groups, slurm_nbytes
+from mpichunk.job.host_memory import MemoryGroup, host_room, memory_groups, slurm_nbytes
+from mpichunk.job.memory_check import device_room
 from mpichunk.plan.estimate import estimate
-from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
-from mpichunk.plan.memory import Memory, least_nbytes, total_nbytes
+from mpichunk.plan.fit import Room, find_doubt, find_refusal
+from mpichunk.plan.memory import Memory, MemoryPart, least_nbytes, memory_of, total_nbytes
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import with_block
 from tests.geometries import make_config, make_info, make_plan
@@ -25,7 +26,7 @@ MIB = 1 << 20
 MODEL = {"backend": "pytorch", "path": "/n.pt", "out_channels": 3}
 
 
-def need_of(batch: int = 4, block: int = 64, *, nbytes: int | None = 40 * MIB) -> Need:
+def premise_of(batch: int = 4, block: int = 64, *, nbytes: int | None = 40 * MIB) -> Premise:
     config = make_config(
         (20, 20, 20),
         (block, block, block),
@@ -36,7 +37,7 @@ def need_of(batch: int = 4, block: int = 64, *, nbytes: int | None = 40 * MIB) -
     )
     plan = make_plan(config, (1024, 1024, 1024))
     probe = None if nbytes is None else Probe(seconds=1.0, nbytes=nbytes, device="cpu")
-    return Need(
+    return Premise(
         plan=plan,
         config=config,
         info=make_info(plan.volume),
@@ -46,104 +47,104 @@ def need_of(batch: int = 4, block: int = 64, *, nbytes: int | None = 40 * MIB) -
     )
 
 
-def refusal(need: Need, nbytes: int, memory: Memory = "cpu") -> UserError | None:
-    return find_refusal(need, Room(nbytes=nbytes, words="so it is here"), memory=memory)
+def refusal(premise: Premise, nbytes: int, memory: Memory = "cpu") -> UserError | None:
+    return find_refusal(premise, Room(nbytes=nbytes, words="so it is here"), memory=memory)
 
 
-def doubt(need: Need, nbytes: int, memory: Memory = "cpu") -> str | None:
-    return find_doubt(need, Room(nbytes=nbytes, words="so it is here"), memory=memory)
+def doubt(premise: Premise, nbytes: int, memory: Memory = "cpu") -> str | None:
+    return find_doubt(premise, Room(nbytes=nbytes, words="so it is here"), memory=memory)
 
 
-def needed(need: Need, memory: Memory = "cpu") -> int:
-    return total_nbytes(need.parts(), memory)
+def parts(premise: Premise) -> tuple[MemoryPart, ...]:
+    return memory_of(premise, premise.work)
+
+
+def needed(premise: Premise, memory: Memory = "cpu") -> int:
+    return total_nbytes(parts(premise), memory)
 
 
 @pytest.mark.parametrize("memory", ["cpu", "host", "device"])
 def test_what_fits_to_the_byte_is_not_refused(memory: Memory) -> None:
-    need = need_of()
-    told = estimate(
-        need.plan, need.config, need.info, model_nbytes=need.model_nbytes, probe=need.probe
-    )
-    least = least_nbytes(need.parts(), memory)
-    assert least <= needed(need, memory) == getattr(told, f"{memory}_nbytes")
-    assert refusal(need, least, memory) is None
-    assert doubt(need, needed(need, memory), memory) is None
-    error = refusal(need, least - 1, memory)
+    premise = premise_of()
+    told = estimate(premise)
+    least = least_nbytes(parts(premise), memory)
+    assert least <= needed(premise, memory) == getattr(told, f"{memory}_nbytes")
+    assert refusal(premise, least, memory) is None
+    assert doubt(premise, needed(premise, memory), memory) is None
+    error = refusal(premise, least - 1, memory)
     assert error is not None and error.key in ("patch.batch_size", "block.shape", "patch.shape")
-    assert doubt(need, least - 1, memory) is None
+    assert doubt(premise, least - 1, memory) is None
 
 
 def test_between_what_all_need_and_what_some_need_there_is_doubt() -> None:
-    need = need_of(1, 512)
-    least, most = least_nbytes(need.parts(), "cpu"), needed(need)
-    doubtful = [part for part in need.parts() if not part.is_certain]
+    premise = premise_of(1, 512)
+    least, most = least_nbytes(parts(premise), "cpu"), needed(premise)
+    doubtful = [part for part in parts(premise) if not part.is_certain]
     assert [part.name for part in doubtful] == [
         "output being encoded",
         "more, a guess until `bench` is run",
     ]
     assert most - least == total_nbytes(doubtful, "cpu") > 0
     for nbytes in (least, most - 1):
-        assert refusal(need, nbytes) is None
-        words = doubt(need, nbytes)
+        assert refusal(premise, nbytes) is None
+        words = doubt(premise, nbytes)
         assert words is not None and "may be killed for lack of memory" in words
         assert "so it is here" in words and "block.shape (" in words
-    assert least_nbytes(need.parts(), "device") == needed(need, "device")
+    assert least_nbytes(parts(premise), "device") == needed(premise, "device")
 
 
 def test_few_blocks_need_less_than_many() -> None:
     """As many in flight as a rank gets; of one block little more than it."""
-    need = need_of(1, 512)
+    premise = premise_of(1, 512)
     core = 512**3 * 3 * 4
     sizes = [
-        needed(replace(need, num_blocks=num_blocks, num_ranks=num_ranks))
+        needed(replace(premise, num_blocks=num_blocks, num_ranks=num_ranks))
         for num_blocks, num_ranks in [(1, 4), (4, 4), (5, 4), (9, 4), (10**6, 4)]
     ]
-    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4] == needed(need)
+    assert sizes[0] == sizes[1] < sizes[2] < sizes[3] == sizes[4] == needed(premise)
     assert core < sizes[0] < 1.5 * core < 3 * core < sizes[4] < 3.5 * core
-    one = replace(need, num_blocks=1)
-    assert refusal(one, 2 * core) is None and refusal(need, 2 * core) is not None
+    one = replace(premise, num_blocks=1)
+    assert refusal(one, 2 * core) is None and refusal(premise, 2 * core) is not None
 
 
 @pytest.mark.parametrize("memory", ["cpu", "device"])
 @pytest.mark.parametrize("share", [0.95, 0.8, 0.5, 0.3])
 def test_the_largest_batch_that_fits_is_named(share: float, memory: Memory) -> None:
-    need = need_of(1000, nbytes=10_000 * MIB)
-    limit = int(share * least_nbytes(need.parts(), memory))
-    error = refusal(need, limit, memory)
+    premise = premise_of(1000, nbytes=10_000 * MIB)
+    limit = int(share * least_nbytes(parts(premise), memory))
+    error = refusal(premise, limit, memory)
     assert error is not None and error.key == "patch.batch_size"
     match = re.search(r"patch\.batch_size (\d+), not 1000", str(error))
     assert match, error
     batch = int(match[1])
-    assert total_nbytes(need.parts(batch), memory) <= limit
-    assert total_nbytes(need.parts(batch + 1), memory) > limit
+    assert total_nbytes(parts(premise.for_batch(batch)), memory) <= limit
+    assert total_nbytes(parts(premise.for_batch(batch + 1)), memory) > limit
     assert "so it is here" in str(error) and "inside the network" in str(error)
 
 
 def test_a_block_that_fits_is_named() -> None:
-    need = need_of(1, 512)
-    limit = needed(need) // 2
-    error = refusal(need, limit)
+    premise = premise_of(1, 512)
+    limit = needed(premise) // 2
+    error = refusal(premise, limit)
     assert error is not None and error.key == "block.shape"
     match = re.search(r"block\.shape \((\d+), (\d+), (\d+)\), not \(512, 512, 512\)", str(error))
     assert match, error
-    config = with_block(need.config, triple([int(n) for n in match.groups()]))
-    plan = Plan.from_config(config, need.plan.volume)
-    told = estimate(
-        plan, config, need.info, num_ranks=2, model_nbytes=need.model_nbytes, probe=need.probe
-    )
+    config = with_block(premise.config, triple([int(n) for n in match.groups()]))
+    plan = Plan.from_config(config, premise.plan.volume)
+    told = estimate(replace(premise, plan=plan, config=config))
     assert told.cpu_nbytes <= limit
 
 
 def test_where_nothing_fits_the_patch_is_too_large() -> None:
-    error = refusal(need_of(), 10 * MIB)
+    error = refusal(premise_of(), 10 * MIB)
     assert error is not None and error.key == "patch.shape"
     assert "fewer ranks per node" in str(error)
-    error = refusal(need_of(), 1000, "device")
+    error = refusal(premise_of(), 1000, "device")
     assert error is not None and "fewer ranks" not in str(error) and "accelerator" in str(error)
 
 
 def test_before_the_first_forward_its_memory_does_not_count() -> None:
-    unknown, known = need_of(nbytes=None), need_of(nbytes=500 * MIB)
+    unknown, known = premise_of(nbytes=None), premise_of(nbytes=500 * MIB)
     # And half of it, for what it may take more in a run than alone.
     assert needed(known) == needed(unknown) + 750 * MIB
     assert refusal(unknown, needed(unknown)) is None

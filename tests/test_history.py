@@ -39,8 +39,8 @@ def test_the_checksum_is_that_of_the_last_line_of_this_block_since_it_is_noted(t
     with Journal.open(tmp_path, num_blocks=20, fingerprint={}, versions={}) as journal:
         note(journal, done(Lease(block=3, attempt=1)), "done")
         journal.sync()
-        places = journal.places
-        places.begin()
+        offsets = journal.offsets
+        offsets.begin()
         for block, digits in ((12, "0"), (1, "1"), (12, "2")):
             record = replace(done(Lease(block=block, attempt=1)), checksum=f"xxh3:{digits}")
             note(journal, record, "done")
@@ -50,6 +50,6 @@ def test_the_checksum_is_that_of_the_last_line_of_this_block_since_it_is_noted(t
             file.write(b'{"torn by anoth')
         note(journal, replace(done(Lease(block=4, attempt=1)), checksum="xxh3:4"), "done")
         journal.sync()
-        places.begin()
-        found = [places.checksum(block) for block in (1, 2, 3, 4, 12)]
+        offsets.begin()
+        found = [offsets.checksum(block) for block in (1, 2, 3, 4, 12)]
     assert found == ["xxh3:1", None, None, "xxh3:4", "xxh3:2"]

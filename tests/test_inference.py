@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.block.blank import is_blank
 from mpichunk.block.inference import BlockInference, check_engine, scaling_for
 from mpichunk.block.slab import parts
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.schema import Normalize
 from mpichunk.errors import BlockError, ModelError, UserError
 from mpichunk.geometry.box import Box
@@ -138,7 +138,7 @@ def test_what_float16_cannot_hold_fails_the_block(name, value):
     source_czyx[(slice(None), *core)][0, -1, -1, -1] = value
     inference = make_inference(plan, name, scaling=Scaling())
     assert np.isfinite(inference.run(block, source_czyx, None, FLOAT32).core()).all()
-    with pytest.raises(BlockError, match="values that float16 cannot, above 65504: 1 of"):
+    with pytest.raises(BlockError, match="above 65504, which float16 cannot store: 1 of"):
         inference.run(block, source_czyx, None, np.dtype(np.float16)).core()
     source_czyx[source_czyx == value] = value * 0.9
     found = inference.run(block, source_czyx, None, np.dtype(np.float16)).core()

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.errors import RankLost
+from mpichunk.errors import MustEnd, RankLost
 from mpichunk.geometry.box import Box
 from mpichunk.ranks.communicator import SerialCommunicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Heartbeats, Loop
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd
+from mpichunk.roles.monitor import CoordinatorRole, Monitor
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import BlockDurations, HangDetector
@@ -30,6 +30,7 @@ from mpichunk.schedule.scheduler import Scheduler
 from tests.blocks import done
 from tests.fakeranks import NullDisplay
 from tests.fakeworker import FakePipeline
+from tests.quiet import nobody_takes_over, patient_breaker, strangers, unasked, unexpected
 
 NOTHING = Holding(leases=(), writing=(), stop=None)
 
@@ -86,7 +87,7 @@ class SlowJournal:
 
     def __init__(self, time):
         self._time, self._is_new = time, False
-        self.places = SimpleNamespace(begin=lambda: None, checksum=lambda block: None)
+        self.offsets = SimpleNamespace(begin=lambda: None, checksum=lambda block: None)
 
     def append(self, *_, **__):
         self._is_new = True
@@ -98,13 +99,14 @@ class SlowJournal:
 
 
 def make_lead(comm, *, num_blocks=0, journal=None, min_lease_seconds=300.0):
-    scheduler = Scheduler(num_blocks, size=comm.size)
+    scheduler = Scheduler(num_blocks, ranks=range(comm.size))
     durations = BlockDurations(min_lease_seconds)
     coordinator = Coordinator(
         scheduler,
         journal or SimpleNamespace(append=lambda *_, **__: None, sync=lambda: 0.0),
         core_of=lambda block: Box.from_shape((block, 0, 0), (1, 1, 1)),
         hosts=dict.fromkeys(comm.alive, "node"),
+        breaker=patient_breaker(comm.size),
         durations=durations,
     )
     return CoordinatorRole(
@@ -116,7 +118,8 @@ def make_lead(comm, *, num_blocks=0, journal=None, min_lease_seconds=300.0):
 
 def make_loop(comm, lead=None, *, time=None, depth=3, **options):
     time = time or [0.0]
-    monitor = Monitor(comm, silence_seconds=options.pop("silence_seconds", float("inf")))
+    silence = options.pop("silence_seconds", float("inf"))
+    monitor = Monitor(comm, strangers(comm.rank, comm.alive), silence_seconds=silence)
     counters = Counters()
     pipeline = FakePipeline()
     return Loop(
@@ -127,7 +130,7 @@ def make_loop(comm, lead=None, *, time=None, depth=3, **options):
         wake=threading.Event(),
         monitor=monitor,
         clock=lambda: time[0],
-        **options,
+        **({"watch": unasked(), "take_over": nobody_takes_over, "conclude": unexpected} | options),
     )
 
 

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
+from mpichunk.errors import MustEnd
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, note_heartbeat
 from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import CoordinatorHeartbeat, Heartbeat
 from mpichunk.schedule.progress import Counters
+from tests.quiet import strangers
 
 
 class FakeCoordinator:
@@ -49,7 +51,7 @@ def start(size=3, *, is_fault_tolerant=False, interval=5.0):
         attendance=FakeAttendance(),
         detector=HangDetector(comm.alive, durations, 0.0),
     )
-    return Monitor(comm, interval=interval), lead
+    return Monitor(comm, strangers(comm.rank, comm.alive), interval=interval), lead
 
 
 def look(monitor, lead, *, until, begin=0.0, moving=()):
@@ -109,7 +111,7 @@ def test_a_rank_that_does_not_move_is_given_up_and_welcomed_back(caplog):
     look(monitor, lead, until=3.0, moving=(0, 2))
     assert lead.coordinator.calls == [("give_up_rank", 1)]
     assert lead.attendance.excused == {1}
-    assert "rank 1 on node cannot be left behind" in caplog.text
+    assert "rank 1 on node (process 0) cannot be left behind" in caplog.text
     beat(lead, 1, 3.0, steps=5, held=1)
     assert lead.coordinator.calls[-1] == ("welcome_back", 1)
     assert lead.attendance.excused == set()

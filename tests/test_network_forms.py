@@ -137,9 +137,9 @@ RUNS = {
     # name: input, ROI, patch, block shape; every one has several blocks, some of them clipped
     "em_affinity_resunet_same": (
         EM,
-        ([200, 0, 10], [232, 52, 70]),
+        ([200, 0, 10], [224, 40, 60]),
         {"shape": [32, 32, 40], "overlap": [8, 8, 8], "batch_size": 2},
-        [32, 32, 40],
+        [24, 40, 32],
     ),
     "em_affinity_resunet_valid": (
         EM,

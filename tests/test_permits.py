@@ -6,8 +6,8 @@ import time
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mpichunk.roles.permits import Permits
 from mpichunk.schedule.messages import Lease, State
-from mpichunk.schedule.permits import Permits
 from tests.contest import World
 
 SEEDS = st.integers(0, 10**9)

@@ -12,6 +12,7 @@ from mpichunk.geometry.box import Box
 from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.estimate import Estimate, estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Peak, Probe
 from mpichunk.plan.report import plan_json, render_plan
 from tests.geometries import make_config, make_info
@@ -34,7 +35,8 @@ def case(probe: Probe | None = None, **more: Any) -> Case:
         dtype=np.dtype("uint8"),
     )
     plan = Plan.from_config(config, info.domain)
-    return plan, config, info, estimate(plan, config, info, model_nbytes=10**6, probe=probe)
+    premise = Premise(plan=plan, config=config, info=info, model_nbytes=10**6, probe=probe)
+    return plan, config, info, estimate(premise)
 
 
 def row(text: str, name: str) -> str:

@@ -51,7 +51,7 @@ def test_half_precision_without_effect_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(make_net(), BATCH)
-    for net, why in ((Twice(), "no convolution"), (traced, "made by tracing")):
+    for net, why in ((Twice(), "no convolution"), (traced, "traced TorchScript")):
         with pytest.raises(ModelError, match=f"computes in bfloat16 on cpu: .*{why}") as caught:
             TorchEngine(net, make_request(precision="bfloat16"))
         assert caught.value.key == "compute.precision"

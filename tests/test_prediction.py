@@ -21,10 +21,11 @@ from mpichunk.plan.prediction import (
     finish_seconds,
     forecast,
     forecast_json,
-    outcome_words,
+    format_outcome,
     pace_of,
     voxels_of_a_read,
 )
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Pace, Probe
 from mpichunk.plan.work import work_of
 from tests.geometries import cases, make_config, make_info, make_plan
@@ -85,7 +86,8 @@ def test_batches_are_those_of_all_blocks(
     config = config.model_copy(update={"patch": patch, "model": model})
     plan = Plan.from_config(config, domain)
     assume(len(plan) <= 2000)
-    found = forecast(plan, config, work_of(plan), None, num_ranks=num_ranks)
+    premise = Premise(plan=plan, config=config, info=make_info(plan.volume), num_ranks=num_ranks)
+    found = forecast(premise, work_of(plan))
     every = brute_seconds(plan, config)
     assert Counter({cost.seconds: cost.num_blocks for cost in found.costs}) == Counter(every)
     assert found.seconds == pytest.approx(deal(every, num_ranks))
@@ -100,8 +102,8 @@ def test_the_prediction_counts_what_the_estimate_counts(case: Case) -> None:
     config, domain = case
     plan = Plan.from_config(config, domain)
     probe = Probe(seconds=0.5, nbytes=None, device="cpu")
-    told = estimate(plan, config, make_info(domain), probe=probe)
-    found = forecast(plan, config, told.work, probe, num_ranks=1)
+    premise = Premise(plan=plan, config=config, info=make_info(domain), probe=probe)
+    told, found = estimate(premise), forecast(premise, premise.work)
     assert found.num_patches == told.work.num_patches and found.num_blocks == told.work.num_blocks
     # One patch per forward: what `plan` calls the network's time.
     assert found.seconds == pytest.approx(0.5 * told.work.num_patches)
@@ -116,7 +118,9 @@ def test_a_block_takes_as_long_as_its_slowest_stage(case: Case, num_ranks: int) 
     assume(len(plan) <= 2000)
     work = work_of(plan, (4, 4, 4))
     probe = Probe(seconds=0.5, nbytes=None, device="cpu", pace=PACE)
-    found = forecast(plan, config, work, probe, num_ranks=num_ranks)
+    info = make_info(plan.volume)
+    premise = Premise(plan=plan, config=config, info=info, num_ranks=num_ranks, probe=probe)
+    found = forecast(premise, work)
     read = PACE.read_seconds * voxels_of_a_read(work)
     every = []
     for block in plan:
@@ -149,7 +153,9 @@ def test_what_was_measured_is_predicted(slowest: str, num_ranks: int) -> None:
         **(stages | {slowest: 40}),
     )
     probe = Probe(seconds=0.5, nbytes=None, device="cpu", pace=pace)
-    found = forecast(plan, config, work, probe, num_ranks=num_ranks)
+    info = make_info(plan.volume)
+    premise = Premise(plan=plan, config=config, info=info, num_ranks=num_ranks, probe=probe)
+    found = forecast(premise, work)
     assert found.seconds == pytest.approx(123.0) and found.idle_share == pytest.approx(0)
 
 
@@ -181,7 +187,7 @@ def test_outcome_in_words() -> None:
     )
 
     def words(expected: Forecast | None, num_done: int = 8, num_patches: int = 800) -> str:
-        return outcome_words(expected, num_done=num_done, num_patches=num_patches, seconds=50)
+        return format_outcome(expected, num_done=num_done, num_patches=num_patches, seconds=50)
 
     assert words(found) == "predicted 40 s (8 blocks, 2 ranks), took 50 s: 1.25 times as long"
     assert words(found, 4, 400).startswith("predicted 20 s (4 blocks")
@@ -189,5 +195,5 @@ def test_outcome_in_words() -> None:
     assert "blank" not in words(found, 4, 400)
     assert "for the network alone" in words(replace(found, basis="forward"))
     for nothing in (None, replace(found, basis="batches")):
-        assert "predicted nothing" in words(nothing) and "bench" in words(nothing)
+        assert "no prediction" in words(nothing) and "bench" in words(nothing)
     assert "no block" in words(found, 0, 0)

@@ -17,9 +17,8 @@ def test_rates_and_time_left():
 
 
 def test_counters_ask_the_device_with_the_memory():
-    peaks = iter([None, 7])
-    counters = Counters(lambda: next(peaks))
-    for expected in (0, 7):
+    host, device = iter([5, 6]), iter([None, 7])
+    counters = Counters(host_peak=lambda: next(host), device_peak=lambda: next(device))
+    for expected in ((5, 0), (6, 7)):
         counters.measure_memory()
-        assert counters["device_peak_bytes"] == expected
-        assert counters["peak_bytes"] > 0
+        assert (counters["peak_bytes"], counters["device_peak_bytes"]) == expected

@@ -194,7 +194,7 @@ SPOILED = [
     # what is done to the folder, words of the message
     (shutil.rmtree, ["is not a folder", "znet.so, weights/*.data"]),
     (lambda f: (f / "znet.so").unlink(), ["has no znet.so"]),
-    (lambda f: (f / "weights/scale.data").unlink(), ["no weights/*.data", "not whole"]),
+    (lambda f: (f / "weights/scale.data").unlink(), ["no weights/*.data", "incomplete"]),
     (lambda f: (f / "weights/scale.data").write_bytes(b""), ["is empty"]),
     (lambda f: shutil.rmtree(f / "lib"), ["no lib/*.so"]),
 ]

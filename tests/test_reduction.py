@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.pytorch.arrays import TorchArrays
-from mpichunk.backends.reduction import Reduction, runs
+from mpichunk.backends.reduction import runs, shut, store
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from tests.geometries import make_config
 
@@ -69,8 +70,8 @@ def test_every_voxel(data: st.DataObject, kind: str, num_channels: int, dtype: s
     device_total = arrays.upload(total.copy())
     found = np.empty(expected.shape, dtype)
     out = arrays.outgoing(found)
-    reduction.shut(arrays, device_total)
-    reduction.store(arrays, device_total, out)
+    shut(reduction, arrays, device_total)
+    store(reduction, arrays, device_total, out)
     arrays.send(out, found)
     np.testing.assert_array_equal(found, expected.astype(dtype))
 
@@ -82,8 +83,8 @@ def test_zero_stays_zero(data: st.DataObject, num_channels: int, kind: Any) -> N
     arrays = NumpyArrays()
     total = np.zeros((num_channels, 2, 2, 2), np.float32)
     out = np.ones((reduction.num_channels, 2, 2, 2), np.uint8)
-    reduction.shut(arrays, total)
-    reduction.store(arrays, total, out)
+    shut(reduction, arrays, total)
+    store(reduction, arrays, total, out)
     assert not out.any()
 
 

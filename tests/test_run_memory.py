@@ -12,8 +12,9 @@ import pytest
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.cli import main
 from mpichunk.config.file import load_config
-from mpichunk.job.fitting import keep_probe
+from mpichunk.job.memory_check import keep_probe
 from mpichunk.job.startup import prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import least_nbytes, total_nbytes
 from mpichunk.plan.probe import Probe
 from mpichunk.ranks.comm import SerialCommunicator
@@ -100,7 +101,7 @@ def test_what_may_need_more_is_tried_with_a_warning(
         block={"shape": [24, 160, 160]},
         output={"dtype": "float32", "chunk_shape": [24, 80, 80]},
     )
-    parts = prepare(load_config(path).config).estimate().memory
+    parts = estimate(prepare(load_config(path).config).premise()).memory
     least, most = least_nbytes(parts, "cpu"), total_nbytes(parts, "cpu")
     megabytes = least // (1 << 20) + 1
     assert least <= megabytes << 20 < most
@@ -191,20 +192,13 @@ def test_the_peak_of_an_accelerator_is_told_and_kept(
     (line,) = [line for line in log.splitlines() if "peak on device, MiB" in line]
     assert line.split()[-1] == "5120.0"
     assert told(path, capsys)["memory"]["measured_device_nbytes"] == 5 << 30
-    # A file of before knows only the host.
-    kept = json.loads((tmp_path / "runs/config/peak.json").read_text())
-    del kept["device_peak_nbytes"]
-    (tmp_path / "runs/config/peak.json").write_text(json.dumps(kept))
-    memory = told(path, capsys)["memory"]
-    assert memory["measured_nbytes"] == kept["peak_nbytes"] > 0
-    assert memory["measured_device_nbytes"] is None
 
 
 def test_a_run_that_nobody_measured_says_how_to(tmp_path: Path) -> None:
     path = config_file(tmp_path, model={"backend": "identity"})
     assert run_on(SerialCommunicator(), path) == 0
     log = (tmp_path / "runs/config/logs/rank-00000.log").read_text()
-    assert "predicted nothing: `python -m mpichunk bench`" in log
+    assert "no prediction: run `python -m mpichunk bench`" in log
 
 
 def test_only_this_start_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,7 @@ def test_an_output_that_another_run_has_written_is_refused(attempt, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*.*")}
     code, told = attempt(run_dir="elsewhere")
     assert code == 2 and ": output.volume: " in told
-    assert "holds what this run has not written" in told and "--fresh" in told
+    assert "was not written by this run" in told and "--fresh" in told
     assert not (tmp_path / "elsewhere").exists()
     assert before == {path: path.read_bytes() for path in (tmp_path / "out.zarr").rglob("*.*")}
     # What was begun and has written nothing is nobody's.
@@ -177,12 +177,12 @@ def test_the_run_that_has_written_an_output_is_named_with_what_differs(attempt, 
     assert attempt(run_dir="runs/first")[0] == 0
     code, told = attempt(run_dir="runs/second", patch={"batch_size": 2})
     assert code == 2 and ": output.volume: " in told
-    assert f"but the one in {tmp_path}/runs/first, with other settings:" in told
+    assert f"was written by the run in {tmp_path}/runs/first, with other settings:" in told
     assert "\n  patch.batch_size: 1 then, 2 now\n" in told
-    assert "set output.volume to another place, or run the other one's config" in told
+    assert "set output.volume to another place, or continue that run with its own config" in told
     # The same settings under another name go on where that run is.
     code, told = attempt(run_dir="runs/second")
-    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to go on with it" in told
+    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to continue that run" in told
     assert attempt(run_dir="runs/first")[0] == 0
     # What the message names mends it.
     code, told = attempt(
@@ -198,7 +198,7 @@ def test_an_output_that_is_a_spec_is_told_of_as_well(attempt, tmp_path):
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/out.zarr/"}}
     assert attempt(run_dir="runs/first", output={"volume": spec})[0] == 0
     code, told = attempt(run_dir="runs/second", output={"volume": spec})
-    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to go on with it" in told
+    assert code == 2 and f"set run_dir to {tmp_path}/runs/first to continue that run" in told
     (tmp_path / "runs/first/journal.jsonl").unlink()
     code, told = attempt(run_dir="runs/second", output={"volume": spec})
     assert code == 2 and f"there is no {tmp_path}/runs/second/journal.jsonl" in told
@@ -208,7 +208,7 @@ def test_a_mask_of_unknown_scale_must_cover_the_input(attempt, tmp_path):
     with h5py.File(tmp_path / "mask.h5", "w") as file:
         file["mask"] = np.ones((4, 6, 6), np.uint8)
     code, told = attempt(mask={"volume": "mask.h5"})
-    assert code == 2 and "give input.voxel_size and mask.voxel_size" in told
+    assert code == 2 and "set input.voxel_size and mask.voxel_size" in told
     sizes = {"volume": "mask.h5", "voxel_size": [4, 4, 4]}
     code, told = attempt(input={"voxel_size": [1, 1, 1]}, mask=sizes)
     assert code == 0, told

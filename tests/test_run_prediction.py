@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpichunk.backends.reduction import Reduction
 from mpichunk.cli import main
 from mpichunk.config.file import dump_config, load_config
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Box
 from mpichunk.geometry.padding import pad, source_box
@@ -28,6 +28,7 @@ from mpichunk.job.assembly import (
 from mpichunk.job.startup import fingerprint_of, prepare
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.rundir import journal
 from mpichunk.verbs.run import run_on
@@ -46,7 +47,7 @@ OFFSETS = {2: (-1, 0, 0), 0: (0, -1, 0), 1: (0, 0, -1)}
 
 @pytest.mark.parametrize("same", [True, False])
 def test_augmented_run_is_the_mean_over_all_edges(tmp_path: Path, same: bool) -> None:
-    case = Case(tmp_path, texture((8, 17, 16)))
+    case = Case(tmp_path, texture((6, 11, 10)))
     names = ["flip_z", "rot90"]
     model = NET | {
         "arguments": {"outputs": 4, "same": same},
@@ -86,7 +87,7 @@ def test_memory_does_not_grow_with_the_group(tmp_path: Path, backend: str) -> No
     for names in (["flip_z"], [*NAMES]):
         model = config.model.model_copy(update={"augment": tuple(names)})
         augmented = replace(job, config=config.model_copy(update={"model": model}))
-        request = engine_request(job, bind_ranks(SerialCommunicator(), job, fresh=True).of(0))
+        request = engine_request(job, bind_ranks(SerialCommunicator(), job).of(0))
         engine = load_engine(augmented, request)
         inference = make_inference(augmented, engine, request)
         inference.run(block, source_czyx, None, np.dtype(np.uint8))
@@ -255,7 +256,7 @@ def test_memory_that_is_planned() -> None:
     def parts(**more: Any) -> dict[str, int | None]:
         config = make_config((8, 16, 16), (16, 32, 32), model_out_channels=4, **more)
         plan = make_plan(config, (64, 64, 64))
-        found = estimate(plan, config, make_info(plan.volume)).memory
+        found = estimate(Premise(plan=plan, config=config, info=make_info(plan.volume))).memory
         return {part.name: part.cpu_nbytes for part in found}
 
     batch, written = "batch into and out of the network", "output of the blocks in flight"

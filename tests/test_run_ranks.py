@@ -84,8 +84,9 @@ def test_one_rank_copies_the_roi_and_nothing_else(identity):
     assert len(files_of(identity.output)) > 100
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("num_ranks", [2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("num_ranks", "mode"), [(2, "static"), (3, "dynamic"), (5, "static"), (8, "dynamic")]
+)
 def test_bytes_do_not_depend_on_the_ranks(tmp_path, mpirun, identity, num_ranks, mode):
     config = identity_config(tmp_path, identity.raw, schedule={"mode": mode})
     done = mpirun(num_ranks, *RUN, config)

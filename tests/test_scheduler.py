@@ -14,7 +14,7 @@ from tests.blocks import drain
 
 
 def test_blocks_are_leased_in_plan_order():
-    scheduler = Scheduler(5, size=1)
+    scheduler = Scheduler(5, ranks=range(1))
     assert [lease.block for lease in scheduler.lease(0, 3, 0.0)] == [0, 1, 2]
     assert [lease.block for lease in scheduler.lease(0, 3, 0.0)] == [3, 4]
     assert scheduler.lease(0, 3, 0.0) == ()
@@ -22,30 +22,30 @@ def test_blocks_are_leased_in_plan_order():
 
 def test_blocks_done_before_are_not_leased():
     done = np.array([True, False, True, False, True])
-    scheduler = Scheduler(5, size=1, done=done)
+    scheduler = Scheduler(5, ranks=range(1), done=done)
     assert scheduler.num_done == 3
     assert drain(scheduler, 0) == [1, 3]
     assert scheduler.is_finished
 
 
 def test_no_blocks_to_do_is_finished():
-    assert Scheduler(0, size=2).is_finished
+    assert Scheduler(0, ranks=range(2)).is_finished
     for mode in ("dynamic", "static"):
-        scheduler = Scheduler(3, size=2, done=np.ones(3, bool), mode=mode)
+        scheduler = Scheduler(3, ranks=range(2), done=np.ones(3, bool), mode=mode)
         assert scheduler.is_finished
         assert scheduler.lease(0, 1, 0.0) == ()
 
 
 def test_the_first_to_ask_does_not_take_all_of_a_short_run():
-    scheduler = Scheduler(4, size=4)
+    scheduler = Scheduler(4, ranks=range(4))
     assert [len(scheduler.lease(rank, 3, 0.0)) for rank in range(4)] == [1, 1, 1, 1]
 
-    scheduler = Scheduler(100, size=4)
+    scheduler = Scheduler(100, ranks=range(4))
     assert [len(scheduler.lease(rank, 3, 0.0)) for rank in range(4)] == [3, 3, 3, 3]
 
 
 def test_a_rank_without_a_block_always_gets_one_at_the_end():
-    scheduler = Scheduler(3, size=2)
+    scheduler = Scheduler(3, ranks=range(2))
     first = scheduler.lease(0, 3, 0.0)
     assert len(first) == 1
     scheduler.finish(0, first[0])
@@ -54,7 +54,7 @@ def test_a_rank_without_a_block_always_gets_one_at_the_end():
 
 
 def test_a_failed_block_goes_to_another_rank_and_then_fails_for_good():
-    scheduler = Scheduler(1, size=2, max_attempts=3)
+    scheduler = Scheduler(1, ranks=range(2), max_attempts=3)
     (lease,) = scheduler.lease(0, 1, 0.0)
     assert scheduler.fail(0, lease) == State.PENDING
     assert scheduler.lease(0, 1, 0.0) == ()
@@ -72,7 +72,7 @@ def test_a_failed_block_goes_to_another_rank_and_then_fails_for_good():
 
 
 def test_a_single_rank_tries_its_failed_blocks_again_after_the_others():
-    scheduler = Scheduler(3, size=1, max_attempts=2)
+    scheduler = Scheduler(3, ranks=range(1), max_attempts=2)
     (lease,) = scheduler.lease(0, 1, 0.0)
     scheduler.fail(0, lease)
     assert drain(scheduler, 0) == [1, 2, 0]
@@ -81,7 +81,7 @@ def test_a_single_rank_tries_its_failed_blocks_again_after_the_others():
 
 
 def test_a_late_duplicate_changes_nothing():
-    scheduler = Scheduler(2, size=2, max_attempts=1)
+    scheduler = Scheduler(2, ranks=range(2), max_attempts=1)
     (lease,) = scheduler.lease(0, 1, 0.0)
     assert scheduler.finish(0, lease)
     assert not scheduler.finish(0, lease)
@@ -91,7 +91,7 @@ def test_a_late_duplicate_changes_nothing():
 
 
 def test_a_late_result_of_a_block_given_up_counts():
-    scheduler = Scheduler(1, size=2, max_attempts=1)
+    scheduler = Scheduler(1, ranks=range(2), max_attempts=1)
     (lease,) = scheduler.lease(0, 1, 0.0)
     scheduler.fail(0, lease)
     assert scheduler.finish(1, Lease(block=0, attempt=9))
@@ -99,7 +99,7 @@ def test_a_late_result_of_a_block_given_up_counts():
 
 
 def test_a_block_finished_while_it_waits_to_be_tried_again_is_not_leased():
-    scheduler = Scheduler(1, size=2)
+    scheduler = Scheduler(1, ranks=range(2))
     (lease,) = scheduler.lease(0, 1, 0.0)
     scheduler.fail(0, lease)
     assert scheduler.finish(0, lease)
@@ -108,7 +108,7 @@ def test_a_block_finished_while_it_waits_to_be_tried_again_is_not_leased():
 
 
 def test_a_failure_of_someone_else_s_lease_changes_nothing():
-    scheduler = Scheduler(1, size=2)
+    scheduler = Scheduler(1, ranks=range(2))
     (lease,) = scheduler.lease(0, 1, 0.0)
     assert scheduler.fail(1, lease) is None
     assert scheduler.fail(0, Lease(block=0, attempt=2)) is None
@@ -126,7 +126,7 @@ def test_static_runs_are_contiguous_and_equal(num_todo, size):
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 7))
 def test_static_blocks_are_held_by_their_rank_from_the_start(todo, size):
     todo = np.array(todo, bool)
-    scheduler = Scheduler(len(todo), size=size, done=~todo, mode="static", max_attempts=1)
+    scheduler = Scheduler(len(todo), ranks=range(size), done=~todo, mode="static", max_attempts=1)
     assert scheduler.num_pending == 0
     for rank in range(size):
         for block in static_blocks(todo, size, rank):
@@ -138,7 +138,7 @@ def test_static_blocks_are_held_by_their_rank_from_the_start(todo, size):
 
 
 def test_static_blocks_that_fail_are_handed_out():
-    scheduler = Scheduler(4, size=2, mode="static")
+    scheduler = Scheduler(4, ranks=range(2), mode="static")
     assert scheduler.fail(0, Lease(block=1, attempt=1)) == State.PENDING
     assert scheduler.lease(0, 3, 0.0) == ()
     assert scheduler.lease(1, 3, 0.0) == (Lease(block=1, attempt=2),)
@@ -148,7 +148,7 @@ def test_static_blocks_that_fail_are_handed_out():
 def test_a_decision_costs_the_same_however_many_blocks_there_are():
     done = np.ones(20_000_000, bool)
     done[-5:] = False
-    scheduler = Scheduler(len(done), size=1, done=done)
+    scheduler = Scheduler(len(done), ranks=range(1), done=done)
     start = time.perf_counter()
     assert len(drain(scheduler, 0)) == 5
     assert time.perf_counter() - start < 2.0
@@ -159,14 +159,14 @@ def test_static_runs_of_many_blocks_are_the_todo_cut_in_pieces(size, share, seed
     todo = np.random.default_rng(seed).random(5 * WINDOW + 17) < share
     runs = [list(static_blocks(todo, size, rank)) for rank in range(size)]
     assert [block for run in runs for block in run] == np.flatnonzero(todo).tolist()
-    scheduler = Scheduler(len(todo), size=size, done=~todo, mode="static")
+    scheduler = Scheduler(len(todo), ranks=range(size), done=~todo, mode="static")
     for rank, run in enumerate(runs):
         for block in (run[0], run[-1]) if len(run) > 1 else run:
             assert scheduler.finish(rank, Lease(block=block, attempt=1))
 
 
 def test_giving_up_a_rank_costs_little_however_long_its_static_run():
-    scheduler = Scheduler(20_000_000, size=2, mode="static")
+    scheduler = Scheduler(20_000_000, ranks=range(2), mode="static")
     scheduler.finish(1, Lease(block=10_000_000, attempt=1))
     start = time.perf_counter()
     scheduler.give_up_rank(1)
@@ -178,7 +178,7 @@ def test_giving_up_a_rank_costs_little_however_long_its_static_run():
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_blocks_that_fail_in_thousands_cost_no_search(size):
-    scheduler = Scheduler(20_000, size=size, max_attempts=2)
+    scheduler = Scheduler(20_000, ranks=range(size), max_attempts=2)
     for rank in range(size):
         while leases := scheduler.lease(rank, 1, 0.0):
             if leases[0].attempt == 2:
@@ -191,7 +191,7 @@ def test_blocks_that_fail_in_thousands_cost_no_search(size):
 
 
 def test_a_block_that_failed_on_all_others_is_not_stranded_when_the_last_is_given_up():
-    scheduler = Scheduler(1, size=3, max_attempts=9)
+    scheduler = Scheduler(1, ranks=range(3), max_attempts=9)
     for rank in (0, 1):
         (lease,) = scheduler.lease(rank, 1, 0.0)
         scheduler.fail(rank, lease)
@@ -201,7 +201,7 @@ def test_a_block_that_failed_on_all_others_is_not_stranded_when_the_last_is_give
 
 
 def test_a_failure_told_again_after_a_regroup_counts_once():
-    scheduler = Scheduler(2, size=3, max_attempts=2)
+    scheduler = Scheduler(2, ranks=range(3), max_attempts=2)
     (lease,) = scheduler.lease(0, 1, 0.0)
     assert scheduler.fail(0, lease) == State.PENDING
     scheduler.regroup({0: [lease], 1: []}, 1.0, lost=[2])
@@ -211,7 +211,7 @@ def test_a_failure_told_again_after_a_regroup_counts_once():
 
 
 def test_what_was_not_to_be_written_is_leased_again():
-    scheduler = Scheduler(1, size=2)
+    scheduler = Scheduler(1, ranks=range(2))
     (first,) = scheduler.lease(0, 1, 0.0)
     second = scheduler.back_up(1, 0, 5.0)
     assert second == Lease(block=0, attempt=1, is_backup=True)
@@ -221,7 +221,7 @@ def test_what_was_not_to_be_written_is_leased_again():
 
 
 def test_a_block_is_given_up_after_so_many_deaths():
-    scheduler = Scheduler(2, size=5)
+    scheduler = Scheduler(2, ranks=range(5))
     for dead in (4, 3, 2):
         (lease,) = scheduler.lease(dead, 1, 0.0)
         assert lease.block == 0
@@ -234,7 +234,7 @@ def test_a_block_is_given_up_after_so_many_deaths():
 
 
 def test_two_tries_of_one_rank_count_as_one_block_after_a_regroup():
-    scheduler = Scheduler(3, size=2, max_attempts=3)
+    scheduler = Scheduler(3, ranks=range(2), max_attempts=3)
     first, second = Lease(block=0, attempt=1), Lease(block=0, attempt=2)
     scheduler.regroup({0: [second, first]}, 0.0, lost=[1], writers={0: 0})
     assert scheduler.finish(0, second)
@@ -243,7 +243,7 @@ def test_two_tries_of_one_rank_count_as_one_block_after_a_regroup():
 
 
 def test_what_a_rank_was_given_first_is_what_it_has_died_of():
-    scheduler = Scheduler(6, size=2)
+    scheduler = Scheduler(6, ranks=range(2))
     (zero,) = scheduler.lease(0, 1, 0.0)
     scheduler.fail(0, zero)
     leases = scheduler.lease(1, 3, 1.0)
@@ -252,7 +252,7 @@ def test_what_a_rank_was_given_first_is_what_it_has_died_of():
 
 
 def test_a_rank_that_finishes_nothing_is_late_with_all_that_it_holds():
-    scheduler = Scheduler(6, size=2)
+    scheduler = Scheduler(6, ranks=range(2))
     stuck, well = scheduler.lease(0, 3, 0.0), scheduler.lease(1, 3, 0.0)
     assert scheduler.late_leases(4.0, 4.0) == []
     scheduler.finish(1, well[0], 4.0)
@@ -264,6 +264,6 @@ def test_a_rank_that_finishes_nothing_is_late_with_all_that_it_holds():
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
 def test_leases_that_are_out_are_bounded_however_many_are_asked_for(size):
-    scheduler = Scheduler(3 * MOST_LEASED, size=size)
+    scheduler = Scheduler(3 * MOST_LEASED, ranks=range(size))
     num_out = sum(len(scheduler.lease(rank, 10**6, 0.0)) for rank in range(size))
     assert 0.9 * MOST_LEASED < num_out <= MOST_LEASED

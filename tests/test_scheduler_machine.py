@@ -34,7 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         done = np.array([True] * pad + done, bool)
         self.size, self.max_attempts = size, max_attempts
         self.scheduler = Scheduler(
-            len(done), size=size, done=done, mode=mode, max_attempts=max_attempts
+            len(done), ranks=range(size), done=done, mode=mode, max_attempts=max_attempts
         )
         self.done = set(np.flatnonzero(done).tolist())
         self.failed, self.held = set(), {}
@@ -175,7 +175,7 @@ class Survivors(RuleBasedStateMachine):
     @initialize(size=st.integers(1, 4), mode=st.sampled_from(["dynamic", "static"]))
     def start(self, size, mode):
         self.ranks, self.away = set(range(size)), set()
-        self.scheduler = Scheduler(self.NUM_BLOCKS, size=size, mode=mode, max_attempts=3)
+        self.scheduler = Scheduler(self.NUM_BLOCKS, ranks=range(size), mode=mode, max_attempts=3)
         self.held = {rank: set() for rank in range(size)}
         todo = np.ones(self.NUM_BLOCKS, bool)
         if mode == "static":

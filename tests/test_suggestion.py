@@ -19,6 +19,7 @@ from mpichunk.geometry.box import Box, Triple, triple
 from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.suggestion import (
     SAME_TIME,
@@ -28,7 +29,7 @@ from mpichunk.plan.suggestion import (
     suggest,
     with_block,
 )
-from mpichunk.plan.suggestionreport import render_suggestions, suggestions_json
+from mpichunk.plan.suggestionreport import nothing_words, render_suggestions, suggestions_json
 from mpichunk.words import parse_size
 from tests.endtoend import write_config
 from tests.geometries import cases, make_config, make_info, make_plan, triples
@@ -40,9 +41,16 @@ ROOM = Room(nbytes=2 << 30, words="as asked for")
 
 def suggestions(plan: Plan, config: Config, **more: Any) -> Suggestions:
     """Return the suggestions over the plan's volume, with plenty of memory unless it is given."""
-    known = {"num_ranks": 3, "limit_nbytes": 1 << 40, "memory": "cpu"}
+    known = {"limit_nbytes": 1 << 40, "memory": "cpu"}
     info = make_info(plan.volume, chunk_shape=more.pop("chunk_shape", (4, 4, 4)))
-    return suggest(plan, config, info, **(known | more))
+    premise = Premise(
+        plan=plan,
+        config=config,
+        info=info,
+        num_ranks=more.pop("num_ranks", 3),
+        probe=more.pop("probe", None),
+    )
+    return suggest(premise, **(known | more))
 
 
 def with_unit(case: Case, unit: Triple, times: Triple, shard: bool) -> Case:
@@ -81,9 +89,10 @@ def test_every_shape_is_one_that_a_config_may_have(
             assert row.block_shape[axis] % plan.stride[axis] == 0
             assert row.block_shape[axis] % other.write_unit[axis] == 0
         # What is told is what `plan` tells once the shape is chosen.
-        told = estimate(Plan.from_config(other, domain), other, info, num_ranks=3)
+        plan_of_other = Plan.from_config(other, domain)
+        told = estimate(Premise(plan=plan_of_other, config=other, info=info, num_ranks=3))
         assert (row.nbytes, row.work) == (told.cpu_nbytes, told.work)
-    now = estimate(plan, config, info, num_ranks=3)
+    now = estimate(Premise(plan=plan, config=config, info=info, num_ranks=3))
     assert (found.now.nbytes, found.now.work) == (now.cpu_nbytes, now.work)
 
 
@@ -175,7 +184,10 @@ def test_nothing_fits() -> None:
     plan = make_plan(config, (64, 64, 64))
     found = suggestions(plan, config, limit_nbytes=1000)
     assert found.rows == () and found.smallest_nbytes > 1000
+    # The table says what is needed now; the error that follows says that nothing fits.
     text = render_suggestions(plan, config, found, room=ROOM, memory="cpu", probe=None)
+    assert "now" in text and "no shape fits" not in text and "nothing here" not in text
+    text = nothing_words(found, ROOM, None)
     assert "no shape fits" in text and "patch.batch_size" in text
 
 
@@ -301,8 +313,10 @@ def test_beside_an_accelerator_the_host_must_suffice(
         assert main([*plain, "--json", *words]) == 0
         assert json.loads(capsys.readouterr().out)["memory"]["host_nbytes"] == row["host_nbytes"]
     assert main([*command, "--host-memory", "1MiB"]) == 2
-    text = " ".join(capsys.readouterr().err.split())
-    assert "no shape fits 1.0 MiB of the host's memory" in text and "give --host-memory" in text
+    out, err = capsys.readouterr()
+    assert "no shape fits" not in out
+    text = " ".join(err.split())
+    assert "no shape fits 1.0 MiB of the host's memory" in text and "set --host-memory" in text
     assert main(command) == 0
     assert "host memory: " in capsys.readouterr().out
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mpichunk.backends import get_backend
-from mpichunk.backends.engine import Scaling
 from mpichunk.block.inference import check_engine
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import ModelError
 from tests.modelfolder import NET_PY, load, make_request, pytorch, tiny, write_models
 

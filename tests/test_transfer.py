@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch import transfer
 from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.backends.pytorch.engine import TorchEngine
@@ -16,6 +15,7 @@ from mpichunk.backends.pytorch.transfer import (
     Transfer,
 )
 from mpichunk.block.inference import BlockInference
+from mpichunk.config.scaling import Scaling
 from mpichunk.geometry.box import Box
 from tests.blockinference import (
     RAW_DTYPES,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpichunk.bench.trial import Trial
+from mpichunk.bench.trial import BlockTrial
 from mpichunk.block.inference import BlockInference
 from mpichunk.config.file import load_config
 from mpichunk.errors import UserError
@@ -33,13 +33,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[BlockInference]:
 @pytest.fixture
 def trial(tmp_path: Path, made: list[BlockInference]):
     job = prepare(load_config(config_file(tmp_path)).config)
-    request = engine_request(job, bind_ranks(SerialCommunicator(), job, fresh=True).of(0))
+    request = engine_request(job, bind_ranks(SerialCommunicator(), job).of(0))
     engine = load_engine(job, request, prepare_network(job, request))
     with ExitStack() as stack:
         yield bench._open(stack, job, engine, request, tmp_path)
 
 
-def test_memory_is_fresh_for_the_first_pass_only(trial: Trial, made: list[BlockInference]) -> None:
+def test_memory_is_fresh_for_the_first_pass_only(
+    trial: BlockTrial, made: list[BlockInference]
+) -> None:
     passes = [trial.whole([13]), trial.whole([13, 13]), trial.whole([13])]
     once = passes[0].num_batches
     assert [item.num_batches for item in passes] == [once, 2 * once, once]
@@ -49,7 +51,7 @@ def test_memory_is_fresh_for_the_first_pass_only(trial: Trial, made: list[BlockI
 
 
 def test_what_an_interrupted_pass_may_still_use_is_not_used_again(
-    trial: Trial, made: list[BlockInference], monkeypatch: pytest.MonkeyPatch
+    trial: BlockTrial, made: list[BlockInference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = BlockInference.run
 

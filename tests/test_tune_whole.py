@@ -33,8 +33,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_module, "TURN_SECONDS", 0.01)
     whole = tune_module.facts_of
 
-    def facts_of(job: Any) -> Facts:
-        return replace(whole(job, lambda name: None), has_avx512=False)
+    def facts_of(device: str) -> Facts:
+        return replace(whole(device, lambda name: None), has_avx512=False)
 
     monkeypatch.setattr(tune_module, "facts_of", facts_of)
 
@@ -179,7 +179,7 @@ def test_the_table_is_for_people(
     assert "* pytorch float32, batch 1" in text
     assert "not tried: the time of --limit-seconds is over" in text
     assert "patches per second of the network alone" in text
-    assert "The config runs the best there is: pytorch float32, batch 1." in text
+    assert "The config already uses the best variant: pytorch float32, batch 1." in text
     assert not (tmp_path / "config-tuned.yaml").exists()
 
 
@@ -247,7 +247,7 @@ def test_nothing_is_overwritten_and_that_is_told_before_anything_is_measured(
     assert "exists, and is not overwritten" in capsys.readouterr().err
     assert target.read_text() == "mine"
     assert main(["tune", str(path), "--write", str(tmp_path / "nowhere/x.yaml")]) == 2
-    assert "no folder that can be written" in capsys.readouterr().err
+    assert "not a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,7 +18,7 @@ from mpichunk.verbs import verify as verb
 from mpichunk.verbs.run import run_on
 from mpichunk.volume import open_output
 from tests.endtoend import TRAPPED, assert_same_files, block_lines, trap, write_config
-from tests.test_fitting import ThreadCommunicator, on_ranks
+from tests.test_memory_check import ThreadCommunicator, on_ranks
 
 OUTPUTS = {
     "zarr3": {"volume": "out|zarr3:", "chunk_shape": [8, 16, 16]},

@@ -159,7 +159,7 @@ def test_the_input_is_not_overwritten(tmp_path):
     info = open_input(str(tmp_path / "v")).info
     (tmp_path / "link").symlink_to(tmp_path / "v")
     for volume in (spec.volume, f"{tmp_path}/link|zarr3:", f"precomputed://{tmp_path}/v"):
-        assert "is what is read" in refused("volume", replace(spec, volume=volume), sources=[info])
+        assert "is also read" in refused("volume", replace(spec, volume=volume), sources=[info])
     inside = replace(spec, volume=f"{tmp_path / 'v'}/more|zarr3:")
     assert "inside the volume that is read" in refused("volume", inside, sources=[info])
     assert create_output(spec_of(f"{tmp_path}/w|zarr3:"), sources=[info])
@@ -173,7 +173,7 @@ def test_a_place_that_cannot_be_made_is_one_message_in_plain_words(notation, pla
     assert caught.value.key == "output.volume"
     assert caught.value.message == (
         f"{place} cannot be created: no folder can be made in /proc (No such file or directory); "
-        "expected a place that this job can write to: choose another one, or mend this"
+        "expected a place that this job can write to: choose another one, or fix this"
     )
 
 
@@ -202,8 +202,7 @@ def test_a_place_without_permission_is_named_before_anything_runs():
         done = finish([sys.executable, *script], cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
-        f"{folder}/{name}/v cannot be written: no permission to write at {folder}; expected a "
-        "place that this job can write to: choose another one, or mend this"
+        f"{folder}/{name}/v cannot be written: no permission to write at {folder}; {EXPECTED}"
         for name in FORMATS
     ]
 
@@ -218,7 +217,7 @@ def test_a_file_system_that_is_read_only_is_named_before_anything_runs(tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
         f"{tmp_path}/{name}/v cannot be written: the file system is read-only at {tmp_path}; "
-        "expected a place that this job can write to: choose another one, or mend this"
+        f"{EXPECTED}"
         for name in FORMATS
     ]
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mpichunk.backends import engine as engine_module
-from mpichunk.backends.engine import most_windows
 from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.pytorch.arrays import TorchArrays
 from mpichunk.block.windows import Windows
+from mpichunk.geometry import buffers
 from mpichunk.geometry.blending import shares, window
 from mpichunk.geometry.box import Box
+from mpichunk.geometry.buffers import most_windows
 from mpichunk.plan.plan import Plan
 from tests.blockinference import make_plan
 from tests.lagging import lagging_arrays
@@ -75,7 +75,7 @@ def check_all_patches(windows: Windows, plan: Plan) -> None:
 )
 @pytest.mark.parametrize("kept", [1, 2, 5, 1000])
 def test_each_patch_gets_its_shares(make: Any, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "WINDOWS_NBYTES", kept * 4 * 5 * 8 * 9)
+    monkeypatch.setattr(buffers, "WINDOWS_NBYTES", kept * 4 * 5 * 8 * 9)
     check_all_patches(Windows(make(), (Z, Y, X)), plan_of_long_blocks())
 
 
@@ -96,7 +96,7 @@ def test_an_accelerator_makes_each_window_once() -> None:
 
 def test_no_more_are_kept_than_a_plan_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for kept in (1, 4, 1000):
-        monkeypatch.setattr(engine_module, "WINDOWS_NBYTES", kept * 4 * 5 * 8 * 9)
+        monkeypatch.setattr(buffers, "WINDOWS_NBYTES", kept * 4 * 5 * 8 * 9)
         arrays, plan = Counting(lagging_arrays()), plan_of_long_blocks()
         check_all_patches(Windows(arrays, (Z, Y, X)), plan)
         most = max(block.num_patches for block in plan)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from mpichunk.roles.permits import Permits
 from mpichunk.schedule.messages import (
     Acknowledge,
     AskToWrite,
@@ -17,7 +18,6 @@ from mpichunk.schedule.messages import (
     Stop,
     WriteVerdict,
 )
-from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
 from tests.fakeworker import asked_for, start_worker
 

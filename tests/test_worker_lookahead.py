@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import REPORT_SECONDS
 from mpichunk.schedule.lookahead import MOST_WAITING, STALE_SECONDS
 from mpichunk.schedule.messages import (
@@ -20,7 +21,6 @@ from mpichunk.schedule.messages import (
     Stop,
     WriteVerdict,
 )
-from mpichunk.schedule.permits import Permits
 from tests.blocks import leases
 from tests.fakeworker import asked_for, start_worker
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid, Triple
-from mpichunk.geometry.parts import PART_NBYTES, most_under_way, write_parts
+from mpichunk.geometry.write_parts import PART_NBYTES, most_under_way, write_parts
 from mpichunk.volume.future import BlockFuture
 from mpichunk.volume.writing import Writing
 

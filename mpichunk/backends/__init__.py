@@ -6,7 +6,7 @@ Importing this package imports no framework: a backend does so when it probes or
 from pathlib import Path
 from typing import Protocol
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.identity import IdentityBackend
 from mpichunk.backends.onnxruntime import OnnxruntimeBackend
@@ -35,7 +35,7 @@ class Backend(Protocol):
             ModelError: a file is missing.
         """
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the devices that this process could use; may import the framework.
 
         `requested` is `compute.device`: for `cpu` no accelerator is touched.

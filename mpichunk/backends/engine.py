@@ -5,27 +5,15 @@ Knows no framework. An engine brings the few array operations that blending need
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
-
-FINISH_NBYTES = 1 << 26
-"""Bytes of float32 that are finished at a time on an accelerator: enough to fill it."""
-
-WINDOWS_NBYTES = 1 << 28
-"""Bytes of blending windows that are kept on an accelerator, if they are more than one."""
-
-MOST_WINDOWS = 27
-"""A patch is the first, the last, or neither, along each axis."""
-
-LAYERS_IN_FLIGHT = 2
-"""Layers of a block's input that are on an accelerator: one in use, the next on its way."""
 
 DeviceArray = Any
 """An array in the engine's own framework and on its own device."""
@@ -38,20 +26,6 @@ Staged = Any
 
 Vectors = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Host vectors along z, y and x whose outer product is meant."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How raw input becomes the network's float32: clip, subtract, then divide."""
-
-    clip: tuple[float, float] | None = None
-    """Raw values are clipped to this range first."""
-
-    subtract: float = 0.0
-    """Taken off the raw value."""
-
-    divide: float = 1.0
-    """What the rest is divided by (a true float32 division)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,13 +320,3 @@ class Engine(Protocol):
 
     def explain(self, error: Exception) -> UserError:
         """Say what the user can do about an exception that `infer` raised in its first forward."""
-
-
-def most_windows(shape: Triple, num_patches: int) -> int:
-    """Return how many blending windows an accelerator keeps, at least one.
-
-    Args:
-        shape: of an output patch.
-        num_patches: of a block, which has no more windows.
-    """
-    return max(1, min(MOST_WINDOWS, num_patches, WINDOWS_NBYTES // (4 * prod(shape))))

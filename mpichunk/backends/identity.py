@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.numpy_arrays import NumpyArrays
@@ -28,9 +28,9 @@ class IdentityBackend:
         """Return no files: there is no network."""
         return []
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU, without importing any framework."""
-        return Probe(cpu_kind=cpu_kind())
+        return VisibleDevices(cpu_kind=cpu_kind())
 
     def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
         """Return nothing: there is no network."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import Scaling
+from mpichunk.config.scaling import Scaling
 from mpichunk.geometry.box import Slices, Triple
 from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
 from mpichunk.processmemory import own_pages

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import accelerator_name, cpu_kind, probe_devices
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.files.onnx import onnx_files
@@ -38,16 +38,16 @@ class OnnxruntimeBackend:
         """Return the ONNX file and the files of its weights, without importing onnxruntime."""
         return onnx_files(model)
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU, and NVIDIA devices where this onnxruntime is built for them."""
         runtime = _import()
         note = f"onnxruntime {runtime.__version__}"
         if requested == "cpu" or _CUDA not in runtime.get_available_providers():
             note += ", built without CUDA: `pip install onnxruntime-gpu` instead of onnxruntime"
-            return Probe(cpu_kind=cpu_kind(), framework="onnxruntime", note=note)
+            return VisibleDevices(cpu_kind=cpu_kind(), framework="onnxruntime", note=note)
         seen = probe_devices(requested)
         devices = tuple(device for device in seen.accelerators if device.kind == "cuda")
-        return Probe(
+        return VisibleDevices(
             accelerators=devices,
             cpu_kind=cpu_kind(),
             framework="onnxruntime",
@@ -119,9 +119,8 @@ class OnnxruntimeEngine:
         text = str(error).strip().replace("\n", " ")
         if self.is_out_of_memory(error):
             return ModelError(
-                f"a batch of {count(request.batch_size, 'patch', 'patches')} does not fit into "
-                f"the memory of "
-                f"{request.device}: {text}; reduce patch.batch_size or patch.shape",
+                f"a batch of {count(request.batch_size, 'patch', 'patches')} does not fit into the "
+                f"memory of {request.device}: {text}; reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )
         return failed_forward(text, request, self._output_shape)
@@ -242,7 +241,7 @@ def _only_output(session: Any, path: Path) -> str:
     if len(outputs) != 1:
         raise ModelError(
             f"{path} returns {len(outputs)} outputs ({_names(outputs)}); expected one: save the "
-            "network with the one that is wanted",
+            "network with the wanted output only",
             key="model.path",
         )
     return str(outputs[0].name)

@@ -1,84 +1,36 @@
-"""From blended channels to what is stored: gate, choice of channels, labels or values.
+"""From blended channels to what is stored, part by part, on the device that holds them.
 
 Decides the order; an engine's arrays do the work. Knows no blocks and no networks.
-
-    blended --gate--> channels --argmax, vote, threshold--> labels, as they are
-                         `-----> values, quantised
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
 
 from mpichunk.backends.engine import Arrays, DeviceArray
-from mpichunk.config.schema import Config
+from mpichunk.config.reduction import Reduction
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reduction:
-    """What is made of the network's channels once they are blended.
+def shut(reduction: Reduction, arrays: Arrays, total_czyx: DeviceArray) -> None:
+    """Set to zero, in place, what the gate shuts out."""
+    if reduction.gate is not None:
+        channel, below = reduction.gate
+        gated = [other for other in reduction.channels if other != channel]
+        arrays.gate(total_czyx, channel, below, gated)
 
-    Zero in all channels gives zero: what is masked, gated or blank stays so.
-    """
 
-    channels: tuple[int, ...]
-    """Channels of the network that are written or compared, in order."""
-
-    gate: tuple[int, float] | None = None
-    """A channel, and the value below which it must be for the others to count."""
-
-    kind: Literal["values", "argmax", "vote", "threshold"] = "values"
-    """What is written of them."""
-
-    threshold: float = 0.0
-    """What values must be above, for `threshold`."""
-
-    @classmethod
-    def of(cls, config: Config) -> "Reduction":
-        """Return what a config asks for."""
-        output = config.output
-        if output.threshold is not None:
-            kind: Literal["values", "argmax", "vote", "threshold"] = "threshold"
+def store(
+    reduction: Reduction, arrays: Arrays, total_czyx: DeviceArray, out_czyx: DeviceArray
+) -> None:
+    """Write a blended and gated part into that of the output; spoils `total_czyx`."""
+    if reduction.kind in ("argmax", "vote"):
+        is_vote = reduction.kind == "vote"
+        arrays.best_channel(total_czyx, reduction.channels, out_czyx[0], is_vote=is_vote)
+        return
+    for source, target in runs(reduction.channels):
+        total, out = total_czyx[source], out_czyx[target]
+        if reduction.kind == "threshold":
+            arrays.above(total, reduction.threshold, out)
         else:
-            kind = output.reduce or "values"
-        return cls(
-            channels=config.used_channels,
-            gate=None if output.gate is None else (output.gate.channel, output.gate.below),
-            kind=kind,
-            threshold=output.threshold or 0.0,
-        )
-
-    @property
-    def num_channels(self) -> int:
-        """Channels that are written."""
-        return 1 if self.kind in ("argmax", "vote") else len(self.channels)
-
-    def keeps_sums(self, num_channels: int, dtype: np.dtype[Any]) -> bool:
-        """Return whether what is written is what was blended, as it is."""
-        every = self.channels == tuple(range(num_channels))
-        return self.kind == "values" and every and dtype == np.float32
-
-    def shut(self, arrays: Arrays, total_czyx: DeviceArray) -> None:
-        """Set to zero, in place, what the gate shuts out."""
-        if self.gate is not None:
-            channel, below = self.gate
-            gated = [other for other in self.channels if other != channel]
-            arrays.gate(total_czyx, channel, below, gated)
-
-    def store(self, arrays: Arrays, total_czyx: DeviceArray, out_czyx: DeviceArray) -> None:
-        """Write a blended and gated part into that of the output; spoils `total_czyx`."""
-        if self.kind in ("argmax", "vote"):
-            is_vote = self.kind == "vote"
-            arrays.best_channel(total_czyx, self.channels, out_czyx[0], is_vote=is_vote)
-            return
-        for source, target in runs(self.channels):
-            total, out = total_czyx[source], out_czyx[target]
-            if self.kind == "threshold":
-                arrays.above(total, self.threshold, out)
-            else:
-                arrays.quantise(total, out)
+            arrays.quantise(total, out)
 
 
 def runs(channels: Sequence[int]) -> Iterator[tuple[slice, slice]]:

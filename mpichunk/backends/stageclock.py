@@ -9,8 +9,8 @@ from typing import Any
 
 from mpichunk.backends.engine import Engine
 
-STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
-"""What a block goes through, in order; `host` is its computing that no call of an array is."""
+BENCH_STAGES = ("read", "gather", "forward", "accumulate", "finalise", "host", "write")
+"""Stages of a block, in order; `host` is computing outside of all array operations."""
 
 STAGE_OF: Mapping[str, str] = {
     "feed": "gather",
@@ -37,32 +37,12 @@ STAGE_OF: Mapping[str, str] = {
 }
 """The stage that each array operation belongs to."""
 
-UNTIMED = frozenset(
-    {
-        # No work.
-        "finish_nbytes",
-        "is_host",
-        # Not for blocks, but before and between them.
-        "upload",
-        "download",
-        "peak_nbytes",
-        "most_nbytes",
-        "device_nbytes",
-        "release",
-        # Once: the memory is used again.
-        "host_bytes",
-        # What the clock itself calls.
-        "wait",
-    }
-)
-"""Array operations that belong to no stage."""
-
 
 class StageClock:
     """An engine that counts the seconds of another one's stages."""
 
     def __init__(self, engine: Engine) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds = dict.fromkeys(BENCH_STAGES, 0.0)
         """Wall seconds so far, by stage."""
 
         self.arrays: Any = _Clocked(engine.arrays, STAGE_OF, self.seconds, engine.arrays.wait)

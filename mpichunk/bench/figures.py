@@ -23,7 +23,7 @@ _NOISE = 1.02
 """A run cannot be faster than its forwards alone; where it is by more, the repeats say nothing."""
 
 _WELL = 0.9
-"""A run that computes so much of its time has nothing else to mend."""
+"""A run that computes so much of its time has nothing else to improve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,9 +262,9 @@ def suggest(
         yield from pieces[figures.slower]
         yield Advice(
             key="block.shape",
-            message="the first read and the last write hide behind nothing, and here a rank ran "
-            f"only {count(num_blocks, 'block')}: more of them (--blocks) tell whether a long run "
-            f"waits too",
+            message="nothing hides the first read and the last write, and a rank ran only "
+            f"{count(num_blocks, 'block')} here: use more (--blocks) to see whether a long run "
+            "waits too",
         )
     if work.num_passes > 2 and figures.bound_by == NETWORK:
         yield Advice(
@@ -300,11 +300,13 @@ def _about_blending(config: Config, on_cpu: bool) -> Iterator[Advice]:
     if config.model.backend == "identity":
         yield Advice(
             key="model.backend",
-            message="there is no network here, so what is left is blending, as it should be",
+            message="there is no network here, so what is left is blending, as expected",
         )
         return
     unused = config.model.out_channels - len(config.used_channels)
-    more = f"; {unused} of its channels are not written: let it not return them" if unused else ""
+    more = (
+        f"; {unused} of its channels are not written: remove them from its output" if unused else ""
+    )
     where = "on the CPU" if on_cpu else "on the device"
     yield Advice(
         key="patch.overlap",
@@ -346,8 +348,8 @@ def _about_host(figures: Figures, config: Config, device: str) -> Iterator[Advic
     if not on_cpu:
         yield Advice(
             key="patch.batch_size",
-            message=f"{figures.host:.0%} of the time the device waits for the host, which has work "
-            "with each batch: larger batches or larger patches need less of it",
+            message=f"{figures.host:.0%} of the time the device waits for the host, which does "
+            "work for each batch: larger batches or larger patches need less of it",
         )
     has_graphs = device.startswith("cuda") and config.model.backend == "pytorch"
     if has_graphs and not config.compute.cuda_graphs:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpichunk.backends.engine import EngineInfo
-from mpichunk.backends.stageclock import STAGES
+from mpichunk.backends.stageclock import BENCH_STAGES
 from mpichunk.bench.figures import Figures, RankFigures, Spread
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import turns_of
@@ -174,7 +174,7 @@ def _stage_lines(bench: Bench) -> list[str]:
         "host": "work between these, in Python",
         "write": "encoded and durably written",
     }
-    for name in STAGES:
+    for name in BENCH_STAGES:
         seconds = figures.stages[name]
         share = f"{seconds / total:.1%}" if total else "-"
         lines.append(f"  {name:<{_LABEL}}{1000 * seconds:>10.1f}{share:>10}   {words[name]}")

@@ -28,7 +28,7 @@ def scratch_parent(spec: OutputSpec, wanted: Path | None) -> Path:
     """
     if wanted is not None:
         if not wanted.is_dir():
-            raise VolumeError(f"{wanted} is no folder; --scratch takes one that exists")
+            raise VolumeError(f"{wanted} is not a folder; --scratch requires an existing one")
         return wanted
     folder = local_folder(spec)
     if folder is None:

@@ -32,7 +32,7 @@ WARM_SECONDS = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
-class Trial:
+class BlockTrial:
     """One rank's network and volumes, to be measured."""
 
     plan: Plan

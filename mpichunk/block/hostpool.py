@@ -59,7 +59,7 @@ class HostPool:
             raise BlockError(
                 f"this host has no memory for {size(nbytes)} of a block: "
                 f"{(str(error) or type(error).__name__).splitlines()[0]}; start fewer ranks per "
-                "node, or take a smaller block.shape"
+                "node, or use a smaller block.shape"
             ) from error
 
     def give_back(self, array: npt.NDArray[Any]) -> None:

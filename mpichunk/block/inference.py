@@ -20,13 +20,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Feed, Scaling, Staged
-from mpichunk.backends.reduction import Reduction
+from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest, Feed, Staged
 from mpichunk.block.blank import is_blank
-from mpichunk.block.fault import Patch, Patches, blame_patch
 from mpichunk.block.hostpool import HostPool
+from mpichunk.block.nonfinite import Patch, Patches, blame_patch
 from mpichunk.block.slab import Slab, Target, Unsettled
 from mpichunk.block.windows import Windows
+from mpichunk.config.reduction import Reduction
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.schema import Normalize
 from mpichunk.config.types import Window
 from mpichunk.errors import BlockError, DeviceMemoryError, ModelError, UserError
@@ -384,7 +385,7 @@ def check_engine(engine: Engine, request: EngineRequest) -> npt.NDArray[np.float
     if not is_finite and request.precision == "float16":
         raise ModelError(
             "the network returned NaN or inf for an ordinary texture with values in [0, 1]: "
-            "float16 holds nothing above 65504; take 'bfloat16' or 'float32'",
+            "float16 holds nothing above 65504; use 'bfloat16' or 'float32'",
             key="compute.precision",
         )
     if not is_finite:

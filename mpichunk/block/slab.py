@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.backends.engine import Arrays, DeviceArray
-from mpichunk.backends.reduction import Reduction
-from mpichunk.block.fault import (
+from mpichunk.backends.reduction import shut, store
+from mpichunk.block.nonfinite import (
     NOT_FINITE,
     NOT_FLOAT16,
     Blame,
@@ -30,8 +30,9 @@ from mpichunk.block.fault import (
     joined,
 )
 from mpichunk.block.windows import Windows
+from mpichunk.config.reduction import Reduction
 from mpichunk.errors import BlockError
-from mpichunk.geometry.box import Box, Grid, Slices
+from mpichunk.geometry.box import Box, Grid, Slices, Triple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +115,7 @@ class Slab:
         self._finish(self._num_rows)
         wrong = next((part for part in self._parts if part.spot is not None), None)
         if wrong is not None and wrong.spot is not None and wrong.kind == NOT_FINITE:
-            told = blame(wrong.spot.voxel)
-            blame = lambda _: told  # noqa: E731
+            blame = _answering(blame(wrong.spot.voxel))
         return Unsettled(
             settle=self._arrays.settle(self._flags),
             parts=self._parts,
@@ -144,12 +144,12 @@ class Slab:
         if target.mask_zyx is not None:
             arrays.apply_mask(total_czyx, target.mask_zyx[where])
         self._check(NOT_FINITE, place, total_czyx)
-        reduction.shut(arrays, total_czyx)
+        shut(reduction, arrays, total_czyx)
         if self._is_core:
             return
         host_czyx = target.core_czyx[(slice(None), *where)]
         out_czyx = arrays.outgoing(host_czyx)
-        reduction.store(arrays, total_czyx, out_czyx)
+        store(reduction, arrays, total_czyx, out_czyx)
         if host_czyx.dtype == np.float16:
             self._check(NOT_FLOAT16, place, out_czyx)
         arrays.send(out_czyx, host_czyx)
@@ -226,6 +226,15 @@ class Unsettled:
             return part.spot
         where = part.place.slices(self.target.core.start)
         return find_spot(part.place, self.target.core_czyx[(slice(None), *where)])
+
+
+def _answering(text: str) -> Blame:
+    """Return what blames the same patch for every voxel."""
+
+    def answer(_: Triple) -> str:
+        return text
+
+    return answer
 
 
 def parts(shape: tuple[int, ...], nbytes: int) -> Grid:

@@ -6,9 +6,10 @@ and what is blended needs no division. Knows no patches' values, and no arrays b
 
 import numpy as np
 
-from mpichunk.backends.engine import Arrays, DeviceArray, Vectors, most_windows
+from mpichunk.backends.engine import Arrays, DeviceArray, Vectors
 from mpichunk.geometry.blending import shares
 from mpichunk.geometry.box import Box, triple
+from mpichunk.geometry.buffers import most_windows
 from mpichunk.plan.plan import Block
 
 _MOST_VECTORS = 64

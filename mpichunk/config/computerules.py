@@ -29,6 +29,12 @@ PRECISION_HINT = "INFERENCE_PRECISION_HINT"
 HINTS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Its values."""
 
+EXPORTED_NOT_FOLDED = (
+    "an exported network (.pt2) is a list of operations without modules to fold; fold it before "
+    "torch.export, or name the class itself, file.py:Name"
+)
+"""Why `fold_batch_norm` is refused of a file of torch.export."""
+
 _HINT_NAMES = {
     **{hint: name for name, hint in HINTS.items()},
     **{name: name for name in HINTS},
@@ -42,26 +48,26 @@ def _backend_has_precision(precision: str, backend: str) -> str | None:
     if precision in able:
         return None
     if backend == "onnxruntime":
-        why = "which computes as the ONNX file says: convert the file itself"
+        why = "it computes as the ONNX file says, so convert the file itself"
     elif backend == "openvino":
         why = "which runs on the CPU"
     else:
-        why = "which computes in float32 only"
-    return f"{precision!r} cannot be had from the {backend} backend, {why}; it has {either(able)}"
+        why = "it computes in float32 only"
+    return f"the {backend} backend does not support {precision!r}: {why}; expected {either(able)}"
 
 
 @rule("compute.precision", "compute.device", "model.backend")
 def _device_has_tf32(precision: str, device: str, backend: str) -> str | None:
     if precision != "tf32" or "tf32" not in PRECISIONS[backend] or _may_be_cuda(device):
         return None
-    return f"'tf32' is a mode of NVIDIA devices, and compute.device is {device!r}; take 'float32'"
+    return f"'tf32' requires an NVIDIA device, but compute.device is {device!r}; use 'float32'"
 
 
 @rule("compute.cuda_graphs", "compute.device", "model.backend")
 def _device_has_graphs(wanted: bool, device: str, backend: str) -> str | None:
     if not wanted or backend != "pytorch" or _may_be_cuda(device):
         return None
-    return f"CUDA graphs are of NVIDIA devices, and compute.device is {device!r}; take it out"
+    return f"CUDA graphs require an NVIDIA device, but compute.device is {device!r}; remove it"
 
 
 def _may_be_cuda(device: str) -> bool:
@@ -71,7 +77,7 @@ def _may_be_cuda(device: str) -> bool:
 def _is_of_pytorch(wanted: bool, backend: str) -> str | None:
     if not wanted or backend == "pytorch":
         return None
-    return f"is of the pytorch backend only, and would do nothing with {backend!r}; take it out"
+    return f"is supported by the pytorch backend only and has no effect with {backend!r}; remove it"
 
 
 for _name in KERNELS:
@@ -82,17 +88,7 @@ for _name in KERNELS:
 def _folding_has_modules(wanted: bool, path: str | None, backend: str) -> str | None:
     if not wanted or backend != "pytorch" or path is None or not path.endswith(".pt2"):
         return None
-    return (
-        "an exported network (.pt2) is a list of operations without modules to fold; fold it "
-        "before torch.export, or give the class itself, file.py:Name"
-    )
-
-
-@rule("model.options", "model.backend")
-def _channels_last_has_moved(options: dict[str, Any], backend: str) -> str | None:
-    if backend != "pytorch" or "channels_last" not in options:
-        return None
-    return "`channels_last` is no option of the model any more; set compute.channels_last instead"
+    return EXPORTED_NOT_FOLDED
 
 
 @rule("model.options", "compute.precision", "model.backend")

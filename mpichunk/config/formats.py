@@ -34,8 +34,7 @@ def shard_mistake(shard_shape: Triple, name: str) -> str | None:
     if name == "zarr3":
         return None
     return (
-        f"{shard_shape} needs an output in zarr3, and this one is {name}; take it out or write "
-        "zarr3"
+        f"{shard_shape} requires a zarr3 output, but this one is {name}; remove it or write zarr3"
     )
 
 

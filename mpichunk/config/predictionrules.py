@@ -68,7 +68,7 @@ def _affinities_have_partners(names: Sequence[str], affinities: _Affinities) -> 
             except ValueError as error:
                 return (
                     f"{list(names)} turns the offset {list(offset)} of channel {channel} into one "
-                    f"that the network does not predict: {error}; leave out what turns it"
+                    f"that the network does not predict: {error}; remove what turns it"
                 )
     alike = _alike(offsets)
     if alike and any(turn.swaps_yx for turn in turns_of(names)):

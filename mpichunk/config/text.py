@@ -215,7 +215,9 @@ def _refusal(source: str, text: str, error: yaml.MarkedYAMLError) -> ConfigError
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
     around = text.splitlines()[max(0, line - 2) : line]
     if any("\t" in one[: len(one) - len(one.lstrip())] for one in around):
-        return _error(f"{source}:{line}:{column}", "is indented with a tab; YAML takes spaces only")
+        return _error(
+            f"{source}:{line}:{column}", "is indented with a tab; YAML allows spaces only"
+        )
     what = ", ".join(part.replace("\n", " ") for part in (error.context, error.problem) if part)
     if not isinstance(error, _MisfitError):
         what = f"is not YAML: {what}; look at indentation, quotes and brackets up to here"

@@ -52,15 +52,15 @@ class MaskGrid:
             which = "the mask" if mask.voxel_size is None else "the input"
             section = "mask" if mask.voxel_size is None else "input"
             raise UserError(
-                f"the voxel size of {which} is not known, so the two cannot be laid over each "
-                f"other; give {section}.voxel_size: [z, y, x] in nm",
+                f"the voxel size of {which} is not known, so the two cannot be aligned; set "
+                f"{section}.voxel_size: [z, y, x] in nm",
                 key=f"{section}.volume",
             )
         if volume.voxel_size is None and not mask.domain.contains(volume.domain):
             raise UserError(
-                f"the mask covers {mask.domain} and the input {volume.domain}, and neither says "
-                "how large its voxels are; give input.voxel_size and mask.voxel_size, [z, y, x] in "
-                "nm (the same for both if the mask is as fine as the input)",
+                f"the mask covers {mask.domain} and the input {volume.domain}, and neither has a "
+                "voxel size; set input.voxel_size and mask.voxel_size, [z, y, x] in nm (the same "
+                "for both if the mask is as fine as the input)",
                 key="mask.volume",
             )
         size = volume.voxel_size or (1.0, 1.0, 1.0)
@@ -68,8 +68,8 @@ class MaskGrid:
         ratios = [_whole_ratio(a, b) for a, b in zip(size, mask_size, strict=True)]
         if None in ratios:
             raise UserError(
-                f"voxel size {mask_size} nm is no whole multiple or fraction of the output's "
-                f"{size} nm; choose the mip of the mask that is",
+                f"voxel size {mask_size} nm is not a whole multiple or fraction of the output's "
+                f"{size} nm; choose a mip of the mask that is",
                 key="mask.volume",
             )
         fractions = [ratio for ratio in ratios if ratio is not None]

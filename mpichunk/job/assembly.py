@@ -12,29 +12,29 @@ from mpichunk.backends import get_backend
 from mpichunk.backends.devices.binding import Binding, Bindings, RankFacts, bind
 from mpichunk.backends.devices.visibility import gpu_hints, visible_devices
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
-from mpichunk.backends.reduction import Reduction
 from mpichunk.block.inference import BlockInference, scaling_for
 from mpichunk.block.pipeline import InputSource
 from mpichunk.config.predictionrules import channel_offsets
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.symmetry import Augmentation
-from mpichunk.job.startup import Job, threads_of_earlier_start
-from mpichunk.ranks.agreement import on_rank_0
+from mpichunk.job.startup import Job
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.volume import Reader, Writer, open_output
 
 log = logging.getLogger(__name__)
 
 
-def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
+def bind_ranks(comm: Communicator, job: Job, *, threads: int | None = None) -> Bindings:
     """Decide, alike on every rank, where each rank computes.
 
-    Unless `fresh`, with as many threads as a run that is resumed began with.
+    Args:
+        comm: The ranks; all must call this.
+        job: What is computed.
+        threads: CPU threads of each where the config leaves that open, as a run that is resumed
+            began with; None: each rank's share of its cores.
     """
     config = job.config
-    earlier = None
-    if not fresh:
-        earlier = on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
     backend = get_backend(config.model.backend)
     facts = RankFacts(
         rank=comm.rank,
@@ -42,14 +42,14 @@ def bind_ranks(comm: Communicator, job: Job, *, fresh: bool) -> Bindings:
         local_rank=comm.local_rank,
         cores=tuple(sorted(os.sched_getaffinity(0))),
         num_host_cores=os.cpu_count() or 1,
-        probe=backend.probe(config.compute.device),
+        devices=backend.probe(config.compute.device),
         gpu_hints=gpu_hints(os.environ, glob("/dev/nvidia[0-9]*")),
         visible=visible_devices(os.environ),
     )
     return bind(
         comm.allgather(facts),
         device="cpu" if backend.cpu_only else config.compute.device,
-        threads=config.compute.threads or earlier,
+        threads=config.compute.threads or threads,
         share_device=config.compute.share_device,
     )
 

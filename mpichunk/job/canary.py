@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from mpichunk.backends import get_backend
 from mpichunk.backends.absent import AbsentEngine
+from mpichunk.backends.difference import relative_difference
 from mpichunk.backends.engine import Engine, EngineRequest, Kernels
 from mpichunk.block.inference import check_engine
 from mpichunk.config.schema import Model
 from mpichunk.errors import DEVICE_FAILURES, DeviceError, UserError
-from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
-from mpichunk.job.probing import forward_nbytes
+from mpichunk.job.forward_probe import forward_nbytes
+from mpichunk.job.host_memory import held_nbytes, host_room, memory_groups
 from mpichunk.plan.memory import FLOAT32_NBYTES
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.rundir.checksum import digest_of
@@ -76,11 +77,10 @@ class GoldenResult:
 
 
 def deviation(found: Output, reference: Output) -> float:
-    """Return the largest |difference| as a share of the largest |reference|."""
+    """Return by how much an output is off; infinitely, if its shape is another or it holds NaN."""
     if found.shape != reference.shape or not np.isfinite(found).all():
         return float("inf")
-    scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
-    return float(np.abs(found - reference).max(initial=0)) / scale
+    return relative_difference(found, reference)
 
 
 def median_of(outputs: Sequence[Output]) -> Output:
@@ -100,8 +100,8 @@ def judge(findings: Sequence[GoldenResult]) -> dict[int, str]:
         elif not item.deviation <= tolerance:
             off[item.rank] = (
                 f"{where} computes wrongly: a test patch is off by {item.deviation:.2g} of its "
-                f"largest value, {tolerance:g} is allowed; look at that device, its driver and "
-                "libraries"
+                f"largest value, at most {tolerance:g} is allowed; look at that device, its "
+                "driver and libraries"
             )
     return off
 

@@ -18,6 +18,9 @@ from mpichunk.words import count, duration, size
 
 log = logging.getLogger(__name__)
 
+LINE_SECONDS = 60.0
+"""At most so long after a log line the next one comes."""
+
 
 class LineDisplay:
     """A log line now and then: often at first, later about every fifth of the time gone by."""
@@ -28,19 +31,17 @@ class LineDisplay:
         *,
         size: int,
         emit: Callable[[str], None],
-        most_seconds: float = 60.0,
     ) -> None:
         self._throughput = throughput
         self._size = size
         self._emit = emit
-        self._most_seconds = most_seconds
         self._next = throughput.start
 
     def update(self, summed: Totals, now: float) -> None:
         """Log a line if it is time for one."""
         self._throughput.add(summed, now)
         if now >= self._next:
-            self._next = now + min(self._most_seconds, (now - self._throughput.start) / 5)
+            self._next = now + min(LINE_SECONDS, (now - self._throughput.start) / 5)
             self._emit(_line(self._throughput, summed, self._size))
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mpichunk.job.display import get_display, summarise
-from mpichunk.job.probing import write_peak
+from mpichunk.job.forward_probe import write_peak
 from mpichunk.job.startup import Job, open_journal
 from mpichunk.plan.fingerprint import Fingerprint
-from mpichunk.plan.prediction import Forecast, outcome_words
+from mpichunk.plan.prediction import Forecast, format_outcome
 from mpichunk.plan.probe import Peak
 from mpichunk.process import Process
 from mpichunk.ranks.communicator import Communicator
@@ -148,7 +148,7 @@ class CoordinatorSetup:
         for line in summary.splitlines():
             log.info("%s", line)
         num_patches = int(totals(vectors.sum(axis=0))["patches"])
-        told = outcome_words(
+        told = format_outcome(
             self.expected, num_done=num_done, num_patches=num_patches, seconds=seconds
         )
         log.info("%s", told)

@@ -25,17 +25,19 @@ from mpichunk.config.schema import Config, Input, Mask
 from mpichunk.errors import JournalError, ModelError
 from mpichunk.geometry.masking import MaskGrid
 from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.job.probing import read_probe
-from mpichunk.plan.estimate import Estimate, estimate
+from mpichunk.job.forward_probe import read_probe
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fingerprint import Fingerprint, make_fingerprint
 from mpichunk.plan.plan import Plan
 from mpichunk.plan.prediction import Forecast, forecast
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.plan.report import plan_json
+from mpichunk.plan.work import Work, work_of
 from mpichunk.rundir import journal, layout
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import replace_text
-from mpichunk.rundir.origin import told_of_origin
+from mpichunk.rundir.origin import foreign_output_message
 from mpichunk.schedule.messages import State
 from mpichunk.volume import OutputSpec, Reader, check_output, holds_chunks, open_input
 from mpichunk.words import count
@@ -96,25 +98,24 @@ class Job:
         """Return what the last forward of this config has told, if there was one."""
         return read_probe(self.run_dir, self.config, self.model_files())
 
-    def estimate(self, num_ranks: int = 1) -> Estimate:
-        """Return what the run will take on so many ranks."""
-        return estimate(
-            self.plan,
-            self.config,
-            self.volume,
+    def premise(self, num_ranks: int = 1, *, latest: Probe | None = None) -> Premise:
+        """Return what estimates start from, on so many ranks: read from files, once.
+
+        `latest` is what a forward has told just now, if one has.
+        """
+        return Premise(
+            plan=self.plan,
+            config=self.config,
+            info=self.volume,
             num_ranks=num_ranks,
             model_nbytes=self.model_nbytes(),
-            probe=self.probe(),
+            probe=better_probe(self.probe(), latest),
         )
 
-    def forecast(
-        self, num_ranks: int, num_blocks: int | None = None, *, latest: Probe | None = None
-    ) -> Forecast:
-        """Return how long all blocks take on so many ranks, or so many, as `latest` told if any."""
-        found = self.estimate(num_ranks)
-        probe = better_probe(found.probe, latest)
-        whole = forecast(self.plan, self.config, found.work, probe, num_ranks=num_ranks)
-        return whole if num_blocks is None else whole.of_blocks(num_blocks)
+    @property
+    def work(self) -> Work:
+        """What the plan computes and reads."""
+        return work_of(self.plan, self.volume.chunk_shape)
 
     @property
     def sources(self) -> list[VolumeInfo]:
@@ -245,14 +246,14 @@ def blocks_to_do(job: Job, fingerprint: Fingerprint, *, fresh: bool) -> npt.NDAr
         return np.ones(num_blocks, dtype=np.bool_)
     path = job.run_dir / journal.NAME
     if is_there and journal.read_header(path) is None and holds_chunks(job.output):
-        raise JournalError(told_of_origin(job.run_dir, fingerprint), key="output.volume")
+        raise JournalError(foreign_output_message(job.run_dir, fingerprint), key="output.volume")
     states = journal.read_states(job.run_dir, num_blocks=num_blocks, fingerprint=fingerprint)
     num_done = int(np.count_nonzero(states == State.DONE))
     if num_done and not is_there:
         raise JournalError(
             f"{job.run_dir / journal.NAME} has {count(num_done, 'finished block')}, but the output "
-            f"{job.config.output.volume} that was written to is gone; put it back, let "
-            "`verify --repair` mark what is gone undone, or compute every block again with --fresh",
+            f"{job.config.output.volume} that was written to is gone; put it back, mark its blocks "
+            "undone with `verify --repair`, or compute every block again with --fresh",
             key="output.volume",
         )
     todo: npt.NDArray[np.bool_] = states != State.DONE
@@ -274,6 +275,12 @@ def find_todo(job: Job, bindings: Bindings, *, fresh: bool) -> Todo:
     )
     todo = blocks_to_do(job, fingerprint, fresh=fresh)
     return Todo(fingerprint=fingerprint, packed=np.packbits(todo).tobytes())
+
+
+def expect(job: Job, num_blocks: int, num_ranks: int, latest: Probe | None) -> Forecast:
+    """Return how long so many blocks take on so many ranks, as `latest` told if it is known."""
+    premise = job.premise(num_ranks, latest=latest)
+    return forecast(premise, premise.work).of_blocks(num_blocks)
 
 
 def open_journal(
@@ -338,7 +345,7 @@ def write_run_files(config: Config, job: Job, expected: Forecast | None = None) 
     nonce = secrets.token_hex(16)
     try:
         replace_text(job.run_dir / layout.CONFIG, dump_config(config))
-        found = job.estimate(1 if expected is None else expected.num_ranks)
+        found = estimate(job.premise(1 if expected is None else expected.num_ranks))
         plan = plan_json(job.plan, config, job.volume, found, expected=expected)
         replace_text(job.run_dir / layout.PLAN, json.dumps(plan, indent=2) + "\n")
         replace_text(job.run_dir / layout.NONCE, nonce)

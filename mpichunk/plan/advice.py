@@ -86,7 +86,7 @@ def _block_fit(plan: Plan, config: Config, work: Work) -> Iterator[Advice]:
             overlap[axis] = _nearest_overlap(plan, axis)
     better = _with_overlap(replace(plan, block_shape=triple(shape)), config, triple(overlap))
     if better == plan:
-        advice = "No block or overlap near it fits; choose the write unit anew"
+        advice = "No block or overlap near it fits; choose another write unit"
     else:
         changes = []
         if better.block_shape != plan.block_shape:
@@ -195,9 +195,8 @@ def _thin_layers(plan: Plan, work: Work) -> Iterator[Advice]:
             yield Advice(
                 key="block.shape",
                 message=f"the {place} layer of blocks on {AXES[axis]} is only "
-                f"{count(thickness, 'voxel')} "
-                f"thick, but runs {share:.0%} of all patches; choose another block.shape, or let "
-                f"the ROI {end}",
+                f"{count(thickness, 'voxel')} thick, but runs {share:.0%} of all patches; "
+                f"choose another block.shape, or let the ROI {end}",
             )
 
 
@@ -211,8 +210,7 @@ def _batch_tail(config: Config, work: Work) -> Iterator[Advice]:
     yield Advice(
         key="patch.batch_size",
         message=f"a block has {count(typical, 'patch', 'patches')}, so batches of {batch} run "
-        f"{run}, "
-        f"{run / typical - 1:.0%} of them empty filling; {fitting} fits",
+        f"{run}, {run / typical - 1:.0%} of them padding; {fitting} fits",
     )
 
 
@@ -247,7 +245,8 @@ def _numbers(work: Work, config: Config, num_files: int) -> Iterator[Advice]:
     if work.num_blocks > MANY_BLOCKS:
         yield Advice(
             key="block.shape",
-            message=f"{work.num_blocks:,} blocks are as many lines of the journal; enlarge them",
+            message=f"{work.num_blocks:,} blocks make as many lines in the journal; "
+            "use larger blocks",
         )
     if num_files > _MANY_FILES and config.output.shard_shape is None:
         yield Advice(

@@ -8,15 +8,14 @@ from math import prod
 
 import numpy as np
 
-from mpichunk.config.schema import Config
 from mpichunk.errors import UserError
 from mpichunk.geometry.box import Grid
-from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.advice import Advice, advise
 from mpichunk.plan.memory import MemoryPart, memory_of, total_nbytes
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
-from mpichunk.plan.work import Work, work_of
+from mpichunk.plan.work import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,54 +62,31 @@ class Estimate:
         return total_nbytes(self.memory, "device")
 
 
-def estimate(
-    plan: Plan,
-    config: Config,
-    info: VolumeInfo,
-    *,
-    num_ranks: int = 1,
-    model_nbytes: int | None = None,
-    probe: Probe | None = None,
-) -> Estimate:
-    """Return what a run of `plan` will take.
-
-    Args:
-        plan: the plan of `config` over the volume of `info`.
-        config: the effective config.
-        info: the input.
-        num_ranks: ranks that share the blocks; with few blocks each holds fewer at a time.
-        model_nbytes: bytes of the model's files, which is about what its weights take.
-        probe: what a forward of this config told.
+def estimate(premise: Premise) -> Estimate:
+    """Return what a run will take.
 
     Raises:
         UserError: the input holds something that no network reads.
     """
+    plan, config, info = premise.plan, premise.config, premise.info
     if info.dtype.kind not in "buif":
         raise UserError(
             f"{info.location} holds {info.dtype.name}; a network reads integers or floats: "
             "convert it first",
             key="input.volume",
         )
-    work = work_of(plan, info.chunk_shape)
+    work = premise.work
     itemsize = np.dtype(config.output.dtype).itemsize
     units = Grid(origin=plan.output_domain.start, step=config.write_unit, bounds=plan.roi)
     num_files = prod(units.shape)
     return Estimate(
         work=work,
         num_whole_blocks=_num_whole(plan),
-        memory=memory_of(
-            plan,
-            config,
-            info,
-            work,
-            num_ranks=num_ranks,
-            model_nbytes=model_nbytes,
-            probe=probe,
-        ),
+        memory=memory_of(premise, work),
         output_nbytes=plan.roi.num_voxels * config.num_written_channels * itemsize,
         num_files=num_files,
         read_nbytes=work.num_voxels_read * info.num_channels * info.dtype.itemsize,
-        probe=probe,
+        probe=premise.probe,
         advice=advise(plan, config, work, num_files=num_files),
     )
 

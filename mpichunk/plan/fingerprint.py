@@ -46,8 +46,8 @@ def make_fingerprint(
         "roi": config.roi and config.roi.model_dump(mode="json"),
         "mask": mask and _identity(mask) | {"invert": config.mask and config.mask.invert},
         "model": _network(config.model)
-        # The order of the names means nothing, and none is as in runs that knew of no such thing.
-        | {"augment": sorted(set(config.model.augment)) or None}
+        # The order of the names means nothing.
+        | {"augment": sorted(set(config.model.augment))}
         | {"files": {f"{i}:{path.name}": file_hash(path) for i, path in enumerate(model_files)}},
         "patch": config.patch.model_dump(mode="json") | {"overlap": config.overlap},
         "block": config.block.model_dump(mode="json") | {"margin": _effective_margin(config)},
@@ -58,7 +58,7 @@ def make_fingerprint(
             "threads": threads,
             "deterministic": config.compute.deterministic,
         }
-        # What is off is left out, as in runs that knew of no such thing.
+        # Those that are on: one that is off changes nothing.
         | dict.fromkeys(config.compute.kernels, True),
     }
     flat = dict(_flatten("", sections))

@@ -10,17 +10,15 @@ from typing import Literal
 
 import numpy as np
 
-from mpichunk.backends.engine import FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
-from mpichunk.backends.reduction import Reduction
+from mpichunk.config.reduction import Reduction
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
-from mpichunk.geometry.parts import most_under_way
+from mpichunk.geometry.buffers import CACHE_NBYTES, FINISH_NBYTES, LAYERS_IN_FLIGHT, most_windows
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.geometry.volumeinfo import VolumeInfo
-from mpichunk.plan.plan import Plan
+from mpichunk.geometry.write_parts import most_under_way
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.work import Work
-from mpichunk.volume.tensor import CACHE_NBYTES
 
 Memory = Literal["cpu", "host", "device"]
 """That of a run on a CPU; of one on an accelerator, the host's, and the device's own."""
@@ -102,36 +100,19 @@ def least_nbytes(parts: Iterable[MemoryPart], memory: Memory) -> int:
     return total_nbytes([part for part in parts if part.is_certain], memory)
 
 
-def memory_of(
-    plan: Plan,
-    config: Config,
-    info: VolumeInfo,
-    work: Work,
-    *,
-    num_ranks: int = 1,
-    num_blocks: int | None = None,
-    model_nbytes: int | None = None,
-    probe: Probe | None = None,
-) -> tuple[MemoryPart, ...]:
-    """Return the peak memory of one rank by part.
-
-    Args:
-        plan, config, info: as for `estimate`.
-        work: what the plan computes.
-        num_ranks: ranks that share the blocks.
-        num_blocks: blocks that are still to do; default: all.
-        model_nbytes: bytes of the model's files, which is about what its weights take.
-        probe: what a forward of this config told.
-    """
+def memory_of(premise: Premise, work: Work) -> tuple[MemoryPart, ...]:
+    """Return the peak memory of one rank by part; `work` is what the plan computes."""
+    config, probe = premise.config, premise.probe
     # In equal shares; who is given more has no more of them at the same time.
-    num_own = max(1, ceil_div(work.num_blocks if num_blocks is None else num_blocks, num_ranks))
+    num_blocks = work.num_blocks if premise.num_blocks is None else premise.num_blocks
+    num_own = max(1, ceil_div(num_blocks, premise.num_ranks))
     in_flight = min(BLOCKS_IN_FLIGHT, num_own)
     parts = [
-        *_block_parts(config, info, work, in_flight, _most_written(config, work, probe)),
-        _on_device("batch into and out of the network", _batch_nbytes(plan, config, info)),
-        *_blending_parts(plan, config, info, work),
-        _on_host("chunks of the input", _chunks_nbytes(plan, info, work, num_own)),
-        *_program_parts(config, model_nbytes, probe),
+        *_block_parts(premise, work, in_flight),
+        _on_device("batch into and out of the network", _batch_nbytes(premise)),
+        *_blending_parts(premise, work),
+        _on_host("chunks of the input", _chunks_nbytes(premise, work, num_own)),
+        *_program_parts(premise),
     ]
     if config.model.backend != "identity":
         parts.append(_on_device("inside the network", None if probe is None else probe.nbytes))
@@ -146,50 +127,37 @@ def memory_of(
     )
 
 
-def unexplained_nbytes(
-    plan: Plan,
-    config: Config,
-    info: VolumeInfo,
-    work: Work,
-    *,
-    peak_nbytes: int,
-    num_blocks: int,
-    memory: Memory,
-    probe: Probe,
-) -> int:
+def unexplained_nbytes(premise: Premise, *, peak_nbytes: int, memory: Memory) -> int:
     """Return what a rank of `bench` held at its peak beyond the parts that are known.
 
     Args:
-        plan, config, info, work: as for `memory_of`.
+        premise: the blocks that it ran, and what is known of them.
         peak_nbytes: the most that it held while it ran blocks.
-        num_blocks: blocks that it ran at a time.
         memory: which of the host's memories: that beside a CPU, or an accelerator.
-        probe: what is known besides.
     """
-    # The start is over by then.
-    probe = replace(probe, start_nbytes=None)
-    known = memory_of(plan, config, info, work, num_blocks=num_blocks, probe=probe)
+    if premise.probe is not None:
+        # The start is over by then.
+        premise = replace(premise, probe=replace(premise.probe, start_nbytes=None))
+    known = memory_of(premise, premise.work)
     most_nbytes = peak_nbytes + peak_nbytes // PEAK_SPREAD
     return max(0, most_nbytes - total_nbytes(known, memory))
 
 
-def _program_parts(
-    config: Config, model_nbytes: int | None, probe: Probe | None
-) -> Iterator[MemoryPart]:
+def _program_parts(premise: Premise) -> Iterator[MemoryPart]:
     """Yield what is there between blocks: measured where it was, else guessed."""
-    backend = config.model.backend
+    backend, probe = premise.config.model.backend, premise.probe
     resident = None if probe is None else probe.resident_nbytes
     if resident is not None:
         yield _on_host("program and network, idle", resident)
         is_warm = probe is not None and probe.pace is not None
         yield _on_host("messages, and storage", RUN_NBYTES + (0 if is_warm else STORAGE_NBYTES))
         if backend != "identity":
-            yield _only_device("weights", model_nbytes)
+            yield _only_device("weights", premise.model_nbytes)
         return
     yield _on_host("Python, MPI and storage libraries", PROGRAM_NBYTES)
     if backend != "identity":
         yield _on_host("torch" if backend == "pytorch" else backend, ENGINE_NBYTES[backend])
-        yield _on_device("weights", model_nbytes)
+        yield _on_device("weights", premise.model_nbytes)
 
 
 def _more_part(config: Config, probe: Probe) -> MemoryPart:
@@ -217,11 +185,12 @@ def _start_part(parts: Sequence[MemoryPart], start_nbytes: int) -> MemoryPart:
     )
 
 
-def _most_written(config: Config, work: Work, probe: Probe | None) -> int:
+def _most_written(premise: Premise, work: Work) -> int:
     """Return how many blocks are being written at the same time, at most.
 
     One, where `bench` has found that writing takes far less time than computing; else all but one.
     """
+    config, probe = premise.config, premise.probe
     pace = None if probe is None else probe.pace
     if probe is None or pace is None:
         return BLOCKS_IN_FLIGHT - 1
@@ -244,17 +213,16 @@ def _encoded_nbytes(config: Config, work: Work, num_channels: int, itemsize: int
     return num_copies * most_under_way(work.core_shape, config.write_unit, voxel_nbytes)
 
 
-def _block_parts(
-    config: Config, info: VolumeInfo, work: Work, in_flight: int, most_written: int
-) -> Iterator[MemoryPart]:
+def _block_parts(premise: Premise, work: Work, in_flight: int) -> Iterator[MemoryPart]:
     """Yield what a rank holds of its blocks on the host: read, computed, being written."""
+    config, info = premise.config, premise.info
     itemsize = np.dtype(config.output.dtype).itemsize
     source = _nbytes(work.input_shape, info.num_channels, info.dtype.itemsize)
-    num_channels = Reduction.of(config).num_channels
+    num_channels = config.num_written_channels
     core = _nbytes(work.core_shape, num_channels, itemsize)
     # The peak: one block in the network, the others read, or being written if that takes more. A
     # block alone is written while its input is still there.
-    most_written = min(most_written, max(1, in_flight - 1))
+    most_written = min(_most_written(premise, work), max(1, in_flight - 1))
     num_written = most_written if core > source or in_flight == 1 else 0
     num_read = max(1, in_flight - num_written)
     # Memory for outputs is kept for the next block.
@@ -279,10 +247,9 @@ def _block_parts(
     yield replace(_on_host("output being encoded", encoded), is_certain=False)
 
 
-def _blending_parts(
-    plan: Plan, config: Config, info: VolumeInfo, work: Work
-) -> Iterator[MemoryPart]:
+def _blending_parts(premise: Premise, work: Work) -> Iterator[MemoryPart]:
     """Yield what is where the network runs, besides batches; none of it grows with z."""
+    plan, config, info = premise.plan, premise.config, premise.info
     num_channels, itemsize = info.num_channels, info.dtype.itemsize
     raw = config.patch.batch_size * _nbytes(plan.patch_shape, num_channels, itemsize)
     # All that patches with the same start along z see.
@@ -309,19 +276,21 @@ def _blending_parts(
     yield _only_device("parts being finished", 4 * min(slab, FINISH_NBYTES))
 
 
-def _batch_nbytes(plan: Plan, config: Config, info: VolumeInfo) -> int:
+def _batch_nbytes(premise: Premise) -> int:
     """Return the bytes of a batch as the network takes it, returns it, and as it is activated."""
+    plan, config = premise.plan, premise.config
     num_copies = 1 if config.model.activation == "none" else 2
     if config.model.augment:
         num_copies += 1  # the sum over its turns
-    per_patch = _nbytes(plan.patch_shape, info.num_channels, FLOAT32_NBYTES) + num_copies * (
-        _nbytes(plan.patch_shape, config.model.out_channels, FLOAT32_NBYTES)
-    )
+    per_patch = _nbytes(
+        plan.patch_shape, premise.info.num_channels, FLOAT32_NBYTES
+    ) + num_copies * (_nbytes(plan.patch_shape, config.model.out_channels, FLOAT32_NBYTES))
     return config.patch.batch_size * per_patch
 
 
-def _chunks_nbytes(plan: Plan, info: VolumeInfo, work: Work, num_own: int) -> int:
+def _chunks_nbytes(premise: Premise, work: Work, num_own: int) -> int:
     """Return the bytes of decoded chunks: of one read, and of the cache of all that are read."""
+    plan, info = premise.plan, premise.info
     chunk_shape = info.chunk_shape or (1, 1, 1)
     read = triple(
         [

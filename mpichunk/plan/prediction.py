@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mpichunk.config.schema import Config
 from mpichunk.geometry.box import ceil_div
 from mpichunk.geometry.symmetry import turns_of
-from mpichunk.plan.plan import Plan
-from mpichunk.plan.probe import Pace, Probe
+from mpichunk.plan.premise import Premise
+from mpichunk.plan.probe import Pace
 from mpichunk.plan.work import AxisKind, Work, axis_kinds
 from mpichunk.words import count, duration
 
@@ -93,31 +92,22 @@ class Forecast:
         )
 
 
-def forecast(
-    plan: Plan, config: Config, work: Work, probe: Probe | None, *, num_ranks: int
-) -> Forecast:
-    """Return what a run of `plan` is expected to take.
+def forecast(premise: Premise, work: Work) -> Forecast:
+    """Return what all blocks are expected to take.
 
     Args:
-        plan: what is to be run.
-        config: where it comes from.
-        work: what `plan` computes and reads.
-        probe: what was measured; without it seconds count batches, and only compare plans.
-        num_ranks: ranks that share the blocks, each as fast as the one that was measured.
+        premise: what is to be run, on ranks each as fast as the one that was measured; without a
+            probe seconds count batches, and only compare plans.
+        work: what its plan computes and reads.
     """
+    plan = premise.plan
     kinds = (axis_kinds(plan, 0), axis_kinds(plan, 1), axis_kinds(plan, 2))
-    return forecast_of(kinds, config, work, probe, num_ranks=num_ranks)
+    return forecast_of(kinds, premise, work)
 
 
-def forecast_of(
-    kinds: Sequence[Sequence[AxisKind]],
-    config: Config,
-    work: Work,
-    probe: Probe | None,
-    *,
-    num_ranks: int,
-) -> Forecast:
+def forecast_of(kinds: Sequence[Sequence[AxisKind]], premise: Premise, work: Work) -> Forecast:
     """Do what `forecast` does, from the kinds of columns on each axis."""
+    config, probe = premise.config, premise.probe
     batch, num_turns = config.patch.batch_size, len(turns_of(config.model.augment))
     batch_seconds = num_turns * (1.0 if probe is None else probe.seconds)
     pace = None if probe is None else probe.pace
@@ -140,7 +130,7 @@ def forecast_of(
         basis = "forward" if probe is not None else "batches"
     return Forecast(
         basis=basis,
-        num_ranks=num_ranks,
+        num_ranks=premise.num_ranks,
         costs=tuple(Cost(seconds=s, num_blocks=costs[s]) for s in sorted(costs, reverse=True)),
         edge_seconds=edge,
         num_patches=work.num_patches,
@@ -251,7 +241,7 @@ def forecast_json(found: Forecast | None) -> dict[str, Any] | None:
     }
 
 
-def outcome_words(
+def format_outcome(
     found: Forecast | None, *, num_done: int, num_patches: int, seconds: float
 ) -> str:
     """Return in one line how a prediction has come true, for the blocks of this start alone.
@@ -263,9 +253,9 @@ def outcome_words(
         seconds: wall time that they took.
     """
     if found is None or found.basis == "batches":
-        return "predicted nothing: `python -m mpichunk bench` before a run measures what it takes"
+        return "no prediction: run `python -m mpichunk bench` first to measure what a run takes"
     if not num_done:
-        return "predicted: no block was done that could be compared"
+        return "prediction: no block was done to compare it with"
     expected = found.of_blocks(num_done)
     what = "" if found.basis == "bench" else " for the network alone"
     text = (

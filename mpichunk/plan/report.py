@@ -140,7 +140,7 @@ def _work_json(
         },
         "patches": {
             "num": work.num_patches,
-            "fewest": work.fewest_patches,
+            "fewest": work.lattice_patches,
             "redundancy": work.redundancy,
             "per_block": {"least": least, "typical": typical, "most": most},
             "turns": num_turns,
@@ -245,7 +245,7 @@ def _work_lines(
             "masked blocks",
             f"{num_masked:,}",
             f"skipped, about {count(round(num_masked * share), 'patch', 'patches')}: the mask "
-            f"leaves nothing of them",
+            "leaves nothing of them",
         )
         if num_masked is not None
         else None,
@@ -253,7 +253,7 @@ def _work_lines(
         (
             "patches to run",
             f"{work.num_patches:,}",
-            f"{work.redundancy:.2f} times the {work.fewest_patches:,} of one lattice over the ROI",
+            f"{work.redundancy:.2f} times the {work.lattice_patches:,} of one lattice over the ROI",
         ),
         (
             "augmentation",

@@ -19,13 +19,13 @@ import numpy as np
 from mpichunk.config.rules import CPU_BACKENDS, default_chunk_shape
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
-from mpichunk.geometry.volumeinfo import VolumeInfo
 from mpichunk.plan.advice import MANY_BLOCKS
 from mpichunk.plan.memory import Memory, memory_of, total_nbytes
-from mpichunk.plan.plan import MOST_BLOCKS, Plan
+from mpichunk.plan.plan import MOST_BLOCKS
 from mpichunk.plan.prediction import Forecast, forecast, forecast_of
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
-from mpichunk.plan.work import AxisKind, AxisWork, Work, axis_kinds, axis_work, work_of
+from mpichunk.plan.work import AxisKind, AxisWork, Work, axis_kinds, axis_work
 
 SAME_TIME = 0.01
 """Times that differ by less count as equal: no prediction is better than that."""
@@ -101,17 +101,12 @@ class _Extent:
 
 
 def suggest(
-    plan: Plan,
-    config: Config,
-    info: VolumeInfo,
+    premise: Premise,
     *,
-    num_ranks: int,
     limit_nbytes: int,
     memory: Memory,
     host_limit_nbytes: int | None = None,
     is_chunk_open: bool = False,
-    model_nbytes: int | None = None,
-    probe: Probe | None = None,
     most: int = 6,
 ) -> Suggestions:
     """Return up to `most` shapes, those with the shortest predicted time first.
@@ -120,29 +115,20 @@ def suggest(
     what reads least, then what needs the least memory.
 
     Args:
-        plan: the plan of `config` over the volume of `info`.
-        config: the effective config.
-        info: the input.
-        num_ranks: ranks that share the blocks.
+        premise: what there is now.
         limit_nbytes: what a rank may take of `memory`.
         memory: which memory is limited.
         host_limit_nbytes: with an accelerator's memory, what a rank may take of the host's; None:
             not limited.
         is_chunk_open: whether the chunk of the output follows from the block.
-        model_nbytes, probe: as of `estimate`.
         most: how many to return.
     """
     search = _Search(
-        plan=plan,
-        config=config,
-        info=info,
-        num_ranks=num_ranks,
+        premise=premise,
         memory=memory,
         limit_nbytes=limit_nbytes,
         host_limit_nbytes=host_limit_nbytes if memory == "device" else None,
         is_chunk_open=is_chunk_open,
-        model_nbytes=model_nbytes,
-        probe=probe,
     )
     now = search.now()
     tried: list[Suggestion] = []
@@ -165,27 +151,21 @@ def suggest(
 class _Search:
     """What `suggest` was asked for."""
 
-    plan: Plan
-    config: Config
-    info: VolumeInfo
-    num_ranks: int
+    premise: Premise
     memory: Memory
     limit_nbytes: int
     host_limit_nbytes: int | None
     is_chunk_open: bool
-    model_nbytes: int | None
-    probe: Probe | None
 
     def now(self) -> Suggestion:
         """Return the config as it is."""
-        plan, config = self.plan, self.config
-        work = work_of(plan, self.info.chunk_shape)
-        nbytes, host_nbytes = self.nbytes_of(plan, config, work)
+        plan, config, work = self.premise.plan, self.premise.config, self.premise.work
+        nbytes, host_nbytes = self.nbytes_of(self.premise, work)
         return Suggestion(
             block_shape=plan.block_shape,
             chunk_shape=config.chunk_shape,
             work=work,
-            forecast=forecast(plan, config, work, self.probe, num_ranks=self.num_ranks),
+            forecast=forecast(self.premise, work),
             nbytes=nbytes,
             host_nbytes=host_nbytes,
         )
@@ -198,7 +178,7 @@ class _Search:
     def shapes(self, now: Suggestion) -> Iterator[Suggestion]:
         """Yield what there is to choose from, without most of what is far beyond the limit."""
         host_limit = self.host_limit_nbytes if self.memory == "device" else self.limit_nbytes
-        for extents in product(*_extents(self.plan, self.config, self.info, self.is_chunk_open)):
+        for extents in product(*_extents(self.premise, self.is_chunk_open)):
             z, y, x = extents
             work = replace(now.work, axes=(z.work, y.work, x.work))
             # No need to add up the rest where one core is too much: a host holds it whole.
@@ -209,12 +189,15 @@ class _Search:
     def suggestion(self, extents: Sequence[_Extent], work: Work, now: Suggestion) -> Suggestion:
         """Return one shape; its time is left as it is `now` where it does not fit anyway."""
         shape, chunk = (triple([getattr(e, n) for e in extents]) for n in ("extent", "chunk"))
-        config = with_block(self.config, shape, chunk if self.is_chunk_open else None)
-        nbytes, host_nbytes = self.nbytes_of(replace(self.plan, block_shape=shape), config, work)
+        premise = self.premise
+        config = with_block(premise.config, shape, chunk if self.is_chunk_open else None)
+        plan = replace(premise.plan, block_shape=shape)
+        premise = replace(premise, plan=plan, config=config)
+        nbytes, host_nbytes = self.nbytes_of(premise, work)
         expected = now.forecast
         if self.fits(nbytes, host_nbytes):
             kinds = [extent.kinds for extent in extents]
-            expected = forecast_of(kinds, config, work, self.probe, num_ranks=self.num_ranks)
+            expected = forecast_of(kinds, premise, work)
         return Suggestion(
             block_shape=shape,
             chunk_shape=config.chunk_shape,
@@ -227,20 +210,12 @@ class _Search:
 
     def core_nbytes(self, work: Work) -> int:
         """Return the bytes of the largest core as it is written."""
-        itemsize = np.dtype(self.config.output.dtype).itemsize
-        return prod(work.core_shape) * self.config.num_written_channels * itemsize
+        itemsize = np.dtype(self.premise.config.output.dtype).itemsize
+        return prod(work.core_shape) * self.premise.config.num_written_channels * itemsize
 
-    def nbytes_of(self, plan: Plan, config: Config, work: Work) -> tuple[int, int]:
+    def nbytes_of(self, premise: Premise, work: Work) -> tuple[int, int]:
         """Return the known bytes of a rank: of the memory that is limited, of the host's."""
-        parts = memory_of(
-            plan,
-            config,
-            self.info,
-            work,
-            num_ranks=self.num_ranks,
-            model_nbytes=self.model_nbytes,
-            probe=self.probe,
-        )
+        parts = memory_of(premise, work)
         return total_nbytes(parts, self.memory), total_nbytes(parts, "host")
 
 
@@ -263,12 +238,11 @@ def runs_on_cpu(config: Config, probe: Probe | None) -> bool:
 # ---- Extents ----------------------------------------------------------------------------------
 
 
-def _extents(
-    plan: Plan, config: Config, info: VolumeInfo, is_chunk_open: bool
-) -> list[list[_Extent]]:
+def _extents(premise: Premise, is_chunk_open: bool) -> list[list[_Extent]]:
     """Return per axis the extents to try."""
+    plan, config = premise.plan, premise.config
     is_open = is_chunk_open and config.output.shard_shape is None
-    chunks = info.chunk_shape or (None, None, None)
+    chunks = premise.info.chunk_shape or (None, None, None)
     found = []
     for axis in range(3):
         step = plan.stride[axis]

@@ -54,9 +54,8 @@ def render_suggestions(
             f"multiples of the stride {plan.stride}, and of the {unit} of the output"
             + ("" if _changes_chunk(found) else f" {config.write_unit}")
             + f"; {count(found.num_tried, 'shape')} {agree(found.num_tried, 'fits', 'fit')}. "
-            f"Times within {SAME_TIME:.0%} count as equal: "
-            f"then {FEW_BLOCKS} blocks per rank or more are first, then what reads less, then what "
-            "takes less memory"
+            f"Times within {SAME_TIME:.0%} count as equal: then {FEW_BLOCKS} blocks per rank "
+            "or more are first, then what reads less, then what takes less memory"
         ),
         *(_wrapped("a mask leaves out blocks, which is not counted here") if config.mask else []),
         "",
@@ -68,9 +67,10 @@ def render_suggestions(
         reasons = "; ".join(reasons_for(item, found.now, room, host_room))
         command = f"      {' '.join(options_for(item))}"
         lines += ["", _row(f"{number}", item, found), *_wrapped(reasons, indent="      "), command]
-    if not found.rows:
-        lines += ["", *_wrapped(nothing_words(found, room, host_room))]
-    elif not any(item.forecast.seconds < found.now.forecast.seconds for item in found.rows):
+    # That nothing fits is an error, which says it.
+    if found.rows and not any(
+        item.forecast.seconds < found.now.forecast.seconds for item in found.rows
+    ):
         lines += ["", *_wrapped("nothing here is faster than the block as it is")]
     return "\n".join([*lines, "", *_legend(), ""])
 
@@ -209,9 +209,8 @@ def nothing_words(found: Suggestions, room: Room, host_room: Room | None) -> str
         limit, least, option = host_room.nbytes, found.smallest_host_nbytes, "--host-memory"
     where = " of the host's memory" if option == "--host-memory" else ""
     return (
-        f"no shape fits {size(limit)}{where}: the smallest takes {size(least)}; "
-        f"give {option} if a rank may take more, start fewer ranks per node, or reduce "
-        "patch.batch_size or patch.shape"
+        f"no shape fits {size(limit)}{where}: the smallest takes {size(least)}; set {option} if a "
+        "rank may use more, start fewer ranks per node, or reduce patch.batch_size or patch.shape"
     )
 
 
@@ -224,8 +223,8 @@ def _legend() -> list[str]:
     return _wrapped(
         "patches: run, over those of one lattice; idle: of the ranks' time, until the last one "
         "ends; read: how often a voxel is read, in whole storage chunks if they are known; memory: "
-        "of one rank, as far as it is known. Nothing was changed: copy the options of a shape "
-        "behind the command, or its values into the config"
+        "of one rank, as far as it is known. Nothing was changed: append the options of a shape to "
+        "the command, or copy its values into the config"
     )
 
 

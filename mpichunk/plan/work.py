@@ -52,7 +52,7 @@ class AxisWork:
     most_patches: int
     """Patches of the column with the most."""
 
-    fewest_patches: int
+    lattice_patches: int
     """Patches of one lattice over the whole ROI: what a single block would run."""
 
     core_extent: int
@@ -95,14 +95,14 @@ class Work:
         return prod(axis.num_patches for axis in self.axes)
 
     @property
-    def fewest_patches(self) -> int:
+    def lattice_patches(self) -> int:
         """Patches of one lattice over the whole ROI."""
-        return prod(axis.fewest_patches for axis in self.axes)
+        return prod(axis.lattice_patches for axis in self.axes)
 
     @property
     def redundancy(self) -> float:
         """Patches to run, over those of one lattice over the whole ROI."""
-        return self.num_patches / self.fewest_patches
+        return self.num_patches / self.lattice_patches
 
     @property
     def patches_per_block(self) -> tuple[int, int, int]:
@@ -191,7 +191,7 @@ def axis_work(plan: Plan, axis: int, chunk: int | None = None) -> AxisWork:
         least_patches=min(frequency),
         typical_patches=max(frequency, key=lambda patches: (frequency[patches], patches)),
         most_patches=max(frequency),
-        fewest_patches=len(lattice),
+        lattice_patches=len(lattice),
         core_extent=max(column.stop - column.start for column, _ in columns),
         input_extent=max(column.input_stop - column.input_start for column, _ in columns),
         num_voxels_read=sum(

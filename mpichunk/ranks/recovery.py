@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from mpichunk.errors import MpichunkError, RankLost, UserError
+from mpichunk.errors import RankLost, StartOver, UserError
 from mpichunk.ranks.communicator import Communicator
 
 T = TypeVar("T")
@@ -27,10 +27,6 @@ WARNING_SECONDS = 0.5
 """How long before the end it is told."""
 
 log = logging.getLogger(__name__)
-
-
-class StartOver(MpichunkError):  # noqa: N818
-    """The survivors have met, but not all of them had begun to compute."""
 
 
 class Watchdog:

@@ -130,7 +130,7 @@ class Allocation:
             self._ask_next = float("inf")
             return None
         except (OSError, subprocess.SubprocessError) as error:
-            log.warning("scontrol does not tell when job %s ends: %s", self.job.job, error)
+            log.warning("scontrol does not say when job %s ends: %s", self.job.job, error)
             self._ask_next = self._clock() + AGAIN_SECONDS
             return None
         # An answer holds, also that there is no end.

@@ -85,8 +85,8 @@ class Bookkeeper:
 
     def begin_to_doubt(self) -> None:
         """Remember from now on where the line of each block that is done stands."""
-        self._journal.places.begin()
+        self._journal.offsets.begin()
 
     def checksum(self, block: int) -> str | None:
         """Return what was noted of a block since there is doubt; None: nothing."""
-        return self._journal.places.checksum(block)
+        return self._journal.offsets.checksum(block)

@@ -55,7 +55,7 @@ class Coordinator:
         journal: Where finished and failed blocks are noted.
         core_of: What a block writes.
         hosts: Name of the machine of each rank, by its number.
-        breaker: Says when failures end the run early; default: never.
+        breaker: Says when failures end the run early.
         durations: Learns what a block takes, and says when one is slow.
     """
 
@@ -66,8 +66,8 @@ class Coordinator:
         *,
         core_of: Callable[[int], Box],
         hosts: Mapping[int, str],
-        breaker: Breaker | None = None,
-        durations: BlockDurations | None = None,
+        breaker: Breaker,
+        durations: BlockDurations,
     ) -> None:
         self._scheduler = scheduler
         self._book = Bookkeeper(journal, core_of=core_of, hosts=hosts)
@@ -76,7 +76,7 @@ class Coordinator:
         self._demand = Demand()
         self._now = float("-inf")
         self._breaker = breaker
-        self._durations = durations or BlockDurations(float("inf"))
+        self._durations = durations
         self._next_back_up = float("-inf")
         self._writers = Writers()
         self._is_in_doubt = False
@@ -157,8 +157,7 @@ class Coordinator:
         fates = self._scheduler.regroup(busy | working, now, lost=lost, writers=writers)
         for rank in busy:
             self._scheduler.retire(rank)
-        if self._breaker is not None:
-            self._breaker.num_ranks = len(working)
+        self._breaker.num_ranks = len(working)
         self._demand.clear()
         self._book.regroup()
         self.is_ended = False
@@ -286,8 +285,7 @@ class Coordinator:
         self._durations.note(sum(done.seconds.values()))
         self._retries.pop(block, None)
         self._writers.finish(block)
-        if self._breaker is not None:
-            self._breaker.succeed(rank)
+        self._breaker.succeed(rank)
 
     def _compare(self, rank: int, done: Done) -> None:
         """Compute a block again of which two ranks have written different values.
@@ -335,7 +333,7 @@ class Coordinator:
 
     def _break_if_hopeless(self, rank: int, failed: Failed) -> None:
         """End the run when the breaker says so; what was to be tried again is listed as failed."""
-        if self._breaker is None or rank in self._excluded:
+        if rank in self._excluded:
             return
         left = self._scheduler.num_pending + self._scheduler.num_leased
         why = self._breaker.fail(rank, failed, num_left=left)
@@ -362,5 +360,4 @@ class Coordinator:
         self._demand.drop(rank)
         # It keeps what it may be writing until it has ended: two never write one block.
         self._scheduler.retire(rank)
-        if self._breaker is not None:
-            self._breaker.num_ranks -= 1
+        self._breaker.num_ranks -= 1

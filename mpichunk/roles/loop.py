@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from mpichunk.errors import ExitCode, RankLost
+from mpichunk.errors import ExitCode, MustEnd, RankLost, StartOver
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.crash import crash
-from mpichunk.ranks.recovery import StartOver, Watchdog, regroup
+from mpichunk.ranks.recovery import Watchdog, regroup
 from mpichunk.roles.drain import DrainWatch
-from mpichunk.roles.monitor import CoordinatorRole, Monitor, MustEnd, note_heartbeat
+from mpichunk.roles.monitor import CoordinatorRole, Monitor, note_heartbeat
 from mpichunk.roles.worker import Holding, Worker
 from mpichunk.schedule.messages import (
     FINISHED,
@@ -109,13 +109,13 @@ class Loop:
     monitor: Monitor
     """Watches the others."""
 
-    watch: DrainWatch | None = None
-    """Says when the run should end early; None: never."""
+    watch: DrainWatch
+    """Says when the run should end early."""
 
-    take_over: Callable[[], CoordinatorRole] | None = None
+    take_over: Callable[[], CoordinatorRole]
     """Makes the second role for a rank that has become the lowest."""
 
-    conclude: Callable[[CoordinatorRole], int] = lambda _: ExitCode.UNEXPECTED
+    conclude: Callable[[CoordinatorRole], int]
     """Returns the exit code, when the job must then be ended by force."""
 
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -200,7 +200,6 @@ class Loop:
         if not comm.is_coordinator:
             return
         if self.lead is None:
-            assert self.take_over is not None, "nobody can take over"
             self.lead = self.take_over()
         held = {rank: holding.leases for rank, holding in holdings.items()}
         writing = {rank: holding.writing for rank, holding in holdings.items()}
@@ -246,13 +245,13 @@ class Loop:
     def _say(self, now: float) -> list[ToCoordinator]:
         """Return what the coordinator must know of this rank."""
         messages = self.worker.step()
-        if self.watch is not None and self.comm.is_coordinator and self.watch.is_time_up:
+        if self.comm.is_coordinator and self.watch.is_time_up:
             raise MustEnd(
                 "the allocation ends now; blocks in flight are dropped: run it again to go on",
                 ExitCode.DRAINED,
             )
         reason: str | None = None
-        if self.watch is not None and not self.worker.is_stopped:
+        if not self.worker.is_stopped:
             reason = self.watch.poll(now, is_leader=self.comm.is_coordinator)
             if reason is not None:
                 messages.append(Drain(reason=reason))

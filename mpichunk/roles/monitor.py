@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from mpichunk.errors import ExitCode, MpichunkError
+from mpichunk.errors import ExitCode, MustEnd
 from mpichunk.ranks.communicator import Communicator
 from mpichunk.ranks.neighbours import Neighbours
 from mpichunk.ranks.recovery import Watchdog
@@ -39,14 +39,6 @@ CHANGE = 0.25
 log = logging.getLogger(__name__)
 
 
-class MustEnd(MpichunkError):  # noqa: N818
-    """The job cannot go on, and every rank must be told; `code` is its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorRole:
     """The second role of the lowest rank."""
@@ -66,7 +58,7 @@ class Monitor:
 
     Args:
         comm: The ranks.
-        neighbours: Their processes, as far as they can be seen from here; None: nobody is watched.
+        neighbours: Their processes, as far as they can be seen from here.
         silence_seconds: How long the coordinator may be silent.
         interval: How often at least the coordinator gives a sign of life.
     """
@@ -74,7 +66,7 @@ class Monitor:
     def __init__(
         self,
         comm: Communicator,
-        neighbours: Neighbours | None = None,
+        neighbours: Neighbours,
         *,
         silence_seconds: float = float("inf"),
         interval: float = 5.0,
@@ -106,8 +98,7 @@ class Monitor:
         """End the process of a rank of this machine, perhaps this one, which hangs."""
         if rank == self._comm.rank:
             self._comm.die(ExitCode.UNEXPECTED)
-        if self._neighbours is not None:
-            self._neighbours.kill(rank)
+        self._neighbours.kill(rank)
 
     def step(
         self,
@@ -156,8 +147,6 @@ class Monitor:
     def _look_beside(self, now: float) -> list[ProcessGone]:
         """Look whether the next process on this machine lives."""
         comm = self._comm
-        if self._neighbours is None:
-            return []
         rank = self._neighbours.next_is_gone(comm.alive)
         if rank is None:
             self._gone = None
@@ -174,8 +163,8 @@ class Monitor:
             return []
         if rank == comm.coordinator:
             raise MustEnd(
-                f"{self._name(rank)} has ended by itself, which MPI does not tell the others; run "
-                "the same again to resume",
+                f"{self._name(rank)} has ended by itself, which MPI does not report to the others; "
+                "run the same again to resume",
                 ExitCode.UNEXPECTED,
             )
         return [ProcessGone(rank=rank)]
@@ -187,7 +176,7 @@ class Monitor:
         seconds = now - self._heard
         if seconds <= self._silence_seconds:
             return
-        can_kill = self._neighbours is not None and self._neighbours.see(comm.coordinator)
+        can_kill = self._neighbours.see(comm.coordinator)
         if can_kill and comm.is_fault_tolerant and not self._has_killed:
             self._has_killed = True
             self._tell_hung(comm.coordinator, seconds)
@@ -252,8 +241,7 @@ class Monitor:
     def _killers(self, rank: int, lead: CoordinatorRole) -> list[int]:
         """Return who is to end a rank: one on its machine, and itself should it be able to."""
         hung = lead.detector.hung
-        beside = [] if self._neighbours is None else self._neighbours.of(rank)
-        able = [r for r in beside if r in self._comm.alive and r not in hung]
+        able = [r for r in self._neighbours.of(rank) if r in self._comm.alive and r not in hung]
         return [*able[:1], rank]
 
     def _tell_hung(self, rank: int, seconds: float) -> None:
@@ -262,8 +250,7 @@ class Monitor:
     def _name(self, rank: int) -> str:
         """Return a rank as the user may look for it."""
         host = self._comm.hosts.get(rank, "an unknown host")
-        process = "" if self._neighbours is None else f" (process {self._neighbours.pid(rank)})"
-        return f"rank {rank} on {host}{process}"
+        return f"rank {rank} on {host} (process {self._neighbours.pid(rank)})"
 
 
 def watch_stopped(

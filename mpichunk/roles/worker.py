@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from mpichunk.roles.permits import Permits
 from mpichunk.schedule.lookahead import Lookahead
 from mpichunk.schedule.messages import (
     FINISHED,
@@ -33,7 +34,6 @@ from mpichunk.schedule.messages import (
     WriteVerdict,
 )
 from mpichunk.schedule.ownrun import OwnRun, Standstill
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 
 REPORT_SECONDS = 0.01

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from mpichunk.errors import JournalError
 from mpichunk.geometry.box import Box
 from mpichunk.plan.fingerprint import differences
+from mpichunk.rundir.journal_offsets import JournalOffsets
 from mpichunk.rundir.layout import JOURNAL
-from mpichunk.rundir.places import JournalPlaces
 from mpichunk.schedule.messages import Done, Failed, Record, State
 from mpichunk.words import count
 
@@ -68,7 +68,7 @@ class Journal:
         self.states = states
         """(num_blocks,) the `State` of each block when the journal was opened."""
 
-        self.places = JournalPlaces(self.path, len(states))
+        self.offsets = JournalOffsets(self.path, len(states))
         """Where lines stand that are written once it is asked to note them."""
 
         self._file = file
@@ -169,7 +169,7 @@ class Journal:
             self._take_back(text, end)
             raise
         self._end = end + len(text)
-        self.places.note(self._lines, begin)
+        self.offsets.note(self._lines, begin)
         self._lines.clear()
         return time.monotonic() - started
 
@@ -336,7 +336,7 @@ def belongs(path: Path, num_blocks: int, fingerprint: Mapping[str, Any]) -> bool
         raise JournalError(
             f"{path} belongs to a run with other settings:\n"
             + "\n".join(f"  {line}" for line in differing)
-            + "\ntake these back, set another run_dir AND output.volume, or begin anew: --fresh",
+            + "\nundo these changes, set another run_dir AND output.volume, or start over: --fresh",
             key="run_dir",
         )
     return False

@@ -36,8 +36,8 @@ class _Origin:
     """When it last wrote to its journal."""
 
 
-def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
-    """Return who has written the output of this run, if that is found, and what to do about it.
+def foreign_output_message(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
+    """Return which run wrote the output that this run asks for, if known, and what to do about it.
 
     Args:
         run_dir: of this run, which has written nothing.
@@ -47,25 +47,25 @@ def told_of_origin(run_dir: Path, fingerprint: Mapping[str, Any]) -> str:
     origins = list(_origins(run_dir, fingerprint))
     if not origins:
         return (
-            f"{volume} exists and holds what this run has not written: there is no "
+            f"{volume} exists and was not written by this run: there is no "
             f"{run_dir / journal.NAME}. Set output.volume to another place, or run_dir to that of "
-            "the run that wrote it; --fresh writes over it"
+            "the run that wrote it, or overwrite it with --fresh"
         )
     # One that can be gone on with rather than another, then the last to write.
     origin = min(origins, key=lambda found: (bool(found.differing), -found.time))
-    one = "the one" if len(origins) == 1 else f"one of {len(origins)} that have,"
-    told = f"{volume} exists and holds what this run has not written, but {one} in {origin.run_dir}"
+    writer = "the run" if len(origins) == 1 else f"{len(origins)} runs, one of them that"
+    told = f"{volume} exists and was written by {writer} in {origin.run_dir}"
     if not origin.differing:
         return (
-            f"{told}, which has the same settings: set run_dir to {origin.run_dir} to go on with "
-            "it, or output.volume to another place; --fresh writes over it"
+            f"{told}, which has the same settings: set run_dir to {origin.run_dir} to continue "
+            "that run, or output.volume to another place, or overwrite it with --fresh"
         )
     return "\n".join(
         (
             f"{told}, with other settings:",
             *(f"  {line}" for line in origin.differing),
-            "the values of two runs are not mixed: set output.volume to another place, or run the "
-            "other one's config to go on with that; --fresh writes over it",
+            "the values of two runs are not mixed: set output.volume to another place, or continue "
+            "that run with its own config, or overwrite it with --fresh",
         )
     )
 

@@ -22,7 +22,7 @@ class Demand:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Those that want blocks, who asked first first."""
+        """Those that want blocks, in the order in which they asked."""
         return tuple(self._wanted)
 
     def of(self, rank: int) -> int:

@@ -24,7 +24,7 @@ WEIGHT = 0.125
 
 
 class Lookahead:
-    """The time that the blocks of one rank take, and what follows from it."""
+    """Mean block time of one rank, and how many leases should wait for it."""
 
     def __init__(self) -> None:
         self._seconds: float | None = None

@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.processmemory import peak_nbytes
 from mpichunk.schedule.messages import STAGES, Done, Record
 
 COUNTERS = (
@@ -36,10 +35,17 @@ class Counters:
     """What one rank has done since the run started; `vector` is what the ranks sum.
 
     Args:
-        device_peak: Returns how much memory of its accelerator the rank has taken at most.
+        host_peak: Returns how much memory of its host the rank has taken at most.
+        device_peak: As much of its accelerator; None on a CPU, or if nobody says.
     """
 
-    def __init__(self, device_peak: Callable[[], int | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        host_peak: Callable[[], int] = lambda: 0,
+        device_peak: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._host_peak = host_peak
         self._device_peak = device_peak
         # Plain floats: counting is part of what every block costs.
         self._values = dict.fromkeys(COUNTERS, 0.0)
@@ -57,8 +63,8 @@ class Counters:
         self._values[name] = float(value)
 
     def measure_memory(self) -> None:
-        """Note how much memory the process has taken at most."""
-        self["peak_bytes"] = peak_nbytes()
+        """Note how much memory the rank has taken at most."""
+        self["peak_bytes"] = self._host_peak()
         self["device_peak_bytes"] = self._device_peak() or 0
 
     def count(self, record: Record) -> None:

@@ -38,8 +38,7 @@ class Scheduler:
 
     Args:
         num_blocks: Length of the plan.
-        size: Number of ranks, 0 to size - 1.
-        ranks: Their numbers, in order, when some have been lost.
+        ranks: Numbers of the ranks that compute, in order.
         done: (num_blocks,) True for blocks that need not be computed; default: none.
         mode: `dynamic` hands out blocks one by one; with `static` every rank holds from the start
             what `static_blocks` says, and only blocks that failed are handed out.
@@ -50,13 +49,12 @@ class Scheduler:
         self,
         num_blocks: int,
         *,
-        size: int = 1,
-        ranks: Iterable[int] | None = None,
+        ranks: Iterable[int],
         done: npt.NDArray[np.bool_] | None = None,
         mode: str = "dynamic",
         max_attempts: int = 3,
     ) -> None:
-        self._ranks = tuple(range(size) if ranks is None else ranks)
+        self._ranks = tuple(ranks)
         self._max_attempts = max_attempts
         # One memory, seen as an array where many blocks are meant, as bytes where it is one.
         self._bytes = bytearray(num_blocks)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mpichunk.schedule.messages import Lease
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Contested:
     """A lease whose holder was told that another rank is to compute the block, too."""
 

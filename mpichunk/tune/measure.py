@@ -1,7 +1,7 @@
 """Measures one variant with real forwards, in turns with the baseline, on patches of the volume.
 
-Loads networks one after another, in this process or one of their own (`trial`, `apart`). Knows no
-order of trials and no config files.
+Loads networks one after another, in this process or one of their own (`trial`,
+`subprocess_trial`). Knows no order of trials and no config files.
 """
 
 import logging
@@ -21,14 +21,15 @@ from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
 from mpichunk.errors import DEVICE_FAILURES, UserError
 from mpichunk.geometry.padding import pad, source_box
-from mpichunk.job.fitting import device_room
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.host_memory import host_room, memory_groups
+from mpichunk.job.memory_check import device_room
 from mpichunk.job.startup import Job
 from mpichunk.plan.estimate import estimate
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
-from mpichunk.tune.apart import Apart
 from mpichunk.tune.figures import HEADROOM, Outputs, Row, difference
-from mpichunk.tune.trial import Trial, job_of, reason
+from mpichunk.tune.subprocess_trial import SubprocessTrial
+from mpichunk.tune.trial import VariantTrial, job_of, reason
 from mpichunk.tune.variants import Variant
 from mpichunk.volume import Reader
 from mpichunk.words import size
@@ -77,14 +78,14 @@ class Meter:
         self._num_repeats = num_repeats
         self._num_local = num_local
         self._deadline = deadline
-        self._baseline: Trial | None = None
+        self._baseline: VariantTrial | None = None
         self._expected: Outputs | None = None
         self._forward_nbytes: dict[Variant, tuple[int, int]] = {}
         self.available: int | None = None
         """Memory that a rank may take where the baseline computes, bytes; None if nobody knows."""
 
     @property
-    def baseline(self) -> Trial:
+    def baseline(self) -> VariantTrial:
         """The baseline, once it was measured."""
         assert self._baseline is not None
         return self._baseline
@@ -110,7 +111,7 @@ class Meter:
         return row
 
     def _measure_baseline(self, variant: Variant) -> Row:
-        loaded = Trial.load(self._job, variant, self._patches_nczyx)
+        loaded = VariantTrial.load(self._job, variant, self._patches_nczyx)
         try:
             loaded.engine.infer(loaded.batch_nczyx)
         except UserError:
@@ -143,7 +144,7 @@ class Meter:
         except DEVICE_FAILURES as error:
             return Row(variant=variant, refused=reason(error))
 
-    def _compare(self, loaded: Trial | Apart) -> Row:
+    def _compare(self, loaded: VariantTrial | SubprocessTrial) -> Row:
         """Measure in turns: baseline, variant, baseline, variant."""
         base, expected = self.baseline, self._expected
         assert expected is not None
@@ -164,7 +165,7 @@ class Meter:
             nbytes=self._nbytes(loaded, median(seconds) * loaded.variant.batch_size),
         )
 
-    def _hopeless(self, loaded: Trial | Apart) -> str:
+    def _hopeless(self, loaded: VariantTrial | SubprocessTrial) -> str:
         """Return why a variant is not measured at length; "" if it should be."""
         # The first forward may compile.
         loaded.forwards(1)
@@ -173,7 +174,7 @@ class Meter:
         return f"a forward takes {share:.0f} times as long" if share > 1 / HOPELESS else ""
 
     @contextmanager
-    def _loading(self, variant: Variant) -> Iterator[Trial | Apart]:
+    def _loading(self, variant: Variant) -> Iterator[VariantTrial | SubprocessTrial]:
         """Load the network as a variant runs it, and give back at last what it took."""
         self.baseline.release()
         # What loading says is the same for all.
@@ -184,9 +185,9 @@ class Meter:
         finally:
             logging.disable(logging.NOTSET)
 
-    def _load(self, variant: Variant) -> Trial | Apart:
+    def _load(self, variant: Variant) -> VariantTrial | SubprocessTrial:
         """Load the network; where instructions are limited, not here: oneDNN has looked already."""
-        load = Trial.load if variant.instructions is None else Apart
+        load = VariantTrial.load if variant.instructions is None else SubprocessTrial
         return load(self._job, variant, self._patches_nczyx)
 
     def is_fitting(self, variant: Variant, seconds: float) -> bool | None:
@@ -211,7 +212,7 @@ class Meter:
             return False
         return None if nbytes is None else nbytes <= (1 - HEADROOM) * self.available
 
-    def _nbytes(self, loaded: Trial | Apart, seconds: float) -> int | None:
+    def _nbytes(self, loaded: VariantTrial | SubprocessTrial, seconds: float) -> int | None:
         """Return what a rank takes where the network computes, its forward measured."""
         forward = loaded.forward_nbytes()
         if forward is None:
@@ -226,11 +227,19 @@ class Meter:
         """Return what a rank takes where the network computes."""
         files = get_backend(job.config.model.backend).model_files(job.config.model)
         nbytes = sum(path.stat().st_size for path in files)
-        found = estimate(job.plan, job.config, job.volume, model_nbytes=nbytes, probe=probe)
+        found = estimate(
+            Premise(
+                plan=job.plan,
+                config=job.config,
+                info=job.volume,
+                model_nbytes=nbytes,
+                probe=probe,
+            )
+        )
         is_on_cpu = self._baseline is None or self._baseline.request.device == "cpu"
         return found.cpu_nbytes if is_on_cpu else found.device_nbytes
 
-    def _room(self, loaded: Trial) -> int | None:
+    def _room(self, loaded: VariantTrial) -> int | None:
         """Return what a rank may take where a network computes."""
         if loaded.request.device == "cpu":
             groups = [(group, self._num_local) for group in memory_groups()]
@@ -248,8 +257,8 @@ class Meter:
         if need <= (1 - HEADROOM) * self.available:
             return ""
         return (
-            f"it would take {size(need)}, and {size(self.available)} are there, of which "
-            f"{HEADROOM:.0%} stay free"
+            f"it would take {size(need)}, but {size(self.available)} are available, of which "
+            f"{HEADROOM:.0%} must stay free"
         )
 
 
@@ -289,7 +298,7 @@ def read_patches(job: Job) -> tuple[npt.NDArray[np.float32], bool]:
     return np.random.default_rng(0).random(shape, dtype=np.float32), False
 
 
-def _count(loaded: Trial | Apart) -> int:
+def _count(loaded: VariantTrial | SubprocessTrial) -> int:
     """Return how many forwards fill a turn, after one that warms up."""
     loaded.forwards(1)
     return max(1, int(TURN_SECONDS / max(loaded.forwards(1), 1e-9)))

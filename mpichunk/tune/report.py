@@ -142,14 +142,14 @@ def _notes(tuning: Tuning) -> list[str]:
     text = (
         "speed: patches per second of the network alone, in multiples of the first line's "
         "(blending, reading and writing are not in it: `bench` measures the whole); largest, mean: "
-        "difference from its values after model.activation, as shares of their range; memory: of "
-        f"a whole rank, where the network computes ({size(tuning.available)} are there)."
+        "difference from its values after model.activation, as shares of their range; memory: of a "
+        f"whole rank, where the network computes ({size(tuning.available)} are available)."
     )
     largest = tuning.largest_batch
     if largest is not None:
         most = "up to " + count(largest.num_patches, "patch", "patches")
         if largest.num_patches == MOST_PATCHES:
-            most = f"{MOST_PATCHES} patches, the most that is tried,"
+            most = f"{MOST_PATCHES} patches, the most that `tune` tries,"
         fit = "fit" if largest.is_run else "should fit"
         text += f" Batches of {most} {fit} with {HEADROOM:.0%} to spare"
         text += "." if largest.is_run else ": an extrapolation, which was not run."
@@ -165,7 +165,7 @@ def _conclusion(tuning: Tuning) -> list[str]:
         lines.append(f"The best{then}: {tuning.best.variant.name}.")
         return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if not tuning.changes:
-        return [f"The config runs the best there is: {tuning.best.variant.name}."]
+        return [f"The config already uses the best variant: {tuning.best.variant.name}."]
     lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
     lines += [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if tuning.written:
@@ -196,10 +196,9 @@ def comment_of(tuning: Tuning, source: str) -> str:
     spread: Spread = best.speedup
     text = [
         f"{source}, tuned by `mpichunk tune` for {_where(tuning.engine)}.",
-        f"{best.variant.name}: {spread.median:.2f} times as fast as "
-        f"{tuning.rows[0].variant.name} ({spread.least:.2f} to {spread.most:.2f} in "
-        f"{count(tuning.num_repeats, 'repeat')}), the network alone: `mpichunk bench` measures "
-        f"the whole.",
+        f"{best.variant.name}: {spread.median:.2f} times as fast as {tuning.rows[0].variant.name} "
+        f"({spread.least:.2f} to {spread.most:.2f} in {count(tuning.num_repeats, 'repeat')}), the "
+        "network alone: `mpichunk bench` measures the whole.",
         f"Its values differ by at most {best.difference.largest:.1e} of their range, "
         f"{best.difference.mean:.1e} on average.",
         "Changed: " + "; ".join(f"{k}: {render_value(v)}" for k, v in tuning.changes.items()) + ".",

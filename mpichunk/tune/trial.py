@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mpichunk.backends.engine import DeviceArray, Engine, EngineRequest
 from mpichunk.errors import UserError
 from mpichunk.job.assembly import bind_ranks, engine_request, load_engine, prepare_network
-from mpichunk.job.probing import forward_nbytes
+from mpichunk.job.forward_probe import forward_nbytes
 from mpichunk.job.startup import Job
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.tune.figures import Outputs
@@ -37,7 +37,7 @@ def reason(error: BaseException) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class VariantTrial:
     """A network, loaded, and a batch on its device."""
 
     variant: Variant
@@ -50,14 +50,16 @@ class Trial:
     batch_nczyx: DeviceArray
 
     @classmethod
-    def load(cls, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]) -> "Trial":
+    def load(
+        cls, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]
+    ) -> "VariantTrial":
         """Load the network.
 
         Raises:
             UserError: it does not load; so do `DEVICE_FAILURES`.
         """
         job = job_of(job, variant)
-        binding = bind_ranks(SerialCommunicator(), job, fresh=True).of(0)
+        binding = bind_ranks(SerialCommunicator(), job).of(0)
         request = engine_request(job, binding)
         engine = load_engine(job, request, prepare_network(job, request))
         host = np.stack(list(islice(cycle(patches_nczyx), variant.batch_size)))

@@ -24,7 +24,7 @@ from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.bench.figures import Pass, RankFigures, combine, pace, suggest
 from mpichunk.bench.report import Bench, bench_json, render_bench
 from mpichunk.bench.scratch import scratch_output, scratch_parent
-from mpichunk.bench.trial import Trial
+from mpichunk.bench.trial import BlockTrial
 from mpichunk.block.inference import check_engine
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
@@ -38,12 +38,20 @@ from mpichunk.job.assembly import (
     open_volumes,
     prepare_network,
 )
-from mpichunk.job.fitting import device_room, keep_probe
+from mpichunk.job.forward_probe import (
+    HeldMemory,
+    MeasuredLoad,
+    device_words,
+    forward_nbytes,
+    settle,
+)
 from mpichunk.job.masking import is_wanted
-from mpichunk.job.probing import HeldMemory, MeasuredLoad, device_words, forward_nbytes, settle
+from mpichunk.job.memory_check import device_room, keep_probe
 from mpichunk.job.startup import Job, open_config_mask, prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT, unexplained_nbytes
 from mpichunk.plan.plan import Plan
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe
 from mpichunk.processmemory import settle_allocator, trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
@@ -76,7 +84,7 @@ log = logging.getLogger(__name__)
 class Options:
     """How to measure."""
 
-    num_repeats: int = 3
+    num_repeats: int
     """Repeats of each measurement."""
 
     num_blocks: int | None = None
@@ -106,19 +114,18 @@ def bench(config_path: Path, overrides: Sequence[str], options: Options) -> int:
 def bench_on(
     comm: Communicator,
     config_path: Path,
-    overrides: Sequence[str] = (),
-    options: Options | None = None,
+    overrides: Sequence[str],
+    options: Options,
 ) -> int:
     """Do what `bench` does, on the ranks given. Only rank 0 prints."""
-    asked = options or Options()
 
     def body() -> int:
         try:
             loaded = on_rank_0(comm, lambda: load_config(config_path, overrides))
             with loaded.locating():
-                found = _bench(comm, loaded, asked)
+                found = _bench(comm, loaded, options)
             if comm.is_coordinator:
-                text = json.dumps(bench_json(found), indent=2) if asked.as_json else None
+                text = json.dumps(bench_json(found), indent=2) if options.as_json else None
                 print(text or render_bench(found), flush=True)
             return ExitCode.ALL_DONE
         except KeyboardInterrupt:
@@ -133,7 +140,7 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     """Measure; every rank returns the same."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
     parent = on_rank_0(comm, lambda: scratch_parent(job.output, options.scratch))
-    request = engine_request(job, bind_ranks(comm, job, fresh=True).of(comm.rank))
+    request = engine_request(job, bind_ranks(comm, job).of(comm.rank))
     prepared = on_rank_0(comm, lambda: prepare_network(job, request))
     loading = MeasuredLoad(lambda: load_engine(job, request, prepared))
     engine = on_every_rank(comm, loading)
@@ -151,7 +158,9 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
     held = HeldMemory.most(comm.allgather(settle(engine, loading)))
     ranks = comm.allgather(mine)
     figures = combine(ranks)
-    estimate = job.estimate()
+    premise = job.premise()
+    found = estimate(premise)
+    whole = replace(premise, num_blocks=num_blocks)
     if figures.seconds_per_batch > 0:
         room = device_room(engine)
         probe = Probe(
@@ -161,52 +170,45 @@ def _bench(comm: Communicator, loaded: LoadedConfig, options: Options) -> Bench:
             free_nbytes=None if room is None else room.nbytes,
             resident_nbytes=held.resident_nbytes,
             start_nbytes=held.start_nbytes,
-            pace=pace(figures, ranks, estimate.work, num_blocks=num_blocks),
+            pace=pace(figures, ranks, found.work, num_blocks=num_blocks),
         )
-        on_rank_0(comm, lambda: keep_probe(job, _complete(job, probe, ranks, num_blocks)))
-    advice = suggest(
-        figures, job.config, estimate.work, device=request.device, num_blocks=num_blocks
-    )
+        on_rank_0(comm, lambda: keep_probe(job, _complete(whole, probe, ranks)))
+    advice = suggest(figures, job.config, found.work, device=request.device, num_blocks=num_blocks)
     return Bench(
         config=job.config,
-        work=estimate.work,
+        work=found.work,
         engine=engine.info,
         ranks=ranks,
         blocks=sorted(set(blocks)),
         num_blocks=num_blocks,
         scratch=str(parent),
         figures=figures,
-        advice=[*advice, *estimate.advice],
+        advice=[*advice, *found.advice],
     )
 
 
-def _complete(job: Job, probe: Probe, ranks: Sequence[RankFigures], num_blocks: int) -> Probe:
+def _complete(premise: Premise, probe: Probe, ranks: Sequence[RankFigures]) -> Probe:
     """Return a probe with what ranks held at their peaks beyond what it tells."""
     peaks = [whole.peak_nbytes for rank in ranks for whole in rank.whole]
     known = [peak for peak in peaks if peak is not None]
     if not known:
         return probe
     more_nbytes = unexplained_nbytes(
-        job.plan,
-        job.config,
-        job.volume,
-        job.estimate().work,
+        replace(premise, probe=probe),
         peak_nbytes=max(known),
-        num_blocks=num_blocks,
         memory="cpu" if probe.free_nbytes is None else "host",
-        probe=probe,
     )
     return replace(probe, more_nbytes=more_nbytes)
 
 
 def _open(
     stack: ExitStack, job: Job, engine: Engine, request: EngineRequest, parent: Path
-) -> Trial:
+) -> BlockTrial:
     """Return what this rank measures with: the input, and an output of its own."""
     output = stack.enter_context(scratch_output(job.output, parent))
     scratch_job = replace(job, output=output)
     source, writer = open_volumes(stack, scratch_job, request)
-    return Trial(
+    return BlockTrial(
         plan=job.plan,
         source=source,
         writer=writer,
@@ -240,7 +242,9 @@ def choose_blocks(plan: Plan, is_wanted: Callable[[Box], bool], *, num: int) -> 
         if len(whole) == num:
             break
     if not whole and not others:
-        raise UserError("the mask leaves nothing of the blocks that were looked at", key="mask")
+        raise UserError(
+            "the mask excludes every block that was examined; choose another roi", key="mask"
+        )
     largest = min(others)[0] if others else 0
     return whole or [index for voxels, index in others if voxels == largest][:num]
 
@@ -258,10 +262,10 @@ def _wants(job: Job) -> Callable[[Box], bool]:
     return wants
 
 
-def _num_blocks(comm: Communicator, job: Job, trial: Trial, options: Options) -> int:
+def _num_blocks(comm: Communicator, job: Job, trial: BlockTrial, options: Options) -> int:
     """Return how many blocks each rank runs per repeat, and say how long all will take."""
     seconds = trial.bare(1)
-    work = job.estimate().work
+    work = job.work
     num_forwards = work.patches_per_block[1] / job.config.patch.batch_size
     block_seconds = (
         max(comm.allgather(seconds)) * num_forwards * len(turns_of(job.config.model.augment))
@@ -282,7 +286,7 @@ def _num_blocks(comm: Communicator, job: Job, trial: Trial, options: Options) ->
 
 
 def _measure(
-    comm: Communicator, trial: Trial, blocks: Sequence[int], num_blocks: int, num_repeats: int
+    comm: Communicator, trial: BlockTrial, blocks: Sequence[int], num_blocks: int, num_repeats: int
 ) -> RankFigures:
     """Measure this rank while all others do, in turns: whole, bare, whole, bare."""
     whole: list[Pass] = []

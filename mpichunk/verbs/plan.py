@@ -13,12 +13,14 @@ from pathlib import Path
 from mpichunk.backends.optional import missing_package
 from mpichunk.config.file import LoadedConfig, load_config
 from mpichunk.errors import ExitCode, UserError
-from mpichunk.job.headroom import host_room, memory_groups
+from mpichunk.job.forward_probe import read_peak
+from mpichunk.job.host_memory import host_room, memory_groups
 from mpichunk.job.masking import masked_blocks
-from mpichunk.job.probing import read_peak
 from mpichunk.job.startup import Job, open_config_mask, prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.fit import Room
 from mpichunk.plan.memory import Memory
+from mpichunk.plan.prediction import forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.plan.report import plan_json, render_plan
 from mpichunk.plan.suggestion import runs_on_cpu, suggest
@@ -75,8 +77,10 @@ def preview(config_path: Path, overrides: Sequence[str], options: Options) -> Ex
 def _print_plan(job: Job, options: Options) -> None:
     """Print what a run would do."""
     num_masked = _num_masked(job)
-    found = job.estimate(options.num_ranks)
-    expected = job.forecast(options.num_ranks, found.work.num_blocks - (num_masked or 0))
+    premise = job.premise(options.num_ranks)
+    found = estimate(premise)
+    num_wanted = found.work.num_blocks - (num_masked or 0)
+    expected = forecast(premise, found.work).of_blocks(num_wanted)
     arguments = job.plan, job.config, job.volume, found
     peak = read_peak(job.run_dir, job.config, job.model_files())
     make = plan_json if options.as_json else render_plan
@@ -96,22 +100,18 @@ def _print_suggestions(loaded: LoadedConfig, job: Job, options: Options) -> None
     Raises:
         UserError: nobody knows how much memory there is, or no shape fits it.
     """
-    probe = job.probe()
+    premise = job.premise(options.num_ranks)
+    probe = premise.probe
     memory: Memory = "cpu" if runs_on_cpu(job.config, probe) else "device"
     room = _room(memory, options, probe)
     # What lies beside an accelerator is often what is short.
     beside = None if memory == "cpu" else _host_room(options, options.host_memory_nbytes, HOST)
     found = suggest(
-        job.plan,
-        job.config,
-        job.volume,
-        num_ranks=options.num_ranks,
+        premise,
         limit_nbytes=room.nbytes,
         memory=memory,
         host_limit_nbytes=None if beside is None else beside.nbytes,
         is_chunk_open="output.chunk_shape" in loaded.defaulted,
-        model_nbytes=job.model_nbytes(),
-        probe=probe,
     )
     if options.as_json:
         values = suggestions_json(found, room=room, memory=memory, host_room=beside)
@@ -130,26 +130,26 @@ def _room(memory: Memory, options: Options, probe: Probe | None) -> Room:
     if memory == "cpu":
         return _host_room(options, options.memory_nbytes, MEMORY)
     if options.memory_nbytes is not None:
-        return Room(nbytes=options.memory_nbytes, words=f"as asked for with {MEMORY}")
+        return Room(nbytes=options.memory_nbytes, words=f"as set with {MEMORY}")
     if probe is None or probe.free_nbytes is None:
         raise UserError(
-            "nobody knows how much memory the accelerator has; give it, e.g. --memory 80GB, or "
-            "measure with `bench`",
+            "the memory of the accelerator is unknown; set it, e.g. --memory 80GB, or measure it "
+            "with `bench`",
             key="compute.device",
         )
-    words = f"what a rank could have on {probe.device} when it was measured; or give --memory"
+    words = f"what a rank could have on {probe.device} when it was measured; or set --memory"
     return Room(nbytes=probe.free_nbytes, words=words)
 
 
 def _host_room(options: Options, wanted_nbytes: int | None, option: str) -> Room:
     """Return what one rank may take of its host: what was asked for, or what this machine has."""
     if wanted_nbytes is not None:
-        return Room(nbytes=wanted_nbytes, words=f"as asked for with {option}")
+        return Room(nbytes=wanted_nbytes, words=f"as set with {option}")
     # Ranks that this machine has no core for run on others.
     num_local = min(options.num_ranks, os.cpu_count() or 1)
     groups = [(group, num_local) for group in memory_groups()]
     room = host_room(num_local, groups, own_nbytes=0)
-    return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or give {option}")
+    return Room(nbytes=room.nbytes, words=f"of this machine: {room.words}; or set {option}")
 
 
 def _num_masked(job: Job) -> int | None:

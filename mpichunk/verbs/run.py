@@ -42,25 +42,27 @@ from mpichunk.job.assembly import (
     prepare_network,
 )
 from mpichunk.job.canary import find_sound_ranks
-from mpichunk.job.conclusion import conclude, note_end
-from mpichunk.job.fitting import Crew, check_device, check_host, keep_probe, probe_ranks
+from mpichunk.job.exit_status import conclude, note_end
+from mpichunk.job.forward_probe import MeasuredLoad
 from mpichunk.job.leading import CoordinatorSetup, JournalKeeper
-from mpichunk.job.probing import MeasuredLoad
-from mpichunk.job.sight import check_sight
+from mpichunk.job.memory_check import Crew, check_device, check_host, keep_probe, probe_ranks
+from mpichunk.job.shared_filesystem import check_sight
 from mpichunk.job.startup import (
     Job,
     changed_versions,
+    expect,
     find_todo,
     library_versions,
     prepare,
     sync_first,
+    threads_of_earlier_start,
     write_run_files,
 )
 from mpichunk.plan.memory import BLOCKS_IN_FLIGHT
 from mpichunk.plan.prediction import Forecast
 from mpichunk.plan.probe import Probe
 from mpichunk.process import this_process
-from mpichunk.processmemory import settle_allocator
+from mpichunk.processmemory import peak_nbytes, settle_allocator
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
 from mpichunk.ranks.comm import start_mpi
 from mpichunk.ranks.communicator import Communicator
@@ -71,12 +73,12 @@ from mpichunk.ranks.slurm import Allocation, describe
 from mpichunk.roles.drain import DrainSources, DrainWatch, Signals, clear_stop
 from mpichunk.roles.loop import Heartbeats, Loop
 from mpichunk.roles.monitor import CoordinatorRole, Monitor, watch_stopped
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import Journal
 from mpichunk.rundir.layout import STOP
 from mpichunk.rundir.logs import lead_terminal, log_to_file
 from mpichunk.schedule.messages import FAILURES, Records, Stop
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import Writer, create_output
@@ -203,7 +205,8 @@ def _run(
 def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state: RankState) -> int:
     """Do all that the module's docstring lists."""
     job = on_rank_0(comm, lambda: prepare(loaded.config))
-    bindings = bind_ranks(comm, job, fresh=fresh)
+    threads = None if fresh else on_rank_0(comm, lambda: threads_of_earlier_start(job.run_dir))
+    bindings = bind_ranks(comm, job, threads=threads)
     processes = dict(zip(comm.alive, comm.allgather(this_process()), strict=True))
     neighbours = Neighbours(comm.rank, processes)
     if comm.size > 1 and not state.is_watching:
@@ -228,7 +231,7 @@ def _run_config(comm: Communicator, loaded: LoadedConfig, *, fresh: bool, state:
         crew = Crew(num_blocks=num_todo, ranks=sound, probe=probe, has_probed=True)
         check_host(comm, job, request, crew)
         check_device(comm, job, engine, bindings, crew)
-        expected = on_rank_0(comm, lambda: job.forecast(len(sound), num_todo, latest=told))
+        expected = on_rank_0(comm, lambda: expect(job, num_todo, len(sound), told))
         setup = CoordinatorSetup(comm=comm, job=job, todo=todo, sound=sound, expected=expected)
         with ExitStack() as stack:
             keeper = JournalKeeper(comm, job, found.fingerprint, processes.values(), stack)
@@ -312,7 +315,7 @@ def _compute(
     permits = Permits(wake)
     records: Records = queue.SimpleQueue()
     pipeline = _pipeline(job, parts, records, permits, wake)
-    counters = Counters(lambda: parts.inference.device_peak_nbytes)
+    counters = _counters(parts.inference)
     # A rank that computes wrongly asks for no blocks.
     depth = BLOCKS_IN_FLIGHT if comm.rank in setup.sound else 0
     worker = Worker(
@@ -333,7 +336,7 @@ def _compute(
 
     def end(lead: CoordinatorRole) -> Stop:
         assert keeper.journal is not None
-        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank goes on")
+        ending = lead.coordinator.ending or Stop(reason=FAILURES, why="no rank is left")
         setup.tell(lead)
         note_end(keeper.journal, ending)
         return ending
@@ -360,6 +363,11 @@ def _compute(
             pipeline.abandon()
             state.is_abandoning = True
     return None if lead is None else end(lead)
+
+
+def _counters(inference: BlockInference) -> Counters:
+    """Return what counts what this rank has done."""
+    return Counters(host_peak=peak_nbytes, device_peak=lambda: inference.device_peak_nbytes)
 
 
 def _pipeline(

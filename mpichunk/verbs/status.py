@@ -137,8 +137,8 @@ def _check_same_config(config: Config, run_dir: Path) -> None:
     differing = differing_keys(load_plain_config(path).config, config)
     if differing:
         raise JournalError(
-            f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; take that "
-            "back, choose another run_dir, or start over with `run --fresh`",
+            f"{run_dir} holds a run with another {', '.join(differing)}: see {path}; undo that "
+            "change, choose another run_dir, or start over with `run --fresh`",
             key="run_dir",
         )
 
@@ -160,7 +160,7 @@ def stop(config_path: Path, overrides: Sequence[str]) -> ExitCode:
         with run.locating():
             found = read_status(run_dir)
         if not (found.is_alive or found.starting):
-            print(f"{run_dir}: no job runs there, there is nothing to stop: {_state(found)}")
+            print(f"{run_dir}: no job runs there, nothing to stop: {_state(found)}")
             return ExitCode.ALL_DONE
     try:
         drain.request_stop(run_dir)
@@ -212,7 +212,7 @@ def _state(found: RunStatus) -> str:
     if found.exit_code == ExitCode.ALL_DONE:
         return "complete"
     if found.end_reason == FAILURES:
-        return f"stopped early: {found.end_why}; mend that and run it again"
+        return f"stopped early: {found.end_why}; fix that and run it again"
     if found.exit_code == ExitCode.BLOCKS_FAILED:
         return "ended with failed blocks; run it again to try those"
     if found.end_reason == DRAINED:

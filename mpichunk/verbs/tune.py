@@ -24,7 +24,7 @@ from mpichunk.config.schema import Config
 from mpichunk.config.text import parse
 from mpichunk.errors import ExitCode, LaunchError, UserError
 from mpichunk.job.assembly import bind_ranks
-from mpichunk.job.startup import Job, prepare
+from mpichunk.job.startup import prepare
 from mpichunk.processmemory import settle_allocator
 from mpichunk.ranks.comm import SerialCommunicator
 from mpichunk.ranks.launcher import WORLD_SIZE_VARIABLES
@@ -41,13 +41,13 @@ from mpichunk.tune.variants import Facts, baseline, changed, variant_of, with_se
 class Options:
     """How to tune."""
 
-    num_repeats: int = 5
+    num_repeats: int
     """Turns of each variant."""
 
-    tolerance: float = 1e-3
+    tolerance: float
     """Largest difference allowed from float32, as a share of the range of the activated values."""
 
-    limit_seconds: float = 600.0
+    limit_seconds: float
     """No variant is begun after this time."""
 
     write: Path | None = None
@@ -98,13 +98,15 @@ def _tune(config: Config, options: Options) -> Tuning:
     """Measure, and return what was found, also if that is interrupted after the first variant."""
     job = prepare(config)
     start = baseline(config)
-    facts = facts_of(replace(job, config=with_settings(config, start.settings)))
+    first = replace(job, config=with_settings(config, start.settings))
+    binding = bind_ranks(SerialCommunicator(), first).of(0)
+    facts = facts_of(binding.device)
     patches_nczyx, is_real = read_patches(job)
     meter = Meter(
         job,
         patches_nczyx,
         num_repeats=options.num_repeats,
-        num_local=_num_local(job),
+        num_local=_num_local(binding.threads),
         deadline=time.perf_counter() + options.limit_seconds,
     )
     search = Search(config, facts, meter.measure, options.tolerance)
@@ -146,9 +148,8 @@ def _largest_batch(meter: Meter, rows: Sequence[Row], best: Row) -> Largest | No
     )
 
 
-def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Facts:
-    """Return what this machine has."""
-    device = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).device
+def facts_of(device: str, which: Callable[[str], str | None] = shutil.which) -> Facts:
+    """Return what this machine has, for networks on a device."""
     installed = {backend for backend in PACKAGES if is_installed(backend)}
     compilers = ("g++", "clang++", "c++") if device == "cpu" else ("cc", "gcc", "clang")
     has_compiler = any(which(name) for name in compilers)
@@ -162,9 +163,8 @@ def facts_of(job: Job, which: Callable[[str], str | None] = shutil.which) -> Fac
     )
 
 
-def _num_local(job: Job) -> int:
-    """Return how many ranks a run will have on this host: as many as share its cores."""
-    threads = bind_ranks(SerialCommunicator(), job, fresh=True).of(0).threads
+def _num_local(threads: int) -> int:
+    """Return how many ranks of so many threads a run will have here: as many as share the cores."""
     return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
@@ -174,7 +174,7 @@ def _refuse_ranks(environ: Mapping[str, str]) -> None:
         if environ.get(variable, "1") not in ("", "0", "1"):
             raise LaunchError(
                 f"{launcher} started {environ[variable]} tasks, and `tune` measures one: start it "
-                "without, and set compute.threads to what each rank of a run will have"
+                f"without {launcher}, and set compute.threads to what each rank of a run will have"
             )
 
 
@@ -190,7 +190,7 @@ def _refuse_target(target: Path) -> None:
         )
     folder = target.absolute().parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"{folder} is no folder that can be written; name a file with --write")
+        raise UserError(f"{folder} is not a writable folder; name a file with --write")
 
 
 def _write(target: Path, loaded: LoadedConfig, overrides: Sequence[str], tuning: Tuning) -> None:

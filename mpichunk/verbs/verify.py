@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,21 @@ from mpichunk.verbs.onranks import on_ranks
 from mpichunk.volume import check_output, open_output
 from mpichunk.words import agree, count
 
-MISSING, DIFFERENT, UNREADABLE, EXTRA = KINDS = ("missing", "different", "unreadable", "extra")
+
+class Kind(StrEnum):
+    """How a block is not as the journal says."""
+
+    MISSING = "missing"
+    DIFFERENT = "different"
+    UNREADABLE = "unreadable"
+    EXTRA = "extra"
+
+
 WORDS = {
-    MISSING: "nothing of it is stored",
-    DIFFERENT: "holds other values than were written",
-    UNREADABLE: "cannot be read",
-    EXTRA: "holds values, but is not done; the next run overwrites it",
+    Kind.MISSING: "nothing of it is stored",
+    Kind.DIFFERENT: "holds other values than were written",
+    Kind.UNREADABLE: "cannot be read",
+    Kind.EXTRA: "holds values, but is not done; the next run overwrites it",
 }
 PROGRESS_SECONDS = 30.0
 
@@ -67,8 +77,8 @@ class BlockFinding:
     block: int
     """Index in the plan."""
 
-    kind: str
-    """One of `KINDS`."""
+    kind: Kind
+    """How."""
 
     message: str
     """What the user is told."""
@@ -104,7 +114,7 @@ class Verification:
     @property
     def bad(self) -> list[BlockFinding]:
         """Blocks that are done but not as they were written."""
-        return [finding for finding in self.findings if finding.kind != EXTRA]
+        return [finding for finding in self.findings if finding.kind != Kind.EXTRA]
 
     @property
     def exit_code(self) -> ExitCode:
@@ -164,14 +174,14 @@ def find(
     try:
         core_czyx = read(core)
     except BlockError as error:
-        kind = UNREADABLE if state == State.DONE else EXTRA
+        kind = Kind.UNREADABLE if state == State.DONE else Kind.EXTRA
         return BlockFinding(block=block, kind=kind, message=str(error))
     if state == State.DONE:
         if digest_of(core_czyx) == digest.tobytes():
             return None
-        kind = DIFFERENT if core_czyx.any() else MISSING
+        kind = Kind.DIFFERENT if core_czyx.any() else Kind.MISSING
     elif core_czyx.any():
-        kind = EXTRA
+        kind = Kind.EXTRA
     else:
         return None
     return BlockFinding(block=block, kind=kind, message=WORDS[kind])
@@ -299,7 +309,7 @@ def _counts(stored: StoredRun, verdict: Verification) -> dict[str, int]:
         "num_blocks": len(stored.states),
         "num_done": int(counts[State.DONE]),
         "num_failed": int(counts[State.FAILED]),
-        **{f"num_{kind}": kinds.count(kind) for kind in KINDS},
+        **{f"num_{kind}": kinds.count(kind) for kind in Kind},
     }
 
 
@@ -331,7 +341,7 @@ def _text(stored: StoredRun, verdict: Verification, repair: bool) -> str:
     """Return the verdict as a few lines."""
     counts = _counts(stored, verdict)
     num_good = counts["num_done"] - len(verdict.bad)
-    kinds = ", ".join(f"{counts[f'num_{kind}']} {kind}" for kind in KINDS)
+    kinds = ", ".join(f"{counts[f'num_{kind}']} {kind}" for kind in Kind)
     gone = "" if stored.is_there else "; it does not exist"
     lines = [
         f"output   {stored.job.output.volume}{gone}",

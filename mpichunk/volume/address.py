@@ -92,7 +92,7 @@ def parse_address(volume: str | dict[str, Any]) -> Address:
     if isinstance(volume, dict):
         return _parse_spec(volume)
     if not volume.strip():
-        raise VolumeError("the volume is an empty text; expected a path or a URL")
+        raise VolumeError("the volume is an empty string; expected a path or a URL")
     scheme, separator, rest = volume.partition("://")
     if separator and scheme == SYNTHETIC:
         return Address(driver=SYNTHETIC, store=volume)

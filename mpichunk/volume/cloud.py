@@ -126,12 +126,13 @@ def _require_codec(address: Address, encoding: str) -> None:
     """Refuse an encoding that is unknown, or whose codec is not installed."""
     if encoding not in CODECS:
         raise VolumeError(
-            f"{address} has the unknown encoding {encoding!r}; known are {', '.join(CODECS)}"
+            f"{address} has an unknown encoding {encoding!r}; known are {', '.join(CODECS)}"
         )
     module, package = CODECS[encoding]
     if importlib.util.find_spec(module) is None:
         raise VolumeError(
-            f"{address} is encoded as {encoding}, whose codec is not here: pip install {package}"
+            f"{address} is encoded as {encoding}, whose codec is not installed: pip install "
+            f"{package}"
         )
 
 

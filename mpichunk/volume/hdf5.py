@@ -101,7 +101,7 @@ def _read_facts(dataset: Any, given: ConfigFacts, location: str) -> tuple[str, V
     """Return the axes of a dataset and what it says about itself."""
     attributes = {name: _plain(value) for name, value in dataset.attrs.items()}
     if not isinstance(dataset.dtype, np.dtype) or dataset.shape is None:
-        raise VolumeError(f"{location} holds no array", key="dataset")
+        raise VolumeError(f"{location} does not hold an array", key="dataset")
     try:
         axes = axes_of(list(str(attributes.get("axes", ""))), dataset.ndim, "czyx")
         start = given.voxel_offset or voxel_offset_of(attributes, axes)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpichunk.config.formats import dtype_mistake, shard_mistake
 from mpichunk.errors import VolumeError
-from mpichunk.geometry.box import Box, Triple, ceil_div
+from mpichunk.geometry.box import Box, Triple
 from mpichunk.volume.address import FORMAT_NAMES, PRECOMPUTED, ZARR2, ZARR3
 from mpichunk.volume.attributes import voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import Metadata
@@ -60,11 +60,6 @@ class OutputSpec:
         """What one file holds, zyx."""
         return self.shard_shape or self.chunk_shape
 
-    @property
-    def num_files(self) -> int:
-        """Data files of the complete volume; fewer where all is zero, which is not stored."""
-        return prod(map(ceil_div, self.domain.shape, self.write_unit))
-
 
 def check_spec(spec: OutputSpec, driver: str) -> None:
     """Refuse what a format cannot hold.
@@ -75,7 +70,7 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     name = FORMAT_NAMES.get(driver, driver)
     if driver not in WRITABLE:
         known = ", ".join(FORMAT_NAMES[d] for d in WRITABLE)
-        raise VolumeError(f"{spec.volume}: {name} is not written; expected one of {known}")
+        raise VolumeError(f"{spec.volume}: {name} cannot be written; expected one of {known}")
     if mistake := dtype_mistake(spec.dtype.name, name):
         raise VolumeError(mistake, key="dtype")
     if spec.shard_shape is not None and (mistake := shard_mistake(spec.shard_shape, name)):
@@ -91,8 +86,7 @@ def check_spec(spec: OutputSpec, driver: str) -> None:
     if nbytes > LARGEST_CHUNK_NBYTES:
         raise VolumeError(
             f"a chunk {spec.chunk_shape} of {count(spec.num_channels, 'channel')} has {nbytes} "
-            f"bytes; "
-            f"at most {LARGEST_CHUNK_NBYTES} can be stored: make it smaller",
+            f"bytes; at most {LARGEST_CHUNK_NBYTES} can be stored: make it smaller",
             key="chunk_shape",
         )
 

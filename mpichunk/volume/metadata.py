@@ -76,8 +76,7 @@ def find_driver(address: Address) -> str:
         raise VolumeError(f"{address} is not a volume that mpichunk reads{_contents(address)}")
     if address.driver is not None and found != address.driver:
         raise VolumeError(
-            f"{address} is not {FORMAT_NAMES[address.driver]}: "
-            f"what lies there is {FORMAT_NAMES[found]}"
+            f"{address} is not {FORMAT_NAMES[address.driver]}: it is {FORMAT_NAMES[found]}"
         )
     return found
 
@@ -101,7 +100,7 @@ def array_metadata(address: Address) -> Metadata:
     if driver == N5 and "dimensions" not in metadata:
         raise VolumeError(f"{address} is an N5 group, not a dataset{_contents(address)}")
     if driver == PRECOMPUTED and not isinstance(metadata.get("scales"), list):
-        raise VolumeError(f"{address} has an info without scales: it is no image volume")
+        raise VolumeError(f"{address} has an info without scales: it is not an image volume")
     return metadata
 
 
@@ -153,7 +152,7 @@ def scale_of(address: Address, info: Metadata, mip: int) -> Scale:
         scales = [_parse_scale(scale) for scale in info["scales"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise VolumeError(
-            f"{address} has an info that is damaged: {type(error).__name__} {error}"
+            f"{address} has a damaged info: {type(error).__name__} {error}"
         ) from error
     if mip >= len(scales):
         sizes = ["x".join(f"{size:g}" for size in scale.voxel_size) for scale in scales]
@@ -170,8 +169,8 @@ def refuse_mip(address: Address, mip: int) -> None:
     """
     if mip != 0:
         raise VolumeError(
-            f"{address} has one scale level, mip 0; found mip {mip}: "
-            "give the array of that level as the volume",
+            f"{address} has one scale level, mip 0; found mip {mip}: name the array of that level "
+            "as the volume",
             key="mip",
         )
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Triple, add, triple
+from mpichunk.geometry.buffers import CACHE_NBYTES
 from mpichunk.volume.address import N5, PRECOMPUTED, ZARR2, Address
 from mpichunk.volume.attributes import ConfigFacts, axes_of, voxel_offset_of, voxel_size_of
 from mpichunk.volume.metadata import MARKERS, Metadata, attributes_of, scale_of
 from mpichunk.volume.source import Recipe, VolumeFacts, VoxelSize, usable_dtype
-from mpichunk.volume.tensor import CACHE_NBYTES, make_context, open_store, to_czyx
+from mpichunk.volume.tensor import make_context, open_store, to_czyx
 
 
 class StoredSource:

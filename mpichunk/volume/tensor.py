@@ -13,12 +13,9 @@ import tensorstore as ts
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple, subtract, triple
+from mpichunk.geometry.buffers import CACHE_NBYTES
 from mpichunk.volume.future import cause
 from mpichunk.volume.source import Fetch, VolumeFacts
-
-CACHE_NBYTES = 64 * 2**20
-"""Decoded chunks and shard indices kept per volume that is read; nothing is kept when writing."""
-
 
 METADATA_SECONDS = 60
 """How long a store may take to answer about metadata; its own retries go on for much longer."""
@@ -82,7 +79,7 @@ def read_json(store: Store, key: str, extra: Context) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise VolumeError(f"its {key} is not JSON ({error}); write it anew") from error
+        raise VolumeError(f"its {key} is not JSON ({error}); rewrite it") from error
     if not isinstance(value, dict):
         raise VolumeError(f"its {key} holds {type(value).__name__}; expected a JSON object")
     return value

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from mpichunk.errors import VolumeError
 from mpichunk.geometry.box import Box, Triple
-from mpichunk.geometry.parts import write_parts
 from mpichunk.geometry.volumeinfo import VolumeInfo
+from mpichunk.geometry.write_parts import write_parts
 from mpichunk.volume.address import PRECOMPUTED, ZARR2, Address, parse_address
 from mpichunk.volume.cloud import has_suffixed_files
 from mpichunk.volume.future import BlockFuture
@@ -40,7 +40,7 @@ from mpichunk.volume.writing import Writing
 METADATA = ("zarr.json", "attributes.json", "info", "provenance")
 """Files of a volume that are no chunks; those of zarr 2 are hidden."""
 
-EXPECTED = "expected a place that this job can write to: choose another one, or mend this"
+EXPECTED = "expected a place that this job can write to: choose another one, or fix this"
 """Ends what is said of a place that cannot be written."""
 
 
@@ -217,8 +217,8 @@ def _address(spec: OutputSpec) -> Address:
         driver = (detect(address) if is_there else None) or format_by_name(address.place)
         if driver is None:
             raise VolumeError(
-                f"{address} does not tell the format; write {spec.volume}|zarr3: "
-                "(or zarr2, or neuroglancer-precomputed)"
+                f"{address} does not name a format; write {spec.volume}|zarr3: (or zarr2, or "
+                "neuroglancer-precomputed)"
             )
         address = replace(address, driver=driver)
     check_spec(spec, str(address.driver))
@@ -231,7 +231,7 @@ def _check(address: Address, spec: OutputSpec, sources: Sequence[VolumeInfo]) ->
     for source in sources:
         read, written = _real(source.location.rpartition("|")[0] or source.location), _real(place)
         if written == read:
-            raise VolumeError(f"{address} is what is read; choose another place for the output")
+            raise VolumeError(f"{address} is also read; choose another place for the output")
         if written.startswith(f"{read}/"):
             raise VolumeError(
                 f"{address} lies inside the volume that is read, {read}; choose another place for "
@@ -244,8 +244,8 @@ def _check(address: Address, spec: OutputSpec, sources: Sequence[VolumeInfo]) ->
         differing = differences(found, wanted_layout(spec, str(address.driver)))
         if differing:
             raise VolumeError(
-                f"{address} exists and differs in {'; '.join(differing)}. "
-                "Choose another place for the output, or move that volume away"
+                f"{address} exists and differs in {'; '.join(differing)}. Choose another place for "
+                "the output, or move that volume away"
             )
         return True
     if address.path is not None:

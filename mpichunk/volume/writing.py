@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box, Grid
-from mpichunk.geometry.parts import WINDOW_NBYTES
+from mpichunk.geometry.write_parts import WINDOW_NBYTES
 from mpichunk.volume.future import BlockFuture
 
 

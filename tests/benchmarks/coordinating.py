@@ -21,9 +21,11 @@ import numpy as np
 
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.rundir.journal import Journal
+from mpichunk.schedule.hang import BlockDurations
 from mpichunk.schedule.messages import Assign, Done, Request
 from mpichunk.schedule.scheduler import Scheduler
 from tests.benchmarks.simulation import EDGE, plan_of
+from tests.quiet import patient_breaker
 
 NUM_RANKS = 64
 NUM_BLOCKS = 10**6
@@ -52,10 +54,12 @@ def rate(num_leases: int, seconds: float, run_dir: Path) -> float:
     plan = plan_of(NUM_BLOCKS)
     with Journal.open(run_dir, num_blocks=NUM_BLOCKS, fingerprint={}, versions={}) as journal:
         coordinator = Coordinator(
-            Scheduler(NUM_BLOCKS, size=NUM_RANKS),
+            Scheduler(NUM_BLOCKS, ranks=range(NUM_RANKS)),
             journal,
             core_of=plan.grid.__getitem__,
             hosts=dict.fromkeys(range(NUM_RANKS), "node00001"),
+            breaker=patient_breaker(NUM_RANKS),
+            durations=BlockDurations(float("inf")),
         )
         thread = Computing()
         thread.start()

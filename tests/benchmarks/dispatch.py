@@ -31,16 +31,17 @@ from mpichunk.ranks.communicator import Communicator
 from mpichunk.roles.coordinator import Coordinator
 from mpichunk.roles.loop import Heartbeats, Loop
 from mpichunk.roles.monitor import CoordinatorRole, Monitor
+from mpichunk.roles.permits import Permits
 from mpichunk.roles.worker import Worker
 from mpichunk.rundir.journal import NAME, Journal, scan
 from mpichunk.schedule.attendance import Attendance
 from mpichunk.schedule.hang import BlockDurations, HangDetector
 from mpichunk.schedule.messages import Done, Lease, Records, State
-from mpichunk.schedule.permits import Permits
 from mpichunk.schedule.progress import Counters
 from mpichunk.schedule.scheduler import Scheduler
 from tests.fakeranks import NullDisplay
 from tests.launch import find_mpirun, launch_environment, mpirun_options
+from tests.quiet import nobody_takes_over, patient_breaker, strangers, unasked, unexpected
 
 TAG = 7
 
@@ -81,12 +82,13 @@ def cube(num_blocks: int) -> Grid:
 
 def lead_of(comm: Communicator, journal: Journal, num_blocks: int) -> CoordinatorRole:
     """Return the coordinator's part, put together as `run` does."""
-    scheduler, durations = Scheduler(num_blocks, size=comm.size), BlockDurations(300.0)
+    scheduler, durations = Scheduler(num_blocks, ranks=range(comm.size)), BlockDurations(300.0)
     coordinator = Coordinator(
         scheduler,
         journal,
         core_of=cube(num_blocks).__getitem__,
         hosts=comm.hosts,
+        breaker=patient_breaker(comm.size),
         durations=durations,
     )
     attendance = Attendance(comm.alive, NullDisplay(), num_done=lambda: scheduler.num_done)
@@ -124,7 +126,10 @@ def dispatch(comm: Communicator, num_blocks: int, run_dir: Path, profile: str | 
         lead=None if journal is None else lead_of(comm, journal, num_blocks),
         heartbeats=Heartbeats(counters, interval=5.0),
         wake=wake,
-        monitor=Monitor(comm),
+        monitor=Monitor(comm, strangers(comm.rank, comm.alive)),
+        watch=unasked(),
+        take_over=nobody_takes_over,
+        conclude=unexpected,
     )
     comm.barrier()
     started, cpu_started = time.perf_counter(), time.process_time()

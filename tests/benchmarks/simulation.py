@@ -163,7 +163,7 @@ class Simulation:
         if case.num_left is not None:
             done[: case.num_blocks - case.num_left] = True
         self.num_to_do = case.num_blocks - int(np.count_nonzero(done))
-        self.scheduler = Scheduler(case.num_blocks, size=case.num_ranks, done=done)
+        self.scheduler = Scheduler(case.num_blocks, ranks=range(case.num_ranks), done=done)
         self.coordinator = Coordinator(
             self.scheduler,
             journal,

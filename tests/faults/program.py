@@ -31,6 +31,9 @@ from mpichunk.volume import Writer
 DEADLY_SECONDS = 0.4
 """What a block takes that kills its rank: by then all is reported that was computed before."""
 
+GO = "go"
+"""A file in the run's folder: once it is there, nothing is slow any more."""
+
 VARIABLE = "MPICHUNK_TEST_FAULTS"
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
 POINTS: dict[str, tuple[type, str]] = {
@@ -48,6 +51,7 @@ class Faults:
 
     def __init__(self, told: dict[str, Any]) -> None:
         self._folder = Path(told["folder"])
+        self._go = self._folder / GO
         self._waiting = [fault for fault in told["faults"] if fault["rank"] in (RANK, None)]
         self._lock = threading.Lock()
         self._nan = threading.local()
@@ -91,7 +95,15 @@ class Faults:
 
     def _meet(self, fault: dict[str, Any]) -> None:
         self.note("met", f"{fault['kind']} rank {RANK} {fault['point']}")
-        MEET[fault["kind"]](fault)
+        if fault["kind"] == "slow":
+            self._sleep(fault["seconds"])
+        else:
+            MEET[fault["kind"]](fault)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self._go.exists():
+            time.sleep(min(left, 0.05))
 
     def note(self, name: str, line: str) -> None:
         """Append a line to a file that all ranks share; whole lines never mix."""
@@ -104,7 +116,7 @@ class Faults:
         run = BlockInference.run
 
         def slow(*arguments: Any, **named: Any) -> Any:
-            time.sleep(self.seconds_per_block)
+            self._sleep(self.seconds_per_block)
             return run(*arguments, **named)
 
         BlockInference.run = slow  # type: ignore[method-assign]
@@ -161,7 +173,6 @@ MEET: dict[str, Callable[[dict[str, Any]], object]] = {
     "bug": _raise(KeyError, "made to fail: a bug"),
     "block-error": _raise(BlockError, "made to fail: a stuck disk"),
     "memory-error": _raise(MemoryError, "made to fail: no memory"),
-    "slow": lambda fault: time.sleep(fault["seconds"]),
 }
 
 

@@ -22,8 +22,7 @@ sys.exit(cli.main(["run", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(("bad", "mode"), [(0, "static"), (1, "dynamic")])
 def test_a_rank_that_cannot_load_the_network_is_left_out(tmp_path, mpirun, bad, mode):
     config = slow_config(tmp_path, schedule={"mode": mode})
     done = mpirun(3, "-c", PROGRAM, config, bad)

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from tests.endtoend import block_lines, check, kill_tree, wait_until_done
+from tests.faults.program import GO
 from tests.faults.slow import NUM_BLOCKS, program, slow_config
 
 RUN = ("-m", "mpichunk", "run")
@@ -17,7 +18,8 @@ RUN = ("-m", "mpichunk", "run")
 def test_a_second_job_is_refused_while_the_first_lives(tmp_path, mpirun, python):
     config = slow_config(tmp_path)
     run_dir = tmp_path / "runs/v"
-    how = program(config, 0.8)
+    # Until all others have been refused.
+    how = program(config, 1.5)
     refused = []
 
     def start_another(process):
@@ -25,6 +27,8 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path, mpirun, python)
         for options in ((), ("--fresh",)):
             refused.append(python(*RUN, config, *options))
         refused.append(mpirun(2, *RUN, config))
+        assert process.poll() is None
+        (tmp_path / GO).touch()
 
     done = mpirun(2, *how["args"], env=how["env"], meanwhile=start_another)
     assert done.returncode == 0, done.stderr

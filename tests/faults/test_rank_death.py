@@ -21,7 +21,7 @@ from mpichunk.ranks.recovery import Watchdog
 from mpichunk.schedule.scheduler import MOST_DEATHS
 from tests.endtoend import assert_same_files, kill_tree, status_of, wait_until_done
 from tests.faults.harness import NUM_BLOCKS, Bench, Run, _mpirun_command
-from tests.faults.program import VARIABLE
+from tests.faults.program import GO, VARIABLE
 from tests.faults.scenario import POINTS, Attempt, Fault, Scenario
 from tests.launch import REPOSITORY, launch_environment
 
@@ -112,8 +112,9 @@ class Job:
         assert_same_files(self.folder / "out/v.zarr", self.bench.expected)
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("mode", "seed"), [("dynamic", 0), ("dynamic", 1), ("dynamic", 2), ("static", 0), ("static", 1)]
+)
 def test_any_ranks_may_die_at_any_moment_as_long_as_one_is_left(bench, mode, seed):
     draw = random.Random(f"{mode} {seed}")
     num_ranks = draw.randint(3, 5)
@@ -145,7 +146,7 @@ def test_all_but_one_die_at_the_same_moment(bench, mode):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_ranks_die_while_the_others_recover(bench, seed):
     draw = random.Random(seed)
     job = Job(bench, f"recovering-{seed}", 5).start()
@@ -215,7 +216,9 @@ def test_a_block_that_kills_every_rank_that_computes_it_is_given_up(bench, capsy
     deadly = NUM_BLOCKS // 2
     job = Job(bench, "deadly", 5)
     # What the coordinator dies of nobody knows, so it is kept from this block.
-    job.start(deadly_blocks=[deadly], faults=[slow(0, "infer", 2, 5)])
+    job.start(deadly_blocks=[deadly], faults=[slow(0, "infer", 2, 50)])
+    job.until_told("as others did; given up")
+    (job.folder / GO).touch()
     assert job.wait() == ExitCode.BLOCKS_FAILED, job.log.read_text()
     met = (job.folder / "met").read_text().splitlines()
     assert len({line for line in met if line.startswith("kill")}) == MOST_DEATHS

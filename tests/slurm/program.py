@@ -15,7 +15,7 @@ from typing import Any
 import mpichunk.backends.devices.probing as devices
 from mpichunk import cli
 from mpichunk.backends import identity
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.rundir import lock
 from tests.faults import program
 
@@ -36,14 +36,14 @@ def fake_torch(names: list[str]) -> Any:
     return SimpleNamespace(cuda=cuda)
 
 
-def probe(self: identity.IdentityBackend, requested: str) -> Probe:
+def probe(self: identity.IdentityBackend, requested: str) -> VisibleDevices:
     """Return what a process would see of the node's GPUs."""
     gpus = os.environ["MPICHUNK_TEST_GPUS"].split(",")
     listed = os.environ.get(os.environ.get("MPICHUNK_TEST_GPU_LIST", "CUDA_VISIBLE_DEVICES"))
     seen = gpus if listed is None else [n for n in listed.split(",") if n in gpus or "MIG-" in n]
     torch = fake_torch([n if "MIG-" in n else f"{socket.gethostname()}-{n}" for n in seen])
     found = tuple(devices._accelerator(torch, "cuda", k) for k in range(len(seen)))
-    return Probe(accelerators=found, cpu_kind=devices.cpu_kind())
+    return VisibleDevices(accelerators=found, cpu_kind=devices.cpu_kind())
 
 
 def main(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ class Accelerator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class VisibleDevices:
     """What one process could compute on."""
 
     accelerators: tuple[Accelerator, ...] = ()
@@ -72,7 +72,7 @@ class RankFacts:
     num_host_cores: int
     """Cores of the node."""
 
-    probe: Probe
+    devices: VisibleDevices
     """Devices that it sees."""
 
     gpu_hints: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ def bind(
             device=f"{found.kind}:{found.index}" if found else "cpu",
             device_id=found.physical_id if found else "-",
             visible=facts.visible,
-            device_kind=found.name if found else facts.probe.cpu_kind,
+            device_kind=found.name if found else facts.devices.cpu_kind,
             threads=num_threads,
             num_cores=len(facts.cores),
         )
@@ -244,12 +244,12 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", device)
     if match is None:
         raise DeviceError(
-            f"{device!r} names no device; expected auto, cpu, cuda, cuda:1 or the like", key=_KEY
+            f"{device!r} is not a device; expected auto, cpu, cuda, cuda:1 or the like", key=_KEY
         )
     kind, index = match.groups()
     if kind == "cpu":
         return []
-    visible = [a for a in facts.probe.accelerators if kind in ("auto", a.kind)]
+    visible = [a for a in facts.devices.accelerators if kind in ("auto", a.kind)]
     if index is not None:
         visible = [a for a in visible if a.index == int(index)]
     if visible:
@@ -257,15 +257,15 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
     who, seen = f"rank {facts.rank} on {facts.host}", _what_is_seen(facts)
     if kind != "auto":
         raise DeviceError(
-            f"{who} has no device {device!r}: {seen}; take `auto` or `cpu` (NVIDIA's and AMD's "
-            "are `cuda`), ask the launcher for accelerators, or install a torch that is built for "
-            "them",
+            f"{who} has no device {device!r}: {seen}; use `auto` or `cpu` (NVIDIA's and AMD's are "
+            "`cuda`), ask the launcher for accelerators, or install a torch that is built for them",
             key=_KEY,
         )
     if facts.gpu_hints:
         raise DeviceError(
             f"{who} was given accelerators ({', '.join(facts.gpu_hints)}), but {seen}; install a "
-            "torch that is built for them and for the node's driver, or say `cpu` if that is meant",
+            "torch that is built for them and for the node's driver, or set compute.device: cpu if "
+            "that is intended",
             key=_KEY,
         )
     return []
@@ -273,9 +273,9 @@ def _usable(facts: RankFacts, device: str) -> list[Accelerator]:
 
 def _what_is_seen(facts: RankFacts) -> str:
     """Return in words which accelerators the framework sees."""
-    names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.probe.accelerators)
-    note = f" ({facts.probe.note})" if facts.probe.note else ""
-    return f"{facts.probe.framework} sees {names or 'no accelerator'}{note}"
+    names = ", ".join(f"{a.kind}:{a.index} {a.name}" for a in facts.devices.accelerators)
+    note = f" ({facts.devices.note})" if facts.devices.note else ""
+    return f"{facts.devices.framework} sees {names or 'no accelerator'}{note}"
 
 
 def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | None]) -> None:
@@ -288,16 +288,17 @@ def _refuse_sharing(ranks: Sequence[RankFacts], chosen: Sequence[Accelerator | N
         if other == facts.rank:
             continue
         local = [r for r in ranks if r.host == facts.host]
-        num_devices = len({a.physical_id for r in local for a in r.probe.accelerators})
+        num_devices = len({a.physical_id for r in local for a in r.devices.accelerators})
         # A process sees one MIG instance of those in its list, the first.
         is_mig = "MIG-" in found.physical_id or "MIG-" in facts.visible
-        cure = "; of MIG instances give each rank its own: srun --gpus-per-task=1" if is_mig else ""
+        cure = (
+            "; give each rank a MIG instance of its own: srun --gpus-per-task=1" if is_mig else ""
+        )
         raise DeviceError(
             f"ranks {other} and {facts.rank} on {facts.host} would share one device, {found.name} "
             f"({found.physical_id}): {count(len(local), 'rank')} and "
-            f"{count(num_devices, 'visible device')} there; "
-            "start no more ranks per node than it has devices, or set compute.share_device: true"
-            f"{cure}",
+            f"{count(num_devices, 'visible device')} there; start no more ranks per node than it "
+            f"has devices, or set compute.share_device: true{cure}",
             key=_KEY,
         )
 
@@ -323,7 +324,7 @@ def _warn_of_cpu(
     on_cpu = [facts for facts, found in zip(ranks, chosen, strict=True) if found is None]
     if not on_cpu:
         return []
-    cure = "set compute.device: cpu if that is meant"
+    cure = "set compute.device: cpu if that is intended"
     if len(on_cpu) == len(ranks):
         return [f"no accelerator is seen, so everything is computed on the CPU; {cure}"]
     return [
@@ -352,15 +353,14 @@ def _warn_of_threads(
         return [
             f"threads per rank: {num_threads} (compute.threads, or what the run began with), but "
             f"rank {rank.rank} on {rank.host} has only {count(min(shares), 'core')} to itself: "
-            f"threads will "
-            "compete"
+            "threads will compete"
         ]
     if not given and max(shares) > num_threads:
         few = [r.host for r, share in zip(ranks, shares, strict=True) if share == num_threads]
         return [
             f"{count(num_threads, 'thread')} on every rank, since ranks on {_some(few)} have no "
-            f"more cores "
-            f"to themselves and the number enters the result; others have up to {max(shares)}"
+            "more cores of their own and results depend on the number of threads; other ranks have "
+            f"up to {max(shares)} cores"
         ]
     return []
 
@@ -380,8 +380,7 @@ def _warn_of_single_cores(ranks: Sequence[RankFacts]) -> list[str]:
     return [
         f"{len(single)} of {count(len(ranks), 'rank')}, on {_some(f.host for f in single)}, "
         f"{agree(len(single), 'is', 'are')} bound to one core each while cores of their node stay "
-        f"idle: start with `mpirun --bind-to none`, "
-        "or `srun --cpus-per-task=N`"
+        "idle: start with `mpirun --bind-to none`, or `srun --cpus-per-task=N`"
     ]
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpichunk.backends.devices.binding import Accelerator, Probe
+from mpichunk.backends.devices.binding import Accelerator, VisibleDevices
 from mpichunk.backends.devices.visibility import listed_name
 
 
-def probe_devices(requested: str = "auto") -> Probe:
+def probe_devices(requested: str = "auto") -> VisibleDevices:
     """Return the accelerators that torch sees, and the CPU's instruction set as torch uses it.
 
     When `cpu` is requested, accelerators are left alone.
@@ -31,7 +31,7 @@ def probe_devices(requested: str = "auto") -> Probe:
     accelerators = tuple(_accelerator(torch, kind, index) for index in range(num_devices))
     notes = [f"torch {torch.__version__}{_built_for(torch)}"]
     notes += [str(warning.message).strip() for warning in caught]
-    return Probe(
+    return VisibleDevices(
         accelerators=accelerators,
         cpu_kind=f"cpu {torch.backends.cpu.get_cpu_capability()}",
         note="; ".join(notes),

@@ -90,14 +90,14 @@ def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, 
             length, first = _varint(data, start, stop)
             start = first + length
             if start > stop:
-                raise ValueError(f"a field ends {count(start - stop, 'byte')} behind the end")
+                raise ValueError(f"a field ends {count(start - stop, 'byte')} past the end")
             yield field, first, start
         elif wire in (_FIXED64, _FIXED32):
             start += 8 if wire == _FIXED64 else 4
         else:
             raise ValueError(f"no field of protobuf begins at byte {start}")
     if start != stop:
-        raise ValueError("its last field is not whole")
+        raise ValueError("its last field is incomplete")
 
 
 def _varint(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
@@ -110,4 +110,4 @@ def _varint(data: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, start
         shift += 7
-    raise ValueError("a number is not whole")
+    raise ValueError("a number is incomplete")

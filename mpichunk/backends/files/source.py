@@ -128,19 +128,21 @@ def _module_file(dotted: str) -> Path:
 def _kind_of_archive(path: Path) -> Literal["exported", "script"]:
     """Tell torch's saved networks apart, and refuse what people mistake for one of them."""
     if path.suffix == ".py":
-        raise ModelError(f"{path} lacks the network's name; say {path.name}:Name", key="model.path")
+        raise ModelError(
+            f"{path} lacks the network's name; write {path.name}:Name", key="model.path"
+        )
     if path.suffix in (".onnx", ".xml"):
         takes = "onnxruntime or openvino" if path.suffix == ".onnx" else "openvino"
         raise ModelError(
-            f"{path} is no network of torch; set model.backend: {takes}", key="model.path"
+            f"{path} is not a network of torch; set model.backend: {takes}", key="model.path"
         )
     use_as_weights = "give the network as file.py:Name in model.path and this file in model.weights"
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} holds weights only; {use_as_weights}", key="model.path")
     if not zipfile.is_zipfile(path):
         raise ModelError(
-            f"{path} is not a TorchScript file: no zip archive, so of another kind or cut short; "
-            f"{_FORMS}",
+            f"{path} is not a TorchScript file: it is not a zip archive, so it is of another kind "
+            f"or cut short; {_FORMS}",
             key="model.path",
         )
     with zipfile.ZipFile(path) as archive:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.files.source import WEIGHTS_KEY
@@ -48,9 +48,9 @@ class OpenvinoBackend:
         """Return the files of the network, without importing openvino or torch."""
         return openvino_files(model)
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU, without importing any framework."""
-        return Probe(cpu_kind=cpu_kind())
+        return VisibleDevices(cpu_kind=cpu_kind())
 
     def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
         """Return a network of torch as OpenVINO's, so that the other ranks need no torch."""
@@ -81,7 +81,7 @@ class OpenvinoEngine:
         self._arrays = NumpyArrays()
         self._own_settings = tuple(model.options)
         self._limit = limit_of(model)
-        # To be asked what this CPU is able of is enough for oneDNN to look.
+        # To be asked what this CPU supports is enough for oneDNN to look.
         with limited(self._limit):
             self._settings = _settings(self._core, model, request)
         self._requests: dict[int, Any] = {}
@@ -129,8 +129,7 @@ class OpenvinoEngine:
         if self.is_out_of_memory(error):
             return ModelError(
                 f"a batch of {count(self._request.batch_size, 'patch', 'patches')} does not fit "
-                f"into memory: {text}; "
-                "reduce patch.batch_size or patch.shape",
+                f"into memory: {text}; reduce patch.batch_size or patch.shape",
                 key="patch.batch_size",
             )
         return ModelError(f"the network failed: {text}", key="model.path")
@@ -176,8 +175,8 @@ def _settings(core: Any, model: Model, request: EngineRequest) -> dict[str, Any]
     able = [str(name) for name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
     if request.precision != "float32" and _CAPABILITIES[request.precision] not in able:
         raise DeviceError(
-            f"this CPU cannot compute in {request.precision} by openvino: it is able of "
-            f"{', '.join(able)}; take compute.precision out",
+            f"openvino does not support {request.precision} on this CPU; it supports "
+            f"{', '.join(able)}: remove compute.precision",
             key="compute.precision",
         )
     return settings

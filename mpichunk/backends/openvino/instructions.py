@@ -67,7 +67,7 @@ def check_limit(compiled: Any, limit: str | None) -> None:
     wider = sorted(name for name in kernels if NARROWER[limit] in name)
     if wider:
         raise ModelError(
-            f"{OPTION} {limit} is without effect ({wider[0]}): oneDNN looks once per process, and "
+            f"{OPTION} {limit} has no effect ({wider[0]}): oneDNN looks once per process, and "
             "another network was compiled before",
             key="model.options",
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mpichunk.backends.difference import relative_difference
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.files.onnx import onnx_files
 from mpichunk.backends.files.source import existing_file, torch_files
@@ -155,8 +156,7 @@ def _refuse_difference(
     )
     found = compiled(batch_nczyx)[0]
     cut = find_cut(found.shape, len(batch_nczyx), request, lambda shape: None)
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    difference = float(np.abs(found[cut] - expected).max()) / scale
+    difference = relative_difference(found[cut], expected)
     # NaN on both sides is for the first test batch to find.
     if difference > _LARGEST_DIFFERENCE:
         raise ModelError(
@@ -221,7 +221,7 @@ def reshape_network(network: Any, path: Path, request: EngineRequest, batch_size
 
 
 def output_shape_of(network: Any, request: EngineRequest, patch_shape: Triple) -> Triple | None:
-    """Return what shape the network makes of one patch of this shape, None if it takes it not."""
+    """Return the output shape for one patch of this shape; None if the network rejects it."""
     copy = network.clone()
     try:
         copy.reshape([1, request.in_channels, *patch_shape])
@@ -231,7 +231,7 @@ def output_shape_of(network: Any, request: EngineRequest, patch_shape: Triple) -
 
 
 def _gist(error: Exception) -> str:
-    """Return the line of openvino's report that tells most."""
+    """Return the line of openvino's report that says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     marked = [line for line in lines if "While validating" in line or "incompatible" in line]
     return (marked or lines or ["no message"])[-1]

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.backends.engine import FINISH_NBYTES, Scaling
 from mpichunk.backends.pytorch.transfer import Transfer, make_transfer
+from mpichunk.config.scaling import Scaling
 from mpichunk.geometry.box import Slices, Triple
+from mpichunk.geometry.buffers import FINISH_NBYTES
 from mpichunk.geometry.symmetry import STRAIGHT, Move, PatchTurn
 from mpichunk.processmemory import own_pages
 

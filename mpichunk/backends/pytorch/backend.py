@@ -5,7 +5,7 @@ Imports torch only when it probes or loads.
 
 from pathlib import Path
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import probe_devices
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.backends.files.source import torch_files
@@ -22,7 +22,7 @@ class PytorchBackend:
         """Return the network's file and its weights, without importing torch or the network."""
         return torch_files(model)
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the accelerators that torch sees, none if only the CPU is asked for."""
         return probe_devices(requested)
 

@@ -105,7 +105,6 @@ def _cause(error: Exception) -> Exception:
         first = first.__context__
     return ModelError(
         f"the network runs, but not as a CUDA graph: {type(first).__name__}: {first_line(first)}; "
-        "it may copy from or to the host, or take other ways for other values. Take "
-        "compute.cuda_graphs out",
+        "it may copy from or to the host, or branch on values. Remove compute.cuda_graphs",
         key="compute.cuda_graphs",
     )

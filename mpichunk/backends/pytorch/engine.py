@@ -171,8 +171,8 @@ class TorchEngine:
             )
         if "deterministic" in text:
             return ModelError(
-                f"the network has no deterministic algorithm on {self._device}: {text}; "
-                "compute.deterministic: false gives up reproducible bytes",
+                f"the network has no deterministic algorithm on {self._device}: {text}; set "
+                "compute.deterministic: false to give up reproducible bytes",
                 key="compute.deterministic",
             )
         if match := re.search(r"to have (\d+) channels, but got (\d+) channels", text):
@@ -232,8 +232,8 @@ def _only_tensor(output: Any) -> Tensor:
     else:
         found = f"a {type(output).__name__}"
     raise ModelError(
-        f"the network returned {found}; expected one tensor: wrap it in a module that returns the "
-        "one that is wanted",
+        f"the network returned {found}; expected one tensor: wrap it in a module that returns only "
+        "the wanted one",
         key="model.path",
     )
 

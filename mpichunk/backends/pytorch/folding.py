@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mpichunk.backends.difference import relative_difference
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.backends.pytorch.chunkflow import ChunkflowNetwork
 from mpichunk.backends.pytorch.exported import ExportedNetwork
 from mpichunk.backends.pytorch.kernels import computing
 from mpichunk.backends.pytorch.weights import first_line
+from mpichunk.config.computerules import EXPORTED_NOT_FOLDED
 from mpichunk.errors import ModelError
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -41,10 +43,7 @@ def fold_batch_norm(network: nn.Module, batch_nczyx: Tensor, request: EngineRequ
         ModelError: there is nothing to fold, or folding would change the values.
     """
     if isinstance(network, ExportedNetwork):
-        raise _refusal(
-            "an exported network (.pt2) is a list of operations without modules to fold; fold it "
-            "before torch.export, or give the class itself"
-        )
+        raise _refusal(EXPORTED_NOT_FOLDED)
     if isinstance(network, torch.jit.ScriptModule):
         # Before its first run, which may put other operations in the place of its batch norms.
         folded = _fold_script(network)
@@ -54,13 +53,12 @@ def fold_batch_norm(network: nn.Module, batch_nczyx: Tensor, request: EngineRequ
         _fold_modules(network.network if isinstance(network, ChunkflowNetwork) else network)
         folded = network
     found = _output(folded, batch_nczyx, request)
-    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    difference = float((found - expected).abs().max() / scale)
+    difference = relative_difference(found.cpu().numpy(), expected.cpu().numpy())
     # NaN on both sides is for the first test batch to find.
     if difference > _LARGEST_DIFFERENCE:
         raise _refusal(
             f"folded, the network differs by {difference:.2g} of its largest value: it uses a "
-            "convolution or a batch norm in a way that cannot be followed"
+            "convolution or a batch norm in a way that folding does not support"
         )
     return folded
 
@@ -99,7 +97,7 @@ def _num_norms(script: Any) -> int:
 def _fold_modules(network: Any) -> None:
     """Fold within a module, in place."""
     if not isinstance(network, nn.Module):
-        raise _refusal("the network is no torch.nn.Module")
+        raise _refusal("the network is not a torch.nn.Module")
     try:
         graph = fx.Tracer().trace(network)
     except Exception as error:
@@ -141,4 +139,4 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _refusal(reason: str) -> ModelError:
-    return ModelError(f"{reason}; take compute.fold_batch_norm out", key="compute.fold_batch_norm")
+    return ModelError(f"{reason}; remove compute.fold_batch_norm", key="compute.fold_batch_norm")

@@ -40,20 +40,20 @@ def refuse_device(request: EngineRequest) -> None:
     kind = torch.device(request.device).type
     if request.precision == "tf32" and not _has_tf32(request.device):
         raise DeviceError(
-            f"{request.device} has no TF32, which is a mode of NVIDIA devices from compute "
-            "capability 8.0 on; take 'float32'",
+            f"{request.device} does not support TF32, which requires an NVIDIA device of compute "
+            "capability 8.0 or higher; use 'float32'",
             key="compute.precision",
         )
     if request.precision in HALVES and not torch.amp.is_autocast_available(kind):
         raise DeviceError(
-            f"torch {torch.__version__} computes in no {request.precision} on {request.device}; "
-            "take 'float32'",
+            f"torch {torch.__version__} does not support {request.precision} on {request.device}; "
+            "use 'float32'",
             key="compute.precision",
         )
     if request.kernels.cuda_graphs and kind != "cuda":
         raise DeviceError(
-            f"CUDA graphs are of NVIDIA devices, and this rank computes on {request.device}; take "
-            "compute.cuda_graphs out",
+            f"CUDA graphs require an NVIDIA device, but this rank computes on {request.device}; "
+            "remove compute.cuda_graphs",
             key="compute.cuda_graphs",
         )
 
@@ -103,8 +103,8 @@ def lay_out(network: nn.Module) -> nn.Module:
     """
     if not any(tensor.ndim == 5 for tensor in chain(network.parameters(), network.buffers())):
         raise ModelError(
-            "the network has no 3D convolution whose memory could be laid out otherwise; take "
-            "compute.channels_last out",
+            "the network has no 3D convolution whose memory layout could be changed; remove "
+            "compute.channels_last",
             key="compute.channels_last",
         )
     return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload,no-any-return]
@@ -120,14 +120,15 @@ def refuse_without_halves(network: nn.Module, batch_nczyx: Tensor, request: Engi
     with computing(request), _DtypeWatch() as seen:
         network(batch_nczyx)
     if half not in seen.dtypes:
-        why = "it has no convolution or product that torch would cast, or casts by itself"
+        why = (
+            "it has no convolution or product that torch can cast, or it casts by itself; use "
+            "another network"
+        )
         if isinstance(network, torch.jit.ScriptModule):
-            why = (
-                "torch casts no TorchScript that was made by tracing; give the class or a .pt2 file"
-            )
+            why = "torch does not cast traced TorchScript; use the class or a .pt2 file"
         raise ModelError(
             f"nothing in the network computes in {request.precision} on {request.device}: {why}, "
-            "or take compute.precision out",
+            "or remove compute.precision",
             key="compute.precision",
         )
 
@@ -203,13 +204,11 @@ def refuse_compilation(network: nn.Module) -> None:
     """
     what = ""
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
-        what = "TorchScript, which torch.compile leaves as it is; give the class or a .pt2 file"
+        what = "TorchScript, which torch.compile does not change; use the class or a .pt2 file"
     elif getattr(network, "leaves_torch", False):
-        what = "a chunkflow model file that computes outside torch"
+        what = "a chunkflow model file that computes outside torch; use a plain network"
     if what:
-        raise ModelError(
-            f"the network is {what}, or take compute.compile out", key="compute.compile"
-        )
+        raise ModelError(f"the network is {what}, or remove compute.compile", key="compute.compile")
 
 
 def _why_not_compiled(error: Exception, batch_nczyx: Tensor) -> str:
@@ -219,6 +218,6 @@ def _why_not_compiled(error: Exception, batch_nczyx: Tensor) -> str:
         needs = "triton and a C compiler"
     return (
         f"torch {torch.__version__} cannot compile the network, which runs without: "
-        f"{type(error).__name__}: {first_line(error)}; on {batch_nczyx.device.type} it needs "
-        f"{needs}. Put compute.compile: false"
+        f"{type(error).__name__}: {first_line(error)}; on {batch_nczyx.device.type} it requires "
+        f"{needs}. Set compute.compile: false"
     )

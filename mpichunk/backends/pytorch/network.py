@@ -54,7 +54,7 @@ def load_network(model: Model, request: EngineRequest) -> nn.Module:
     if source.kind == "script":
         network = _load_script(source.path, model)
     else:
-        _tell_what_is_executed(source)
+        _log_executed_code(source)
         if source.name in MAKERS:
             return _load_chunkflow(source, model, request).eval().to(request.device)
         network = _make_network(source, model.arguments)
@@ -82,7 +82,7 @@ def _weights_key(model: Model) -> str | None:
     return None if key is None else str(key)
 
 
-def _tell_what_is_executed(source: ModelSource) -> None:
+def _log_executed_code(source: ModelSource) -> None:
     """Put into the log which code is run, and its hash."""
     log.info("executing %s, SHA-256 %s", source.path, file_hash(source.path))
 
@@ -167,7 +167,7 @@ def _refuse_random(network: nn.Module, again: nn.Module) -> None:
         if not torch.equal(value, other[name]):
             raise ModelError(
                 f"the network's values, first {name!r}, are random, as before training, and "
-                "model.weights is not set; give the file of its trained weights",
+                "model.weights is not set; set it to the file of trained weights",
                 key="model.weights",
             )
 
@@ -210,7 +210,7 @@ def _only_network(network: Any, what: str) -> nn.Module:
     """Return the network, or refuse what is none."""
     if not isinstance(network, nn.Module):
         raise ModelError(
-            f"{what} makes a {type(network).__name__}; expected a torch.nn.Module",
+            f"{what} returns a {type(network).__name__}; expected a torch.nn.Module",
             key="model.path",
         )
     return network
@@ -262,4 +262,4 @@ def _candidates(module: ModuleType) -> str:
         if (isinstance(value, type) and issubclass(value, nn.Module))
         or (callable(value) and getattr(value, "__module__", None) == module.__name__)
     ]
-    return ", ".join(sorted(networks)) or "no class or function at all"
+    return ", ".join(sorted(networks)) or "neither a class nor a function"

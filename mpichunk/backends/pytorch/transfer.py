@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mpichunk.backends.engine import LAYERS_IN_FLIGHT
+from mpichunk.geometry.buffers import LAYERS_IN_FLIGHT
 
 NUM_SLOTS = LAYERS_IN_FLIGHT
 """Layers of the input, and parts of the output, that are on their way at the same time."""

@@ -64,7 +64,7 @@ def _read_state(path: Path, key: str | None, trust_pickle: bool) -> State:
         # torch, safetensors and zip have no common class for a file that is damaged.
         script = " (TorchScript belongs in model.path)" if "TorchScript" in str(error) else ""
         raise ModelError(
-            f"{path} holds no weights that can be read: {first_line(error)}{script}; expected a "
+            f"{path} holds no readable weights: {first_line(error)}{script}; expected a "
             "safetensors file or a checkpoint of tensors",
             key="model.weights",
         ) from error
@@ -92,7 +92,7 @@ def _unwrap(checkpoint: Any, path: Path, key: str | None) -> State:
             break
         if len(inner) > 1:
             log.warning(
-                "%s holds weights as %s: took %r; model.options: {weights_key: %s} takes another",
+                "%s holds weights as %s: took %r; model.options: {weights_key: %s} selects another",
                 path,
                 ", ".join(map(repr, inner)),
                 inner[0],
@@ -151,8 +151,7 @@ def _refuse_mismatch(state: State, expected: State, path: Path) -> None:
     if missing:
         problems.append(
             f"{count(len(missing), 'name')} of the network {agree(len(missing), 'is', 'are')} "
-            f"missing, "
-            f"first {missing[0]!r}"
+            f"missing, first {missing[0]!r}"
         )
     if unexpected:
         problems.append(
@@ -163,7 +162,7 @@ def _refuse_mismatch(state: State, expected: State, path: Path) -> None:
         key, found, wanted = shapes[0]
         problems.append(
             f"{len(shapes)} {agree(len(shapes), 'has', 'have')} another shape, first {key!r}: "
-            f"{found}, not {wanted}"
+            f"{found}, expected {wanted}"
         )
     if problems:
         raise ModelError(

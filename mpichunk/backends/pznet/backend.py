@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mpichunk.backends.devices.binding import Probe
+from mpichunk.backends.devices.binding import VisibleDevices
 from mpichunk.backends.devices.probing import cpu_kind
 from mpichunk.backends.engine import EngineInfo, EngineRequest
 from mpichunk.backends.numpy_arrays import NumpyArrays
@@ -40,9 +40,9 @@ class PznetBackend:
         files = find_files(_folder(model))
         return [files.library, *files.weights, *files.convolutions]
 
-    def probe(self, requested: str) -> Probe:
+    def probe(self, requested: str) -> VisibleDevices:
         """Return the CPU."""
-        return Probe(cpu_kind=cpu_kind())
+        return VisibleDevices(cpu_kind=cpu_kind())
 
     def prepare(self, model: Model, request: EngineRequest) -> bytes | None:
         """Try the net in a process of its own, which may end: return its shapes.

@@ -127,10 +127,10 @@ def find_files(folder: Path) -> PznetFiles:
     convolutions = tuple(sorted((folder / "lib").glob("*.so")))
     for files, pattern in ((weights, "weights/*.data"), (convolutions, "lib/*.so")):
         if not files:
-            raise ModelError(f"{folder} has no {pattern}: the net is not whole", key="model.path")
+            raise ModelError(f"{folder} has no {pattern}: the net is incomplete", key="model.path")
         empty = [file for file in files if file.stat().st_size == 0]
         if empty:
-            raise ModelError(f"{empty[0]} is empty: the net is not whole", key="model.path")
+            raise ModelError(f"{empty[0]} is empty: the net is incomplete", key="model.path")
     return PznetFiles(library=library, weights=weights, convolutions=convolutions)
 
 
@@ -229,7 +229,7 @@ def _environment() -> Iterator[None]:
         elif not (Path(os.environ["ZNNPHI_PATH"]) / JIT).is_file():
             raise ModelError(
                 f"ZNNPHI_PATH is {os.environ['ZNNPHI_PATH']}, which has no {JIT}; correct it, or "
-                "unset it: a net that is compiled does not need it",
+                "unset it: a compiled net does not need it",
                 key="model.path",
             )
         before = {name: os.environ.get(name) for name in changes}

@@ -34,7 +34,7 @@ def refuse_fixed_shape(
     if len(shape) != 5:
         raise ModelError(
             f"{path} takes {count(len(shape), 'axis', 'axes')}; expected five: batch, channel, z, "
-            f"y, x",
+            "y, x",
             key="model.path",
         )
     num_patches, num_channels, *fixed = shape

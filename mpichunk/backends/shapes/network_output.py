@@ -53,7 +53,7 @@ def find_cut(
     cure = shape_advice(output_shape, request.patch_shape, spatial, request.crop)
     raise ModelError(
         f"the network returned {spatial} voxels for patch.shape {list(request.patch_shape)}, which "
-        f"neither is that shape nor has lost patch.crop {list(request.crop)} on each side; "
+        f"is neither that shape nor that shape less patch.crop {list(request.crop)} on each side; "
         f"{cure.words}",
         key=cure.key,
     )

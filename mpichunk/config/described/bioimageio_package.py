@@ -11,7 +11,7 @@ from typing import Any
 from mpichunk.config.described.bioimageio_steps import first_steps, last_steps
 from mpichunk.config.described.files import named_file
 from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.text import parse
 from mpichunk.errors import ConfigError, ModelError
 
@@ -65,7 +65,7 @@ def read_package(file: Path, backend: str, *, as_code: bool) -> Findings:
     settings["model.out_channels"] = len(_axis(returned, "channel").channel_names)
     obstacles: list[Obstacle] = []
     scale = first_steps(given)
-    if isinstance(scale, Scale):
+    if isinstance(scale, Scaling):
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)
@@ -124,7 +124,7 @@ def _load(file: Path) -> Any:
         where = ".".join(str(part) for part in errors[0].loc) if errors else "it"
         reason = errors[0].msg if errors else "no reason given"
         raise ModelError(
-            f"{file} is no valid description of bioimage.io: {where}: {reason}", key="model.path"
+            f"{file} is not a valid bioimage.io description: {where}: {reason}", key="model.path"
         )
     return found
 
@@ -143,7 +143,9 @@ def _network(
     name = next((name for name in formats if name in there), None)
     if name is None:
         others = [b for b, takes in _FORMATS.items() if set(takes) & set(there)]
-        cure = f"set model.backend: {' or '.join(others)}" if others else "none is read by mpichunk"
+        cure = (
+            f"set model.backend: {' or '.join(others)}" if others else "mpichunk reads none of them"
+        )
         raise ModelError(
             f"{folder} has weights as {', '.join(there)}, but the {backend} backend takes "
             f"{', '.join(_FORMATS[backend])}; {cure}",
@@ -187,7 +189,7 @@ def _refuse_axes(tensor: Any, origin: str) -> None:
     if found == _AXES:
         return
     is_flat = "z" not in found and not any(axis.type == "time" for axis in tensor.axes)
-    why = "is for images of two dimensions; " if is_flat else ""
+    why = "is for two-dimensional images and " if is_flat else ""
     raise ModelError(
         f"{origin} {why}has {tensor.id} with the axes {', '.join(found)}; mpichunk runs networks "
         f"with {', '.join(_AXES)}; wrap it in a module of your own: `path: net.py:Name`",
@@ -218,7 +220,8 @@ def _crop(given: Any, returned: Any) -> list[int] | Obstacle:
         if offset is None or offset > 0 or offset % 2:
             return Obstacle(
                 keys=("patch.crop",),
-                found=f"an output whose {name} axis is not the input's, less as much on each side",
+                found=f"an output whose {name} axis is not the input's less the same border on "
+                "each side",
                 cure="mpichunk runs networks whose output lies on the grid of their input",
             )
         lost.append(-offset // 2)
@@ -226,8 +229,9 @@ def _crop(given: Any, returned: Any) -> list[int] | Obstacle:
     if any(lost) and any(halos):
         return Obstacle(
             keys=("patch.crop",),
-            found=f"a halo of {halos} besides the {lost} voxels a side that the network cuts off",
-            cure=f"mpichunk cuts either; `patch.crop: {lost}` runs it without the halo",
+            found=f"a halo of {halos} in addition to the {lost} voxels that the network cuts off "
+            "each side",
+            cure=f"mpichunk supports one of the two; `patch.crop: {lost}` runs it without the halo",
         )
     return lost if any(lost) else halos
 

@@ -6,18 +6,13 @@ Knows what each step computes; imports nothing of the format.
 from collections.abc import Mapping
 from typing import Any
 
-from mpichunk.config.described.findings import Obstacle
-from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
-
-_ACTIVATION = (
-    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
-    "it, and do it afterwards"
-)
+from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, NOT_FIXED_CURE, Obstacle
+from mpichunk.config.scaling import Scaling
 
 
-def first_steps(tensor: Any) -> Scale | Obstacle:
+def first_steps(tensor: Any) -> Scaling | Obstacle:
     """Return preprocessing as one scale."""
-    scale = Scale()
+    scale = Scaling()
     for step in tensor.preprocessing:
         try:
             scale = _scaled(scale, str(step.id), _numbers(step))
@@ -26,7 +21,7 @@ def first_steps(tensor: Any) -> Scale | Obstacle:
     return scale
 
 
-def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
+def _scaled(scale: Scaling, name: str, kwargs: Mapping[str, Any]) -> Scaling:
     """Return the scale with one more step.
 
     Raises:
@@ -34,7 +29,7 @@ def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
     """
     if name == "ensure_dtype":
         # Before the first step this is the type of the volume.
-        if kwargs["dtype"].startswith("float") or scale == Scale():
+        if kwargs["dtype"].startswith("float") or scale == Scaling():
             return scale
         raise ValueError(f"{kwargs['dtype']} as the type of scaled values")
     try:
@@ -48,7 +43,7 @@ def _scaled(scale: Scale, name: str, kwargs: Mapping[str, Any]) -> Scale:
         why = "by channel" if isinstance(error, TypeError) else f"with {error}"
         raise ValueError(f"{_shown(name, kwargs)} {why}") from error
     once = name in ("zero_mean_unit_variance", "scale_range", "clip")
-    why = " by the numbers of each sample, which differ from patch to patch" if once else ""
+    why = " with statistics of each sample, which differ from patch to patch" if once else ""
     raise ValueError(f"{_shown(name, kwargs)}{why}")
 
 
@@ -59,7 +54,9 @@ def last_steps(tensor: Any) -> tuple[dict[str, Any], list[Obstacle]]:
         name, kwargs = str(step.id), _numbers(step)
         if not _is_done(name, kwargs, settings):
             keys = "model.activation", "output.reduce", "output.threshold"
-            return settings, [Obstacle(keys=keys, found=_shown(name, kwargs), cure=_ACTIVATION)]
+            return settings, [
+                Obstacle(keys=keys, found=_shown(name, kwargs), cure=NOT_AFTERWARDS_CURE)
+            ]
     return settings, []
 
 

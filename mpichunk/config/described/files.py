@@ -35,7 +35,7 @@ def named_file(folder: Path, name: str, sha256: str | None = None) -> Path:
         )
     if sha256 is not None and file_hash(path) != sha256:
         raise ModelError(
-            f"{path} is not the file that its description means: the SHA-256 differs; it may be "
+            f"{path} is not the file that its description names: the SHA-256 differs; it may be "
             "damaged or replaced",
             key="model.path",
         )

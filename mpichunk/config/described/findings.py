@@ -7,6 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+NOT_AFTERWARDS_CURE = (
+    "mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run without "
+    "it, and do it afterwards"
+)
+"""What to write where a description has a step after the network that mpichunk does not do."""
+
+NOT_FIXED_CURE = (
+    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
+    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
+)
+"""What to do about a step whose numbers depend on the image."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Obstacle:

@@ -103,7 +103,7 @@ def _is_same(key: str, written: Any, value: Any) -> bool:
 def _contradiction(key: str, written: Any, value: Any, origin: str) -> Problem:
     return Problem(
         key=key,
-        message=f"{_shown(written)} contradicts {origin}, which says {_shown(value)}; take it out",
+        message=f"{_shown(written)} contradicts {origin}, which says {_shown(value)}; remove it",
     )
 
 

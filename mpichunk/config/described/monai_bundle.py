@@ -14,7 +14,7 @@ from typing import Any
 from mpichunk.config.described.findings import AxisSize, Findings, Obstacle
 from mpichunk.config.described.monai_steps import first_steps, last_steps
 from mpichunk.config.described.monai_values import code_in, value_of
-from mpichunk.config.described.scaling import Scale
+from mpichunk.config.scaling import Scaling
 from mpichunk.config.text import parse
 from mpichunk.errors import ConfigError, ModelError
 
@@ -57,7 +57,7 @@ def read_bundle(folder: Path, backend: str, *, as_code: bool) -> Findings:
     else:
         obstacles.append(_no_channels())
     scale, undone = first_steps(value_of(config, config.get("preprocessing")))
-    if isinstance(scale, Scale):
+    if isinstance(scale, Scaling):
         settings["input.normalize"] = scale.settings()
     else:
         obstacles.append(scale)
@@ -104,7 +104,7 @@ def _read(path: Path) -> Values:
     except (ValueError, ConfigError) as error:
         raise ModelError(f"{path} cannot be read: {error}", key="model.path") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no mapping of names to values", key="model.path")
+        raise ModelError(f"{path} does not hold a mapping of names to values", key="model.path")
     return found
 
 
@@ -153,7 +153,7 @@ def _network(
         return {"model.path": str(folder / name)}, [], f"network {name}"
     takes = [*saved, *([f"network_def with {_WEIGHTS}"] if backend != "onnxruntime" else [])]
     raise ModelError(
-        f"{folder} has no {' and no '.join(takes)}, which is what the {backend} backend takes of a "
+        f"{folder} has no {' and no '.join(takes)}, which the {backend} backend requires of a "
         "bundle",
         key="model.path",
     )
@@ -198,14 +198,14 @@ def _code_argument(key: str, code: str) -> Obstacle:
     return Obstacle(
         keys=(f"model.arguments.{key}", "model.arguments"),
         found=f"the network's argument `{key}` as {code}",
-        cure="mpichunk executes nothing of a bundle's config; write its value here",
+        cure="mpichunk does not execute code of a bundle's config; write its value here",
     )
 
 
 def _no_channels() -> Obstacle:
     return Obstacle(
         keys=("model.out_channels",),
-        found="a number of output channels that it does not tell",
+        found="a number of output channels that it does not state",
         cure="write how many the network returns",
     )
 
@@ -219,7 +219,7 @@ def _refuse_flat(image: Values, definition: Values, origin: str) -> None:
     dims = definition.get("spatial_dims", definition.get("dimensions"))
     if dims == 2 or (dims is None and isinstance(shape, list) and len(shape) == 2):
         raise ModelError(
-            f"{origin} is for images of two dimensions; mpichunk runs networks over volumes",
+            f"{origin} is for two-dimensional images; mpichunk runs networks over volumes",
             key="model.path",
         )
 

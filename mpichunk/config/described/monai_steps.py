@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mpichunk.config.described.findings import Obstacle
+from mpichunk.config.described.findings import NOT_AFTERWARDS_CURE, NOT_FIXED_CURE, Obstacle
 from mpichunk.config.described.monai_values import Code, code_in
-from mpichunk.config.described.scaling import NOT_FIXED_CURE, Scale
+from mpichunk.config.scaling import Scaling
 
 _NO_VALUES = frozenset(
     (
@@ -48,12 +48,12 @@ _LABELS = frozenset(_AFTER[1:])
 Steps = list[Mapping[str, Any]]
 
 
-def first_steps(preprocessing: Any) -> tuple[Scale | Obstacle, tuple[str, ...]]:
+def first_steps(preprocessing: Any) -> tuple[Scaling | Obstacle, tuple[str, ...]]:
     """Return `preprocessing` as one scale, and what of it is left to the user."""
     steps = _steps(preprocessing)
     if isinstance(steps, str):
         return _obstacle_before(f"the preprocessing {steps}"), ()
-    scale, undone = Scale(), []
+    scale, undone = Scaling(), []
     for step in steps:
         name = _name(step)
         if name in _GEOMETRY:
@@ -61,7 +61,7 @@ def first_steps(preprocessing: Any) -> tuple[Scale | Obstacle, tuple[str, ...]]:
                 undone.append(_shown(step))
         elif name in _NO_VALUES:
             # Before the first step this is the type of the volume.
-            if scale != Scale() and not _keeps_fractions(name, step):
+            if scale != Scaling() and not _keeps_fractions(name, step):
                 return _obstacle_before(_shown(step)), _remarks(undone)
         else:
             try:
@@ -123,7 +123,7 @@ def _keeps_fractions(name: str, step: Mapping[str, Any]) -> bool:
     )
 
 
-def _scaled(scale: Scale, name: str, step: Mapping[str, Any]) -> Scale:
+def _scaled(scale: Scaling, name: str, step: Mapping[str, Any]) -> Scaling:
     """Return the scale with one more transform.
 
     Raises:
@@ -203,8 +203,7 @@ def _obstacle_after(found: str) -> Obstacle:
     return Obstacle(
         keys=_AFTER,
         found=found,
-        cure="mpichunk does not do that; write model.activation (none, sigmoid or softmax) to run "
-        "without it, and do it afterwards",
+        cure=NOT_AFTERWARDS_CURE,
     )
 
 

@@ -171,8 +171,7 @@ def read_peak(run_dir: Path, config: Config, model_files: Sequence[Path]) -> Pea
         is_same = kept["of"] == _cause_of_peak(config, model_files)
         if not is_same:
             return None
-        # Files of before say nothing of a device.
-        return Peak(nbytes=int(kept["peak_nbytes"]), device_nbytes=kept.get("device_peak_nbytes"))
+        return Peak(nbytes=int(kept["peak_nbytes"]), device_nbytes=kept["device_peak_nbytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

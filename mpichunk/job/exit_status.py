@@ -22,7 +22,7 @@ def note_end(journal: Journal, ending: Stop) -> None:
         journal.sync()
     except OSError as error:
         journal.give_up()
-        log.error("%s: how the run ends cannot be noted: %s", journal.path, error.strerror)
+        log.error("%s: the end of the run cannot be recorded: %s", journal.path, error.strerror)
 
 
 def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode:
@@ -42,9 +42,9 @@ def conclude(run_dir: Path, ending: Stop | None, *, num_blocks: int) -> ExitCode
     found = read_status(run_dir)
     if found.num_blocks != num_blocks:
         raise JournalError(
-            f"{run_dir}: the journal is of {count(found.num_blocks, 'block')}, this run of "
-            f"{num_blocks}: "
-            "another job has begun one meanwhile; end it, then run this one again",
+            f"{run_dir}: the journal has {count(found.num_blocks, 'block')}, but this run has "
+            f"{num_blocks}: another job has started a run here meanwhile; end it, then run this "
+            "one again",
             key="run_dir",
         )
     _tell(found)
@@ -71,7 +71,7 @@ def _tell(found: RunStatus) -> None:
             log.error(told, num_alike, message, block, core)
     if found.num_failed:
         log.error(
-            "%s of %s failed; `python -m mpichunk status` tells why, and running again tries again",
+            "%s of %s failed; `python -m mpichunk status` shows why; run again to retry",
             f"{found.num_failed:,}",
             blocks,
         )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 _DONE = re.compile(rb'\{"stage":"blocks","block":(\d+),"state":"done",')
 
 
-class JournalPlaces:
+class JournalOffsets:
     """The last `done` line of each block, of those written since `begin`; before, it holds nothing.
 
     A number for each block: to look for one line in a large journal takes seconds.

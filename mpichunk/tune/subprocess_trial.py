@@ -21,15 +21,15 @@ from mpichunk.job.startup import Job
 from mpichunk.processmemory import settle_allocator
 from mpichunk.rundir.logs import log_to_terminal
 from mpichunk.tune.figures import Outputs
-from mpichunk.tune.trial import Trial, reason
+from mpichunk.tune.trial import VariantTrial, reason
 from mpichunk.tune.variants import Variant
 
 END_SECONDS = 10.0
 """How long the other process may take to end, once nobody asks it any more."""
 
 
-class Apart:
-    """As `Trial`, with the same cores and threads; it ends with `close`."""
+class SubprocessTrial:
+    """As `VariantTrial`, with the same cores and threads; it ends with `close`."""
 
     def __init__(self, job: Job, variant: Variant, patches_nczyx: npt.NDArray[np.float32]) -> None:
         """Start the process, and load the network there.
@@ -101,7 +101,7 @@ def _serve(connection: Connection) -> None:
     settle_allocator()
     log_to_terminal(0)
     logging.disable(logging.INFO)
-    trial: Trial | None = None
+    trial: VariantTrial | None = None
     # Nobody asks any more, or Ctrl-C, which reaches both.
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
@@ -109,7 +109,7 @@ def _serve(connection: Connection) -> None:
             answer: tuple[bool, Any]
             try:
                 if name == "load":
-                    trial, found = Trial.load(*arguments), None
+                    trial, found = VariantTrial.load(*arguments), None
                 else:
                     found = getattr(trial, name)(*arguments)
                 answer = True, found

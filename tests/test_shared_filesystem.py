@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mpichunk.errors import LaunchError
-from mpichunk.job.sight import SIGHT_SECONDS, check_sight
+from mpichunk.job.shared_filesystem import SIGHT_SECONDS, check_sight
 from mpichunk.rundir.layout import NONCE
 
 

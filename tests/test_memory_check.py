@@ -14,9 +14,10 @@ from mpichunk.backends.devices.binding import Binding, Bindings
 from mpichunk.backends.engine import EngineRequest
 from mpichunk.config.file import load_config
 from mpichunk.errors import UserError
-from mpichunk.job.fitting import Crew, check_device, check_host
-from mpichunk.job.headroom import held_nbytes
+from mpichunk.job.host_memory import held_nbytes
+from mpichunk.job.memory_check import Crew, check_device, check_host
 from mpichunk.job.startup import Job, prepare
+from mpichunk.plan.estimate import estimate
 from mpichunk.plan.memory import least_nbytes
 from mpichunk.ranks.comm import SerialCommunicator
 from tests.endtoend import write_config
@@ -93,7 +94,7 @@ def test_a_host_is_shared_by_the_ranks_that_compute(job: Job) -> None:
         crew = Crew(num_blocks=8, ranks=ranks, has_probed=True)
         return on_ranks(lambda comm: check_host(comm, job, request("cpu"), crew))
 
-    least = least_nbytes(job.estimate().memory, "cpu")
+    least = least_nbytes(estimate(job.premise()).memory, "cpu")
     own = held_nbytes()
     with granted(least + 2 * own + 200 * MIB):
         assert check((1,)) == [""] * NUM_RANKS
@@ -122,7 +123,7 @@ def test_an_accelerator_is_shared_by_the_ranks_that_compute(job: Job) -> None:
         ),
         warnings=(),
     )
-    needed = job.estimate(num_ranks=2).device_nbytes
+    needed = estimate(job.premise(num_ranks=2)).device_nbytes
 
     def check(ranks: tuple[int, ...], free: dict[int, int]) -> list[str]:
         def check_one(comm: ThreadCommunicator) -> None:

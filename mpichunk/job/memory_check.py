@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from mpichunk.backends.devices.binding import Bindings
 from mpichunk.backends.engine import Engine, EngineRequest
 from mpichunk.errors import DEVICE_FAILURES, UserError
-from mpichunk.job.headroom import held_nbytes, host_room, memory_groups
-from mpichunk.job.probing import HeldMemory, MeasuredLoad, probe_engine, settle, write_probe
+from mpichunk.job.forward_probe import HeldMemory, MeasuredLoad, probe_engine, settle, write_probe
+from mpichunk.job.host_memory import held_nbytes, host_room, memory_groups
 from mpichunk.job.startup import Job
-from mpichunk.plan.fit import Need, Room, find_doubt, find_refusal
+from mpichunk.plan.fit import Room, find_doubt, find_refusal
 from mpichunk.plan.memory import Memory
+from mpichunk.plan.premise import Premise
 from mpichunk.plan.probe import Probe, better_probe
 from mpichunk.processmemory import trim
 from mpichunk.ranks.agreement import on_every_rank, on_rank_0
@@ -158,7 +159,7 @@ def keep_probe(job: Job, probe: Probe) -> None:
 
 def _check(comm: Communicator, job: Job, room: Room | None, memory: Memory, crew: Crew) -> None:
     """Raise on all ranks what `find_refusal` finds on any; have the first doubt told."""
-    need = Need(
+    premise = Premise(
         plan=job.plan,
         config=job.config,
         info=job.volume,
@@ -171,14 +172,14 @@ def _check(comm: Communicator, job: Job, room: Room | None, memory: Memory, crew
     def refuse() -> None:
         refusal: UserError | None = None
         if room is not None:
-            refusal = find_refusal(need, room, memory=memory)
+            refusal = find_refusal(premise, room, memory=memory)
         if refusal is not None:
             raise refusal
 
     on_every_rank(comm, refuse)
     if not crew.has_probed:
         return
-    doubt = None if room is None else find_doubt(need, room, memory=memory)
+    doubt = None if room is None else find_doubt(premise, room, memory=memory)
     doubts = [words for words in comm.allgather(doubt) if words is not None]
     if doubts and comm.is_coordinator:
         log.warning("%s", doubts[0])

@@ -1,6 +1,7 @@
-"""Steps of preprocessing with fixed numbers, composed into the one step that a config can say.
+"""How raw input becomes what a network sees, and how steps with fixed numbers make one of it.
 
-Pure arithmetic: raw -> clip -> subtract -> divide, as in `input.normalize`. Knows no description.
+Pure arithmetic: raw -> clip -> subtract -> divide, as in `input.normalize`. Knows no arrays, and no
+description of a network.
 """
 
 import math
@@ -10,27 +11,21 @@ from typing import Any
 _MOST = 3.4028234663852886e38
 """The largest float32, for a clip that has no bound on one side."""
 
-NOT_FIXED_CURE = (
-    "mpichunk scales by fixed numbers only; measure them once, over the whole volume, and write "
-    "`input.normalize: {subtract: .., divide: .., clip: [.., ..]}`"
-)
-"""What to do about a step whose numbers depend on the image."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class Scaling:
     """The value (clip(raw) - subtract) / divide; raw values themselves by default."""
 
     clip: tuple[float, float] | None = None
-    """Bounds of the raw values."""
+    """Raw values are clipped to this range first."""
 
     subtract: float = 0.0
-    """Taken off each raw value."""
+    """Taken off the raw value."""
 
     divide: float = 1.0
-    """What the rest is divided by, above zero."""
+    """What the rest is divided by, above zero (a true float32 division)."""
 
-    def normalised(self, mean: float, deviation: float) -> "Scale":
+    def normalised(self, mean: float, deviation: float) -> "Scaling":
         """Return (value - mean) / deviation.
 
         Raises:
@@ -44,7 +39,7 @@ class Scale:
             divide=self.divide * deviation,
         )
 
-    def mapped(self, gain: float, offset: float) -> "Scale":
+    def mapped(self, gain: float, offset: float) -> "Scaling":
         """Return value * gain + offset.
 
         Raises:
@@ -55,7 +50,7 @@ class Scale:
         divide = self.divide / gain
         return replace(self, subtract=self.subtract - offset * divide, divide=divide)
 
-    def clipped(self, low: float | None, high: float | None) -> "Scale":
+    def clipped(self, low: float | None, high: float | None) -> "Scaling":
         """Return the value between two bounds, None for none.
 
         Raises:
@@ -68,7 +63,7 @@ class Scale:
 
         after = lowest if low is None else raw(low), highest if high is None else raw(high)
         if not after[0] < after[1]:
-            raise ValueError(f"a clip that leaves the one value {after[0]:g}")
+            raise ValueError(f"a clip that leaves only the value {after[0]:g}")
         return replace(self, clip=after)
 
     def settings(self) -> dict[str, Any]:

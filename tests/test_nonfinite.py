@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from mpichunk.backends.engine import Scaling
 from mpichunk.backends.pytorch.engine import TorchEngine
 from mpichunk.backends.reduction import Reduction
 from mpichunk.block.inference import BlockInference
+from mpichunk.config.scaling import Scaling
 from mpichunk.errors import BlockError
 from mpichunk.geometry.box import Box
 from tests.blockinference import (
@@ -159,7 +159,7 @@ def test_nothing_runs_again_where_no_patch_is_to_blame():
     block = plan[7]
     source_czyx = make_source(block, dtype=np.float32)
     message, num_batches = attempt(plan, block, source_czyx, "float16", net=Huge())
-    assert "values that float16 cannot" in message
+    assert "which float16 cannot store" in message
     assert num_batches == -(-len(list(block.patches())) // make_request(plan).batch_size)
 
 
@@ -169,7 +169,7 @@ def test_an_accelerator_that_writes_integers_names_the_place_only():
     source_czyx = make_source(block, dtype=np.float32)
     source_czyx[0] = 1000
     message = infer(plan, block, source_czyx, "uint8", is_accelerator=True)
-    assert message.startswith("the result holds NaN or inf near [") and "look at" in message
+    assert message.startswith("the result holds NaN or inf near [") and "check the input" in message
 
 
 @pytest.mark.parametrize("is_accelerator", [False, True])
@@ -205,7 +205,7 @@ def test_nan_in_the_result_fails_the_block_and_names_the_place(name, bad):
         inference.run(block, source_czyx, None, np.dtype(np.uint8)).core()
     message = str(caught.value)
     assert "the result holds NaN or inf: " in message
-    assert "whose input holds NaN or inf, too: mend the input there" in message
+    assert "whose input holds NaN or inf, too: fix the input there" in message
 
     # What the mask excludes is not the user's concern.
     mask = np.ones(block.output_box.shape, bool)

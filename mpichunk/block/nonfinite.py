@@ -13,11 +13,11 @@ import numpy.typing as npt
 from mpichunk.geometry.box import Box, Slices, Triple, add, triple
 
 NOT_FINITE = "the result holds NaN or inf"
-NOT_FLOAT16 = "the result holds values that float16 cannot, above 65504"
+NOT_FLOAT16 = "the result holds values above 65504, which float16 cannot store"
 
 _CURES = {
-    NOT_FINITE: "look at the input there, and at whether the network is sound for it",
-    NOT_FLOAT16: "write float32, or look at the input there",
+    NOT_FINITE: "check the input there, and whether the network handles it",
+    NOT_FLOAT16: "write float32, or check the input there",
 }
 
 
@@ -65,7 +65,7 @@ def joined(spots: Iterable[Spot | None]) -> Spot | None:
 
 
 def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) -> str:
-    """Return what is told of a block; not the same of all that fail alike, which `kind` is.
+    """Return the message of a failed block; what blocks that fail alike share is `kind` alone.
 
     Args:
         kind: `NOT_FINITE` or `NOT_FLOAT16`.
@@ -76,11 +76,12 @@ def describe(kind: str, core: Box, place: Box, spot: Spot | None, blame: Blame) 
     """
     if spot is None:
         return f"{kind} near {place}; {_CURES[kind]}"
-    told = (
+    message = (
         f"{kind}: {spot.num_voxels} of {core.num_voxels} voxels, the first at z, y, x = "
         f"{list(spot.voxel)} in channel {spot.channel}"
     )
-    return f"{told}; {_CURES[kind]}" if kind == NOT_FLOAT16 else f"{told}, {blame(spot.voxel)}"
+    end = f"; {_CURES[kind]}" if kind == NOT_FLOAT16 else f", {blame(spot.voxel)}"
+    return message + end
 
 
 def blame_patch(
@@ -108,10 +109,10 @@ def blame_patch(
     bad = [box for box, seen in suspects if not _is_finite(source_czyx[(slice(None), *seen)])]
     patch = "from the output patch" if len(suspects) == 1 else "from output patches such as"
     if bad:
-        return f"{patch} {bad[0]}, whose input holds NaN or inf, too: mend the input there"
+        return f"{patch} {bad[0]}, whose input holds NaN or inf, too: fix the input there"
     return (
-        f"{patch} {suspects[0][0]}, whose input is finite: look at the input there, and at "
-        "whether the network is sound for it, also in this compute.precision"
+        f"{patch} {suspects[0][0]}, whose input is finite: check the input there, and whether the "
+        "network handles it, also in this compute.precision"
     )
 
 
