@@ -8,6 +8,7 @@ import faulthandler
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +30,9 @@ from tests.launch import (
     mpirun_options,
 )
 from tests.optional import need
+
+# What a shell starts in the background ignores SIGINT, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MPI_TESTS = REPOSITORY / "tests" / "mpi"
 SLURM_TESTS = REPOSITORY / "tests" / "slurm"
