@@ -58,6 +58,24 @@ def test_openvino_file_that_is_cut_short(tmp_path):
         (tmp_path / name).write_bytes(whole)
 
 
+OVERLAPPING = """
+import os, signal, sys
+from tests.test_openvino import load
+engines = [load("openvino", sys.argv[1], changes={"crop": (1, 1, 1)}) for _ in range(2)]
+while engines:
+    del engines[0]
+signal.signal(signal.SIGUSR1, lambda number, frame: print("seen"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_survived_after_networks_whose_lives_overlapped(tmp_path, python):
+    need("openvino")
+    path = onnx_maker.convolution(tmp_path / "net.onnx", cut=True)
+    done = python("-c", OVERLAPPING, path)
+    assert (done.returncode, done.stdout) == (0, "seen\n"), done.stderr
+
+
 def test_openvino_computes_in_bfloat16_only_where_the_cpu_can(tmp_path):
     need("openvino")
     import openvino

@@ -18,6 +18,7 @@ from mpichunk.backends.numpy_arrays import NumpyArrays
 from mpichunk.backends.openvino.instructions import OPTION, check_limit, limit_of, limited
 from mpichunk.backends.openvino.model import (
     convert_network,
+    core_of,
     import_openvino,
     model_kind,
     openvino_files,
@@ -74,7 +75,7 @@ class OpenvinoEngine:
 
     def __init__(self, openvino: Any, network: Any, model: Model, request: EngineRequest) -> None:
         self._openvino = openvino
-        self._core = openvino.Core()
+        self._core = core_of(openvino)
         self._network = network
         self._path = Path(str(model.path))
         self._request = request

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,17 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise not_importable("openvino", error, extra="openvino") from error
     return openvino
+
+
+@cache
+def core_of(openvino: Any) -> Any:
+    """Return the one `Core` of this process, which stays.
+
+    Its CPU plug-in gives the thread that it is loaded in a stack for signals, and puts back what
+    was there before when it goes. Of two that overlap the second would put back one that is gone:
+    the next signal, a mere Ctrl-C, would be a segmentation fault.
+    """
+    return openvino.Core()
 
 
 def model_kind(model: Model) -> Literal["ir", "onnx", "torch"]:
@@ -151,7 +163,7 @@ def _refuse_difference(
     """Refuse a converted network whose values are not torch's."""
     from mpichunk.backends.shapes.network_output import find_cut
 
-    compiled = openvino.Core().compile_model(
+    compiled = core_of(openvino).compile_model(
         network, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False}
     )
     found = compiled(batch_nczyx)[0]
@@ -174,7 +186,7 @@ def read_network(openvino: Any, model: Model, prepared: bytes | None) -> Any:
         ModelError: openvino cannot read it.
     """
     path = Path(str(model.path))
-    core = openvino.Core()
+    core = core_of(openvino)
     try:
         if prepared is not None:
             start = _LENGTH_NBYTES + int.from_bytes(prepared[:_LENGTH_NBYTES])
