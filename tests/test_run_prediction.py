@@ -218,7 +218,7 @@ def test_changed_augmentation_or_reduction_is_another_run(
     for names in ("[]", "[flip_z, flip_x]", "[flip_x, flip_z]"):
         job = prepare(load_config(path, [f"model.augment={names}"]).config)
         parts[names] = fingerprint_of(job, device_kinds=["cpu"], threads=1)
-    assert parts["[]"]["model.augment"] is None
+    assert parts["[]"]["model.augment"] == []
     assert parts["[flip_z, flip_x]"] == parts["[flip_x, flip_z]"] != parts["[]"]
     for change in ("model.augment=[flip_z]", "output.reduce=vote", "output.channels=[1, 0]"):
         assert run_on(SerialCommunicator(), path, [change]) == 2
