@@ -209,7 +209,7 @@ def test_defaults_are_a_quarter_and_half_of_it() -> None:
 )
 def test_roi_outside_is_refused(start: Triple, stop: Triple) -> None:
     config = make_config((4, 4, 4), (5, 5, 5), roi={"start": start, "stop": stop})
-    with pytest.raises(UserError, match="non-empty part of the input") as caught:
+    with pytest.raises(UserError, match="not inside the input; the input covers") as caught:
         make_plan(config, (10, 10, 10))
     assert caught.value.key == "roi"
 

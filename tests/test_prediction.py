@@ -192,7 +192,8 @@ def test_outcome_in_words() -> None:
     assert words(found) == "predicted 40 s (8 blocks, 2 ranks), took 50 s: 1.25 times as long"
     assert words(found, 4, 400).startswith("predicted 20 s (4 blocks")
     assert "50% of the patches were blank or masked" in words(found, 8, 400)
-    assert "blank" not in words(found, 4, 400)
+    # Of some blocks of a plan the number of patches is known on average only.
+    assert "blank" not in words(found, 4, 100)
     assert "for the network alone" in words(replace(found, basis="forward"))
     for nothing in (None, replace(found, basis="batches")):
         assert "no prediction" in words(nothing) and "bench" in words(nothing)

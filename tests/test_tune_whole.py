@@ -179,7 +179,7 @@ def test_the_table_is_for_people(
     assert "* pytorch float32, batch 1" in text
     assert "not tried: the time of --limit-seconds is over" in text
     assert "patches per second of the network alone" in text
-    assert "The config already uses the best variant: pytorch float32, batch 1." in text
+    assert "The config already uses the best variant of those tried (1 of " in text
     assert not (tmp_path / "config-tuned.yaml").exists()
 
 
@@ -336,6 +336,21 @@ def test_several_ranks_are_refused(
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     assert main(["tune", str(em_config(tmp_path))]) == 2
     assert "`tune` measures one" in capsys.readouterr().err
+
+
+def test_a_network_that_gives_nan_is_refused(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nan.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x / 0 * 0\n"
+    )
+    path = em_config(tmp_path, model={"backend": "pytorch", "path": "nan.py:Net"})
+    assert main(["tune", str(path)]) == 2
+    assert "the network returned NaN or inf for patches of the volume" in capsys.readouterr().err
+    assert not (tmp_path / "config-tuned.yaml").exists()
 
 
 def test_a_network_that_does_not_run_is_one_message(

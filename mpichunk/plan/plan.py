@@ -113,8 +113,9 @@ class Plan:
             roi = Box(start=config.roi.start, stop=config.roi.stop)
             if roi.is_empty or not volume.contains(roi):
                 raise UserError(
-                    f"{roi} is not a non-empty part of the input, which covers {volume}; "
-                    "coordinates are absolute, zyx, in voxels, half-open",
+                    f"{roi} is {'empty' if roi.is_empty else 'not inside the input'}; the input "
+                    f"covers {volume}, stop excluded: leave roi out, or give a start and a stop "
+                    "within that",
                     key="roi",
                 )
         if volume.is_empty:

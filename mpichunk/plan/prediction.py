@@ -59,6 +59,9 @@ class Forecast:
     num_patches: int
     """Patches of all these blocks."""
 
+    is_part: bool = False
+    """Whether these are some blocks of a plan, whose patches are known on average only."""
+
     @property
     def num_blocks(self) -> int:
         """Blocks to compute."""
@@ -88,7 +91,10 @@ class Forecast:
             shares[i] += 1
         costs = [replace(c, num_blocks=n) for c, n in zip(self.costs, shares, strict=True) if n]
         return replace(
-            self, costs=tuple(costs), num_patches=round(self.num_patches * num_blocks / whole)
+            self,
+            costs=tuple(costs),
+            num_patches=round(self.num_patches * num_blocks / whole),
+            is_part=True,
         )
 
 
@@ -264,7 +270,7 @@ def format_outcome(
     )
     if expected.seconds > 0:
         text += f": {seconds / expected.seconds:.2f} times as long"
-    if num_patches < _FEWER * expected.num_patches:
+    if not expected.is_part and num_patches < _FEWER * expected.num_patches:
         text += (
             f"; {1 - num_patches / expected.num_patches:.0%} of the patches were blank or masked"
         )

@@ -19,7 +19,7 @@ from mpichunk.backends import get_backend
 from mpichunk.backends.numpy_arrays import scale
 from mpichunk.bench.figures import Spread
 from mpichunk.block.inference import scaling_for
-from mpichunk.errors import DEVICE_FAILURES, UserError
+from mpichunk.errors import DEVICE_FAILURES, ModelError, UserError
 from mpichunk.geometry.padding import pad, source_box
 from mpichunk.job.host_memory import host_room, memory_groups
 from mpichunk.job.memory_check import device_room
@@ -118,7 +118,14 @@ class Meter:
             raise
         except Exception as error:
             raise loaded.engine.explain(error) from error
-        self._baseline, self._expected = loaded, loaded.outputs()
+        expected = loaded.outputs()
+        if not np.isfinite(expected).all():
+            raise ModelError(
+                f"the network returned NaN or inf for patches of the volume ({variant.name}), so "
+                "there is nothing to compare with; look at the input, and at model.weights",
+                key="model.weights",
+            )
+        self._baseline, self._expected = loaded, expected
         self.available = self._room(loaded)
         count = _count(loaded)
         seconds = [loaded.forwards(count) / count for _ in range(self._num_repeats)]
@@ -128,7 +135,7 @@ class Meter:
             variant=variant,
             seconds=Spread.of(per_patch),
             speedup=Spread.of([1.0]),
-            difference=difference(self._expected, self._expected),
+            difference=difference(expected, expected),
             nbytes=self._nbytes(loaded, median(seconds)),
         )
 

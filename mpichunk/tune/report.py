@@ -164,9 +164,12 @@ def _conclusion(tuning: Tuning) -> list[str]:
         then = "" if tuning.has_tried_all else " until then"
         lines.append(f"The best{then}: {tuning.best.variant.name}.")
         return lines + [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
+    num_tried, of_those = sum(row.is_tried for row in tuning.rows), ""
+    if num_tried < len(tuning.rows):
+        of_those = f" of those tried ({num_tried} of {len(tuning.rows)}: give more time for all)"
     if not tuning.changes:
-        return [f"The config already uses the best variant: {tuning.best.variant.name}."]
-    lines = [f"Best: {tuning.best.variant.name}. Against the config as it is:"]
+        return [f"The config already uses the best variant{of_those}: {tuning.best.variant.name}."]
+    lines = [f"Best{of_those}: {tuning.best.variant.name}. Against the config as it is:"]
     lines += [f"  {key}: {render_value(value)}" for key, value in tuning.changes.items()]
     if tuning.written:
         lines.append(f"written to {tuning.written}")
