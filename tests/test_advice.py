@@ -115,3 +115,14 @@ def test_too_many_files() -> None:
     assert (
         "shard_shape (192, 192, 192)" in advice_of(config, (9600, 9600, 9600))["output.shard_shape"]
     )
+
+
+def test_tiny_chunks() -> None:
+    # Primes, of which only the first is below 64.
+    message = advice_of(make_config((16, 32, 32), (61, 101, 103)), (200, 300, 300))["block.shape"]
+    assert "chunks of (61, 1, 1) are tiny: a block is stored in 10,403 of them" in message
+    assert "(64, 128, 128) would be whole chunks" in message
+    chosen = make_config((16, 32, 32), (64, 64, 64), output_chunk_shape=(4, 4, 4))
+    assert "of them; 32 to 128" in advice_of(chosen, (200, 300, 300))["output.chunk_shape"]
+    small = make_config((8, 8, 8), (16, 16, 16), output_chunk_shape=(4, 4, 4))
+    assert "output.chunk_shape" not in advice_of(small, (32, 32, 32))

@@ -5,7 +5,7 @@ Pure arithmetic over plans: what it advises, it has counted. Refuses nothing; kn
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import lcm
+from math import lcm, prod
 
 from mpichunk.config.schema import Config
 from mpichunk.geometry.box import Triple, ceil_div, triple
@@ -19,6 +19,8 @@ MANY_BLOCKS = 10_000_000
 """So many lines of the journal are too many."""
 
 _MANY_FILES = 1_000_000
+_FEW_VOXELS = 16**3
+"""A chunk of fewer is mostly overhead, on disk and in a viewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,7 @@ def advise(plan: Plan, config: Config, work: Work, *, num_files: int) -> tuple[A
         _batch_tail(config, work),
         _small_volume(plan),
         _overlap(plan),
+        _tiny_chunks(plan, config),
         _numbers(work, config, num_files),
     ]
     return tuple(advice for piece in pieces for advice in piece)
@@ -238,6 +241,26 @@ def _overlap(plan: Plan) -> Iterator[Advice]:
             message=f"{plan.overlap} has no overlap on {_names(bare)}: the borders of patches will "
             "show; a quarter of the output patch is usual",
         )
+
+
+def _tiny_chunks(plan: Plan, config: Config) -> Iterator[Advice]:
+    """Chunks of a few voxels, as the block's own shape may leave no others."""
+    chunk = config.chunk_shape
+    if prod(chunk) >= _FEW_VOXELS or prod(plan.block_shape) <= _FEW_VOXELS:
+        return
+    num_chunks = prod(n // c for n, c in zip(plan.block_shape, chunk, strict=True))
+    message = f"chunks of {chunk} are tiny: a block is stored in {num_chunks:,} of them; "
+    if config.output.chunk_shape is not None:
+        usual = "32 to 128 voxels a side are usual"
+        yield Advice(key="output.chunk_shape", message=message + usual)
+        return
+    step = _CHUNKS_TO_TRY[1]
+    nearest = triple([ceil_div(n, step) * step for n in plan.block_shape])
+    yield Advice(
+        key="block.shape",
+        message=f"{message}no larger ones divide {plan.block_shape}; {nearest} would be whole "
+        f"chunks of {step} or more voxels a side",
+    )
 
 
 def _numbers(work: Work, config: Config, num_files: int) -> Iterator[Advice]:
