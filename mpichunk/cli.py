@@ -34,13 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpichunk: {error}", file=sys.stderr)
         return ExitCode.USER_ERROR
     except KeyboardInterrupt as error:
-        told = f"; {error}" if error.args else _INTERRUPTED.get(options.verb, "")
-        print(f"mpichunk: interrupted{told}", file=sys.stderr)
-        return ExitCode.UNEXPECTED
+        return _say_interrupted(options.verb, *error.args)
+    except ImportError as error:
+        # What an extension makes of a Ctrl-C that meets it while it is being loaded.
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        return _say_interrupted(options.verb)
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nobody is there to be told.
         sys.stderr.close()
         return ExitCode.UNEXPECTED
+
+
+def _say_interrupted(verb: str, *words: object) -> int:
+    told = "".join(f"; {word}" for word in words) or _INTERRUPTED.get(verb, "")
+    print(f"mpichunk: interrupted{told}", file=sys.stderr)
+    return ExitCode.UNEXPECTED
 
 
 def entry() -> NoReturn:
